@@ -1,0 +1,29 @@
+"""Fused EfficientNet operators: depthwise convolution, squeeze-and-excitation and whole MBConv blocks."""
+
+from effnet_ops.backends import available_backends, use_backend
+from effnet_ops.functional import depthwise_conv2d, mbconv, pointwise_conv2d, squeeze_excite
+from effnet_ops.models import convert_state_dict, create_model, list_models
+from effnet_ops.ops import set_recompute
+from effnet_ops.params import BatchNormParams, ConvNormParams, SqueezeExciteParams
+from effnet_ops.surgery import ReplacementReport, replace_layers, restore_layers
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchNormParams",
+    "ConvNormParams",
+    "ReplacementReport",
+    "SqueezeExciteParams",
+    "available_backends",
+    "convert_state_dict",
+    "create_model",
+    "depthwise_conv2d",
+    "list_models",
+    "mbconv",
+    "pointwise_conv2d",
+    "replace_layers",
+    "restore_layers",
+    "set_recompute",
+    "squeeze_excite",
+    "use_backend",
+]

@@ -1,0 +1,129 @@
+"""Argument checks of the public functions: every error names the argument and the value that is wrong."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from effnet_ops.reference.activation import ACTIVATIONS, GATES
+
+FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+SAME: tuple[int, ...] = ()
+"""TensorFlow's SAME padding as operators take it: resolved inside, from the input's size."""
+
+
+def unknown_name(kind: str, name: object, known: Iterable[str]) -> ValueError:
+    """An error for a name that is not in ``known``, with the closest one that is."""
+    known = list(known)
+    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    listed = f" (known: {', '.join(known)})" if len(known) <= 12 else ""
+    return ValueError(f"unknown {kind} {name!r}{hint}{listed}")
+
+
+def check_activation(name: str) -> None:
+    if name not in ACTIVATIONS:
+        raise unknown_name("activation", name, ACTIVATIONS)
+
+
+def check_gate(name: str) -> None:
+    if name not in GATES:
+        raise unknown_name("gate", name, GATES)
+
+
+def pair(name: str, value: int | Sequence[int], minimum: int) -> tuple[int, int]:
+    """``value`` as (vertical, horizontal), each at least ``minimum``."""
+    items = (value, value) if isinstance(value, int) else tuple(value)
+    if len(items) != 2 or not all(isinstance(v, int) for v in items):
+        raise ValueError(f"{name} must be an int or a pair of ints, got {value!r}")
+    if min(items) < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
+    return items
+
+
+def padding_sides(padding: int | str | Sequence[int]) -> tuple[int, ...]:
+    """``padding`` as (top, bottom, left, right), or `SAME` for "same"."""
+    if isinstance(padding, str):
+        if padding.lower() != "same":
+            raise unknown_name("padding", padding, ["same"])
+        return SAME
+    sides = (padding,) * 4 if isinstance(padding, int) else tuple(padding)
+    if len(sides) == 2:
+        sides = (sides[0], sides[0], sides[1], sides[1])
+    if len(sides) != 4 or not all(isinstance(v, int) for v in sides):
+        raise ValueError(
+            f'padding must be an int, a pair, (top, bottom, left, right) or "same", got {padding!r}'
+        )
+    if min(sides) < 0:
+        raise ValueError(f"padding must not be negative, got {padding!r}")
+    return sides
+
+
+def resolve_padding(
+    sides: Sequence[int], size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, int, int, int]:
+    """(top, bottom, left, right) in pixels; `SAME` puts the odd pixel of padding at the bottom and right."""
+    if len(sides) == 4:
+        return tuple(sides)
+    resolved: list[int] = []
+    for n, k, s, d in zip(size, kernel, stride, dilation, strict=True):
+        total = ((n + s - 1) // s - 1) * s + (k - 1) * d + 1 - n
+        total = torch.sym_max(total, 0)
+        resolved += [total // 2, total - total // 2]
+    return tuple(resolved)
+
+
+def output_size(
+    size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, int]:
+    """Height and width of a convolution's output; ``padding`` is (top, bottom, left, right)."""
+    height, width = (
+        (n + before + after - (k - 1) * d - 1) // s + 1
+        for n, before, after, k, s, d in zip(
+            size, padding[::2], padding[1::2], kernel, stride, dilation, strict=True
+        )
+    )
+    return height, width
+
+
+def check_input(x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    if x.dim() != 4:
+        raise ValueError(f"x must be (N, C, H, W), got shape {tuple(x.shape)}")
+    if x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"x must be float32, float64, bfloat16 or float16, got {x.dtype}")
+
+
+def check_parameter(name: str, p: Tensor | None, shape: Sequence[int | None], x: Tensor) -> None:
+    """``p`` has ``shape`` (None is any size) on the device of ``x``, with its dtype, or fp32 where that is half."""
+    if p is None:
+        return
+    if not isinstance(p, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(p).__name__}")
+    if p.dim() != len(shape) or any(want is not None and want != got for want, got in zip(shape, p.shape, strict=True)):
+        wanted = ", ".join("any" if want is None else str(want) for want in shape)
+        raise ValueError(f"{name} must have shape ({wanted}), got {tuple(p.shape)} for x of shape {tuple(x.shape)}")
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    if p.dtype != x.dtype and not (half and p.dtype == torch.float32):
+        allowed = f"{x.dtype} or torch.float32" if half else f"{x.dtype}"
+        raise TypeError(f"{name} must be {allowed} for x of {x.dtype}, got {p.dtype}")
+    if p.device != x.device:
+        raise ValueError(f"{name} is on {p.device}, but x is on {x.device}")
+
+
+def check_window(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, int]:
+    """The output size of a convolution over x, or an error where the window does not fit once."""
+    resolved = resolve_padding(padding, x.shape[2:], kernel, stride, dilation)
+    size = output_size(x.shape[2:], kernel, stride, resolved, dilation)
+    if min(x.shape[1:]) == 0 or min(size) < 1:
+        raise ValueError(
+            f"kernel {tuple(kernel)} with padding {resolved} and dilation {tuple(dilation)} does not fit into x of "
+            f"shape {tuple(x.shape)}: the output would be {size[0]}x{size[1]}"
+        )
+    return size

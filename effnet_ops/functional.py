@@ -1,0 +1,336 @@
+"""The public functions. Each checks its arguments, asks `backends` who runs the call, and hands it over.
+
+Layout: x may be contiguous, channels_last or any strided view; the output is channels_last where the channels of x are
+innermost (and x is not contiguous at the same time), contiguous otherwise. Precision: fp16 and bf16 inputs take
+parameters of their own dtype or fp32 and are accumulated in fp32; fp64 in fp64. A second backward raises an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effnet_ops import backends, checks, ops, reference
+from effnet_ops.params import BatchNormParams, ConvNormParams, SqueezeExciteParams
+
+Padding = int | str | Sequence[int]
+
+
+def depthwise_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: Padding = 0,
+    dilation: int | Sequence[int] = 1,
+    activation: str = "none",
+) -> Tensor:
+    """Depthwise convolution: ``activation(conv2d(x, weight, groups=C) + bias)``.
+
+    Args:
+        x: (N, C, H, W), float32, float64, bfloat16 or float16.
+        weight: (C, 1, kh, kw), or (C*m, 1, kh, kw) for a channel multiplier m (which runs the reference).
+        bias: (C,) or None.
+        stride, dilation: an int or (vertical, horizontal), at least 1.
+        padding: pixels of zeros as an int, (vertical, horizontal) or (top, bottom, left, right), or "same" in
+            TensorFlow's meaning: output ceil(H / stride), the odd pixel at the bottom and right.
+        activation: none, relu, relu6, silu or hardswish.
+
+    Returns:
+        (N, C, Ho, Wo) in the dtype of x.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device, size or name that does not fit, named in the message.
+    """
+    checks.check_input(x)
+    channels = x.shape[1]
+    checks.check_parameter("weight", weight, (None, 1, None, None), x)
+    if weight.shape[0] == 0 or weight.shape[0] % max(channels, 1):
+        raise ValueError(
+            f"weight {tuple(weight.shape)} must have a multiple of {channels} filters for x {tuple(x.shape)}"
+        )
+    checks.check_parameter("bias", bias, (weight.shape[0],), x)
+    stride, dilation = checks.pair("stride", stride, 1), checks.pair("dilation", dilation, 1)
+    sides = checks.padding_sides(padding)
+    checks.check_activation(activation)
+    checks.check_window(x, weight.shape[2:], stride, sides, dilation)
+    uncovered = "" if weight.shape[0] == channels else f"weight {tuple(weight.shape)} has a channel multiplier"
+    if backends.select(x, uncovered) == "reference":
+        resolved = checks.resolve_padding(sides, x.shape[2:], weight.shape[2:], stride, dilation)
+        return _run_reference(reference.depthwise_conv2d, x, weight, bias, stride, resolved, dilation, activation)
+    return ops.depthwise_conv2d(x, weight, bias, stride, sides, dilation, activation)
+
+
+def pointwise_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    activation: str = "none",
+) -> Tensor:
+    """1x1 convolution: ``activation(conv2d(x, weight) + bias) + residual``.
+
+    Args:
+        x: (N, Cin, H, W), float32, float64, bfloat16 or float16.
+        weight: (Cout, Cin, 1, 1).
+        bias: (Cout,) or None.
+        residual: (N, Cout, H, W) in the dtype of x, or None.
+        activation: none, relu, relu6, silu or hardswish.
+
+    Returns:
+        (N, Cout, H, W) in the dtype of x.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or name that does not fit, named in the message.
+    """
+    checks.check_input(x)
+    batch, channels, height, width = x.shape
+    checks.check_parameter("weight", weight, (None, channels, 1, 1), x)
+    checks.check_parameter("bias", bias, (weight.shape[0],), x)
+    if residual is not None:
+        checks.check_parameter("residual", residual, (batch, weight.shape[0], height, width), x)
+        if residual.dtype != x.dtype:
+            raise TypeError(f"residual must be {x.dtype} like x, got {residual.dtype}")
+    checks.check_activation(activation)
+    if min(channels, weight.shape[0], height, width) == 0:
+        raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)} must have no empty axis but the batch")
+    if backends.select(x) == "reference":
+        return _run_reference(reference.pointwise_conv2d, x, weight, bias, residual, activation)
+    return ops.pointwise_conv2d(x, weight, bias, residual, activation)
+
+
+def squeeze_excite(
+    x: Tensor,
+    reduce_weight: Tensor,
+    reduce_bias: Tensor | None,
+    expand_weight: Tensor,
+    expand_bias: Tensor | None,
+    *,
+    activation: str = "silu",
+    gate: str = "sigmoid",
+) -> Tensor:
+    """Squeeze-and-excitation (arXiv 1709.01507): ``x * gate(expand(activation(reduce(mean(x)))))``.
+
+    Args:
+        x: (N, C, H, W), float32, float64, bfloat16 or float16.
+        reduce_weight, reduce_bias: (R, C, 1, 1) and (R,) or None.
+        expand_weight, expand_bias: (C, R, 1, 1) and (C,) or None.
+        activation: between the two products: none, relu, relu6, silu or hardswish.
+        gate: sigmoid or hard_sigmoid.
+
+    Returns:
+        (N, C, H, W) in the dtype of x.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or name that does not fit, named in the message.
+    """
+    checks.check_input(x)
+    if min(x.shape[1:]) == 0:
+        raise ValueError(f"x {tuple(x.shape)} must have no empty axis but the batch")
+    _check_squeeze_excite(reduce_weight, reduce_bias, expand_weight, expand_bias, x, x.shape[1])
+    checks.check_activation(activation)
+    checks.check_gate(gate)
+    params = (reduce_weight, reduce_bias, expand_weight, expand_bias)
+    if backends.select(x) == "reference":
+        return _run_reference(reference.squeeze_excite, x, *params, activation, gate)
+    return ops.squeeze_excite(x, *params, activation, gate)
+
+
+def mbconv(
+    x: Tensor,
+    expand: ConvNormParams | None,
+    depthwise: ConvNormParams,
+    squeeze_excite: SqueezeExciteParams | None,
+    project: ConvNormParams,
+    *,
+    stride: int | Sequence[int],
+    padding: Padding,
+    activation: str = "silu",
+    gate: str = "sigmoid",
+    residual: bool,
+    drop_path: float | Tensor | None = None,
+    training: bool,
+) -> Tensor:
+    """One MBConv block (arXiv 1905.11946): expand, depthwise, squeeze-and-excitation, project, drop path, residual.
+
+    In training the three normalisations use batch statistics and update their running buffers once, also when
+    activation checkpointing runs the block a second time. In evaluation the running statistics are constants, and
+    gradients flow to everything else. `set_recompute` decides what training keeps for the backward pass.
+
+    Args:
+        x: (N, Cin, H, W), float32, float64, bfloat16 or float16.
+        expand: 1x1 to C channels with its normalisation, or None where C = Cin.
+        depthwise: k x k on C channels with its normalisation.
+        squeeze_excite: the two small products on C channels, or None.
+        project: 1x1 to Cout channels with its normalisation, no activation.
+        stride, padding: of the depthwise convolution, as in `depthwise_conv2d`.
+        activation: after the first two normalisations. gate: of the squeeze-and-excitation.
+        residual: add x; needs Cin = Cout and an output of x's size.
+        drop_path: a rate in [0, 1), drawn here where ``training``, or a scale (N,) per image that is applied always.
+        training: use batch statistics.
+
+    Returns:
+        (N, Cout, Ho, Wo) in the dtype of x.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device, size or name that does not fit, named in the message.
+    """
+    stride, sides = checks.pair("stride", stride, 1), checks.padding_sides(padding)
+    size = _check_mbconv(x, expand, depthwise, squeeze_excite, project, stride, sides, activation, gate, residual)
+    drop_path = _drop_path_scale(drop_path, x, training)
+    convs = [conv for conv in (expand, depthwise, project) if conv is not None]
+    if training:
+        _check_batch_size(convs, x, size)
+    biased = [conv for conv in convs if conv.bias is not None and conv.norm is not None]
+    uncovered = "a convolution has both a bias and a normalisation" if biased else ""
+    keywords = dict(stride=stride, activation=activation, gate=gate, residual=residual, drop_path=drop_path)
+    if backends.select(x, uncovered) == "reference":
+        padding = checks.resolve_padding(sides, x.shape[2:], depthwise.weight.shape[2:], stride, (1, 1))
+        y, statistics = _run_reference(
+            reference.mbconv, x, expand, depthwise, squeeze_excite, project, padding=padding, training=training, **keywords
+        )
+        if expand is None:
+            statistics = [None, *statistics]
+    else:
+        y, statistics = ops.mbconv(
+            x, expand, depthwise, squeeze_excite, project, padding=sides, training=training, **keywords
+        )
+    if training:
+        _update_running_statistics((expand, depthwise, project), statistics, x, size)
+    return y
+
+
+def _run_reference(function: Callable[..., Any], x: Tensor, *args: Any, **keywords: Any) -> Any:
+    """The reference on x, cast as autocast would cast it for a convolution; parameters keep their precision."""
+    kind = x.device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return function(x, *args, **keywords)
+    if x.dtype == torch.float32:
+        x = x.to(torch.get_autocast_dtype(kind))
+    with torch.autocast(kind, enabled=False):
+        return function(x, *args, **keywords)
+
+
+def _check_squeeze_excite(
+    reduce_weight: Tensor,
+    reduce_bias: Tensor | None,
+    expand_weight: Tensor,
+    expand_bias: Tensor | None,
+    x: Tensor,
+    channels: int,
+) -> None:
+    checks.check_parameter("reduce_weight", reduce_weight, (None, channels, 1, 1), x)
+    reduced = reduce_weight.shape[0]
+    if reduced == 0:
+        raise ValueError(f"reduce_weight {tuple(reduce_weight.shape)} must have at least one filter")
+    checks.check_parameter("reduce_bias", reduce_bias, (reduced,), x)
+    checks.check_parameter("expand_weight", expand_weight, (channels, reduced, 1, 1), x)
+    checks.check_parameter("expand_bias", expand_bias, (channels,), x)
+
+
+def _check_conv_norm(name: str, conv: ConvNormParams, shape: tuple[int | None, ...], x: Tensor) -> None:
+    checks.check_parameter(f"{name}.weight", conv.weight, shape, x)
+    channels = conv.weight.shape[0]
+    if min(conv.weight.shape) == 0:
+        raise ValueError(f"{name}.weight {tuple(conv.weight.shape)} must have no empty axis")
+    checks.check_parameter(f"{name}.bias", conv.bias, (channels,), x)
+    norm = conv.norm
+    if norm is None:
+        return
+    for field in ("weight", "bias", "running_mean", "running_var"):
+        checks.check_parameter(f"{name}.norm.{field}", getattr(norm, field), (channels,), x)
+    if (norm.running_mean is None) != (norm.running_var is None):
+        raise ValueError(f"{name}.norm must have both running_mean and running_var, or neither")
+    if norm.momentum is None and norm.running_mean is not None and norm.num_batches_tracked is None:
+        raise ValueError(f"{name}.norm with momentum=None needs num_batches_tracked")
+
+
+def _check_mbconv(
+    x: Tensor,
+    expand: ConvNormParams | None,
+    depthwise: ConvNormParams,
+    squeeze_excite: SqueezeExciteParams | None,
+    project: ConvNormParams,
+    stride: tuple[int, int],
+    sides: tuple[int, ...],
+    activation: str,
+    gate: str,
+    residual: bool,
+) -> tuple[int, int]:
+    """Check every shape, dtype, device and name of a block; return its output size."""
+    checks.check_input(x)
+    checks.check_activation(activation)
+    checks.check_gate(gate)
+    channels = x.shape[1]
+    if expand is not None:
+        _check_conv_norm("expand", expand, (None, channels, 1, 1), x)
+        channels = expand.weight.shape[0]
+    _check_conv_norm("depthwise", depthwise, (channels, 1, None, None), x)
+    size = checks.check_window(x, depthwise.weight.shape[2:], stride, sides, (1, 1))
+    if squeeze_excite is not None:
+        _check_squeeze_excite(*squeeze_excite[:4], x, channels)
+        if squeeze_excite.activation is not None:
+            checks.check_activation(squeeze_excite.activation)
+    _check_conv_norm("project", project, (None, channels, 1, 1), x)
+    if residual and (project.weight.shape[0], *size) != tuple(x.shape[1:]):
+        out = (x.shape[0], project.weight.shape[0], *size)
+        raise ValueError(f"residual=True needs an output of x's shape {tuple(x.shape)}, but it is {out}")
+    return size
+
+
+def _check_batch_size(convs: list[ConvNormParams], x: Tensor, size: tuple[int, int]) -> None:
+    if x.shape[0] * size[0] * size[1] == 1 and any(conv.norm is not None for conv in convs):
+        raise ValueError(
+            f"training needs more than 1 value per channel, but x {tuple(x.shape)} gives an output of one pixel"
+        )
+
+
+def _drop_path_scale(drop_path: float | Tensor | None, x: Tensor, training: bool) -> Tensor | None:
+    """The per-image scale of stochastic depth (arXiv 1603.09382) from a rate or a given scale."""
+    if drop_path is None:
+        return None
+    if isinstance(drop_path, Tensor):
+        if drop_path.shape != (x.shape[0],):
+            raise ValueError(f"drop_path must have shape ({x.shape[0]},), got {tuple(drop_path.shape)}")
+        if drop_path.device != x.device:
+            raise ValueError(f"drop_path is on {drop_path.device}, but x is on {x.device}")
+        return drop_path
+    if not 0.0 <= drop_path < 1.0:
+        raise ValueError(f"drop_path must be a rate in [0, 1) or a scale per image, got {drop_path!r}")
+    if drop_path == 0.0 or not training:
+        return None
+    return reference.drop_path_scale(x.shape[0], drop_path, x.device)
+
+
+def _update_running_statistics(
+    convs: tuple[ConvNormParams | None, ...],
+    statistics: Sequence[tuple[Tensor, Tensor] | None],
+    x: Tensor,
+    size: tuple[int, int],
+) -> None:
+    """Update the running buffers, but not when a checkpoint recomputes the block inside the backward pass."""
+    if torch._C._current_graph_task_id() != -1 or x.shape[0] == 0:
+        return
+    inner, outer = x.shape[0] * x.shape[2] * x.shape[3], x.shape[0] * size[0] * size[1]
+    for conv, used, count in zip(convs, statistics, (inner, outer, outer), strict=True):
+        if conv is not None and conv.norm is not None and used is not None:
+            _update_norm(conv, *used, count)
+
+
+@torch.no_grad()
+def _update_norm(conv: ConvNormParams, mean: Tensor, variance: Tensor, count: int) -> None:
+    """running = (1 - momentum) * running + momentum * batch, with the unbiased variance, as torch.nn.BatchNorm2d."""
+    norm: BatchNormParams = conv.norm
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+    if norm.running_mean is None:
+        return
+    momentum = 1.0 / norm.num_batches_tracked.item() if norm.momentum is None else norm.momentum
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
+    unbiased = variance * (count / max(count - 1, 1))
+    norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), momentum)

@@ -1,0 +1,1 @@
+"""The EfficientNet family."""

@@ -1,0 +1,23 @@
+"""Batch normalisation (Ioffe and Szegedy, arXiv 1502.03167) with its statistics as explicit inputs and outputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance (C,) of x (N, C, H, W) over the batch and both spatial axes."""
+    variance, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+    return mean, variance
+
+
+def batch_norm(
+    x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) * weight + bias, each vector (C,), for x (N, C, H, W)."""
+    scale = torch.rsqrt(variance + eps)
+    if weight is not None:
+        scale = scale * weight
+    y = (x - mean[:, None, None]) * scale[:, None, None]
+    return y if bias is None else y + bias[:, None, None]

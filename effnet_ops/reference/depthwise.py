@@ -1,0 +1,28 @@
+"""Depthwise convolution: every channel has a k x k filter of its own, and no two channels are mixed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from effnet_ops.reference.activation import activate, compute_dtype
+
+
+def depthwise_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+) -> Tensor:
+    """activation(conv(x) + bias) for x (N, C, H, W), weight (C*m, 1, kh, kw) and zero padding (top, bottom, left, right)."""
+    dtype = compute_dtype(x.dtype)
+    top, bottom, left, right = padding
+    x_padded = F.pad(x.to(dtype), (left, right, top, bottom))
+    bias = None if bias is None else bias.to(dtype)
+    y = F.conv2d(x_padded, weight.to(dtype), bias, tuple(stride), 0, tuple(dilation), groups=x.shape[1])
+    return activate(y, activation).to(x.dtype)

@@ -1,0 +1,78 @@
+"""MBConv, the inverted bottleneck with squeeze-and-excitation (Tan and Le, arXiv 1905.11946).
+
+    x -> expand 1x1 -> BN -> activation       narrow to wide, t times the channels (absent where t = 1)
+      -> depthwise k x k -> BN -> activation  the only step that looks at neighbours
+      -> squeeze-and-excitation               a gate per image and channel (absent in Lite)
+      -> project 1x1 -> BN                    wide to narrow, linear
+      -> drop path, + x                       where the shape is unchanged
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from effnet_ops.params import BatchNormParams, ConvNormParams, SqueezeExciteParams
+from effnet_ops.reference.activation import activate, compute_dtype
+from effnet_ops.reference.batch_norm import batch_norm, batch_statistics
+from effnet_ops.reference.depthwise import depthwise_conv2d
+from effnet_ops.reference.pointwise import pointwise_conv2d
+from effnet_ops.reference.squeeze_excite import squeeze_excite as squeeze_excite_reference
+
+Statistics = tuple[Tensor, Tensor]
+
+
+def mbconv(
+    x: Tensor,
+    expand: ConvNormParams | None,
+    depthwise: ConvNormParams,
+    squeeze_excite: SqueezeExciteParams | None,
+    project: ConvNormParams,
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    activation: str,
+    gate: str,
+    residual: bool,
+    drop_path: Tensor | None,
+    training: bool,
+) -> tuple[Tensor, list[Statistics | None]]:
+    """The block's output and, per convolution in order, the batch mean and biased variance that were used (or None).
+
+    ``drop_path`` (N,) multiplies each image's branch before the residual is added: 0 or 1 / keep probability.
+    """
+    statistics: list[Statistics | None] = []
+
+    def norm(h: Tensor, params: BatchNormParams | None) -> Tensor:
+        if params is None:
+            statistics.append(None)
+            return h
+        use_batch = training or params.running_mean is None
+        statistics.append(batch_statistics(h) if use_batch else None)
+        mean, variance = statistics[-1] or (params.running_mean.to(h.dtype), params.running_var.to(h.dtype))
+        weight, bias = (None if p is None else p.to(h.dtype) for p in (params.weight, params.bias))
+        return batch_norm(h, mean, variance, weight, bias, params.eps)
+
+    h = x.to(compute_dtype(x.dtype))
+    if expand is not None:
+        h = pointwise_conv2d(h, expand.weight, expand.bias, None, "none")
+        h = activate(norm(h, expand.norm), activation)
+    h = depthwise_conv2d(h, depthwise.weight, depthwise.bias, stride, padding, (1, 1), "none")
+    h = activate(norm(h, depthwise.norm), activation)
+    if squeeze_excite is not None:
+        inner = squeeze_excite.activation or activation
+        h = squeeze_excite_reference(h, *squeeze_excite[:4], inner, gate)
+    h = norm(pointwise_conv2d(h, project.weight, project.bias, None, "none"), project.norm)
+    if drop_path is not None:
+        h = h * drop_path.to(h.dtype)[:, None, None, None]
+    if residual:
+        h = h + x.to(h.dtype)
+    return h.to(x.dtype), statistics
+
+
+def drop_path_scale(batch: int, rate: float, device: torch.device) -> Tensor:
+    """Per-image scale (batch,) of stochastic depth: 0 with probability ``rate``, else 1 / (1 - rate)."""
+    keep = 1.0 - rate
+    return torch.empty(batch, device=device, dtype=torch.float32).bernoulli_(keep).div_(keep)
