@@ -1,0 +1,72 @@
+# Every target sets up what it needs: the environment once, the C++ part again whenever its sources change.
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+BIN := $(VENV)/bin
+ENVIRONMENT := $(VENV)/.environment
+BUILD := $(VENV)/.build
+CXX_SOURCES := $(shell find csrc -type f -name '*.cpp' -o -type f -name '*.h' -o -type f -name '*.cu' 2>/dev/null)
+
+# $(call install,log name,pip arguments): one line a package while it runs, the log's end if it fails.
+define install
+log=$(VENV)/$(1).log; \
+PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --progress-bar off $(2) 2>&1 | tee $$log | \
+	sed -nu 's/^Collecting \([A-Za-z0-9_.-]*\).*/    fetching \1/p; s/^Installing collected.*/    unpacking/p; s/^Building/    building/p' \
+	|| { echo "pip failed; the end of $$log:" >&2; tail -n 40 $$log >&2; exit 1; }
+endef
+
+.PHONY: help demo test test-all lint format sanitize clean
+
+help:  ## list the targets
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
+
+demo: $(BUILD)  ## build, then classify real photographs before and after replace_layers, with a speed table
+	@$(BIN)/effnet-ops demo
+
+test: $(BUILD)  ## build, then run the tests
+	@echo "==> running the tests"
+	@$(BIN)/python -m pytest -q -n 2 --durations=10 -m "not slow" $(PYTEST_ARGS)
+
+test-all: $(BUILD)  ## the tests and those marked slow
+	@echo "==> running all tests, the slow ones too"
+	@$(BIN)/python -m pytest -q -n 2 --durations=10 $(PYTEST_ARGS)
+
+lint: $(ENVIRONMENT)  ## check the style of Python and C++
+	@echo "==> checking the style"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs -r $(BIN)/clang-format --dry-run -Werror
+
+format: $(ENVIRONMENT)  ## format Python and C++ in place
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+	@find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs -r $(BIN)/clang-format -i
+
+sanitize: $(ENVIRONMENT)  ## run the operator tests under the address and undefined-behaviour sanitizers
+	@echo "==> building and testing with sanitizers"
+	@PYTHON=$(abspath $(BIN)/python) bash tests/sanitize.sh
+
+clean:  ## remove the environment and everything that was built
+	rm -rf $(VENV) build dist *.egg-info demo.png
+	find effnet_ops -name '*.so' -delete
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
+
+$(ENVIRONMENT): requirements-dev.txt
+	@echo "==> creating the environment in $(VENV) (PyTorch is large: a few minutes)"
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV) || \
+		{ rm -rf $(VENV); echo "$(PYTHON) cannot create a virtual environment (Debian: apt install python3-venv)" >&2; exit 1; }
+	@$(call install,environment,-r requirements-dev.txt)
+	@touch $@
+
+$(BUILD): $(ENVIRONMENT) setup.py pyproject.toml $(CXX_SOURCES)
+	@echo "==> building effnet_ops"
+	@$(call install,build,--no-build-isolation -v -e .)
+	@sed -n 's/^ *\(effnet_ops: .*\)/    \1/p' $(VENV)/build.log
+	@touch $@
