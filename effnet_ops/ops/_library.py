@@ -1,0 +1,131 @@
+"""What all operators share: definition, output layout, autocast, gradients of a reference, and FLOP counts.
+
+A kernel registered for a device (for CPU by the compiled library) takes precedence over the fallback of `define`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+NAMESPACE = "effnet_ops"
+library = torch.library.Library(NAMESPACE, "DEF")
+
+# The layout of an output follows the strides of x, so Inductor must not hand over other strides than it traced.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+
+_AUTOCAST_KEYS = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}
+_AUTOCAST = torch._C.DispatchKeySet(_AUTOCAST_KEYS["cpu"]) | torch._C.DispatchKeySet(_AUTOCAST_KEYS["cuda"])
+_AUTOGRAD = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality)
+
+fallbacks: dict[str, Callable[..., Any]] = {}
+"""The kernel in plain PyTorch of every operator, by its name."""
+
+
+def define(schema: str, fallback: Callable[..., Any], fake: Callable[..., Any]) -> OpOverload:
+    """Define an operator, with a fallback in plain PyTorch for any device and a fake kernel for tracing."""
+    name = schema.partition("(")[0]
+    library.define(schema, tags=_TAGS)
+
+    def kernel(*args: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+            return fallback(*args)
+
+    fallbacks[name] = kernel
+    library.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def register_autocast(operator: OpOverload, activations: Sequence[int]) -> None:
+    """Under autocast, cast the fp32 arguments at the positions ``activations``; parameters keep their precision."""
+
+    def register(device: str, key: str) -> None:
+        def kernel(*args: Any) -> Any:
+            dtype = torch.get_autocast_dtype(device)
+            cast = list(args)
+            for i in activations:
+                if cast[i] is not None and cast[i].dtype == torch.float32:
+                    cast[i] = cast[i].to(dtype)
+            with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+                return operator(*cast)
+
+        library.impl(operator._schema.name, kernel, key)
+
+    register("cpu", "AutocastCPU")
+    register("cuda", "AutocastCUDA")
+
+
+def register_autograd(
+    operator: OpOverload,
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+    backward_operator: OpOverload,
+) -> None:
+    """Give the operator its gradient, and make differentiating ``backward_operator`` an error."""
+    torch.library.register_autograd(operator, backward, setup_context=setup_context, lib=library)
+    name = operator._schema.name.partition("::")[2]
+
+    def refuse(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(f"effnet_ops: double backward is not supported (through {name}); use the reference backend")
+
+    torch.library.register_autograd(backward_operator, refuse, lib=library)
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The layout of a result that belongs to x: channels_last where only the channels of x are innermost."""
+    channels_last = x.stride(1) == 1 and x.shape[1] > 1 and not x.is_contiguous()
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def empty_result(x: Tensor, size: Sequence[int]) -> Tensor:
+    """An uninitialised activation in the dtype and layout of x."""
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+
+
+def empty_gradients(x: Tensor, inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """Uninitialised gradients of ``inputs``, the first of which is x; (0,) where one is not needed."""
+    gradients = []
+    for p, need in zip(inputs, needs, strict=True):
+        if not need or p is None:
+            gradients.append(x.new_empty(0))
+        else:
+            gradients.append(
+                empty_result(x, x.shape) if p is x else torch.empty(p.shape, dtype=p.dtype, device=p.device)
+            )
+    return tuple(gradients)
+
+
+def gradients(
+    function: Callable[..., Tensor], x: Tensor, inputs: Sequence[Tensor | None], needs: Sequence[bool], grad: Tensor
+) -> tuple[Tensor, ...]:
+    """Gradients of ``function(*inputs)``, taken by PyTorch's autograd, from inside a kernel that runs below it."""
+    results = empty_gradients(x, inputs, needs)
+    wanted = [i for i, (p, need) in enumerate(zip(inputs, needs, strict=True)) if need and p is not None]
+    if x.shape[0] == 0 or not wanted:
+        return tuple(result.zero_() for result in results)
+    include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    with torch._C._ForceDispatchKeyGuard(include, exclude - _AUTOGRAD), torch.enable_grad():
+        leaves = [None if p is None else p.detach() for p in inputs]
+        for i in wanted:
+            leaves[i].requires_grad_()
+        found = torch.autograd.grad(function(*leaves), [leaves[i] for i in wanted], grad.detach())
+    for i, value in zip(wanted, found, strict=True):
+        results[i].copy_(value)
+    return results
+
+
+def only_needed(values: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """Autograd's form of gradients: None where one is not needed."""
+    return tuple(value if need else None for value, need in zip(values, needs, strict=True))
+
+
+def convolution_flops(out_shape: Sequence[int], weight_shape: Sequence[int]) -> int:
+    """Two floating-point operations for each multiply-add of a convolution, and so for each of its gradients."""
+    batch, _, *size = out_shape
+    return 2 * batch * prod(size) * prod(weight_shape)
