@@ -1,0 +1,403 @@
+"""The fused operators as modules, whose children carry timm's parameter names.
+
+A module hands its children's parameters to one fused function. Where that would not be what the children do (a hook,
+a subclass such as SyncBatchNorm, a parametrization, batch normalisations in different modes), it runs them one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from effnet_ops import checks, functional, reference
+from effnet_ops.params import BatchNormParams, ConvNormParams, SqueezeExciteParams
+
+Padding = int | str | Sequence[int]
+
+
+def expanded_channels(in_channels: int, expand_ratio: float) -> int:
+    """Channels between the expansion and the projection of a block: t times its input's, to a whole number."""
+    return round(in_channels * expand_ratio)
+
+
+def squeezed_channels(in_channels: int, se_ratio: float) -> int:
+    """Channels between the products of squeeze-and-excitation, relative to the block's input; 0 where there is none."""
+    return max(1, int(in_channels * se_ratio)) if se_ratio else 0
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """A depthwise convolution with an activation, as `effnet_ops.depthwise_conv2d`; an ``nn.Conv2d`` to all others.
+
+    Input (N, C, H, W), output (N, C, Ho, Wo); ``weight`` (C, 1, kh, kw), ``bias`` (C,) or None.
+
+    Args:
+        channels: C.
+        kernel_size, stride, dilation: an int or (vertical, horizontal).
+        padding: an int, a pair, (top, bottom, left, right) or "same" in TensorFlow's meaning.
+        bias: learn an additive bias.
+        activation: none, relu, relu6, silu or hardswish.
+
+    Raises ValueError for a size or name that does not fit.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: Padding = 0,
+        dilation: int | Sequence[int] = 1,
+        *,
+        bias: bool = False,
+        activation: str = "none",
+        device=None,
+        dtype=None,
+    ) -> None:
+        checks.check_activation(activation)
+        kernel_size = checks.pair("kernel_size", kernel_size, 1)
+        stride, dilation = checks.pair("stride", stride, 1), checks.pair("dilation", dilation, 1)
+        super().__init__(
+            channels, channels, kernel_size, stride, 0, dilation, channels, bias, device=device, dtype=dtype
+        )
+        self.padding = _stored_padding(padding)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.depthwise_conv2d(
+            x,
+            self.weight,
+            self.bias,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            activation=self.activation,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, activation={self.activation}"
+
+
+class PaddedConv2d(nn.Conv2d):
+    """A dense convolution that pads as the fused operators do: also unevenly, and "same" in TensorFlow's meaning.
+
+    Input (N, Cin, H, W), output (N, Cout, Ho, Wo); arguments as ``nn.Conv2d`` with `DepthwiseConv2d`'s padding.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: Padding = 0,
+        *,
+        bias: bool = False,
+        device=None,
+        dtype=None,
+    ) -> None:
+        kernel_size, stride = checks.pair("kernel_size", kernel_size, 1), checks.pair("stride", stride, 1)
+        super().__init__(in_channels, out_channels, kernel_size, stride, bias=bias, device=device, dtype=dtype)
+        self.padding = _stored_padding(padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        sides = checks.padding_sides(self.padding)
+        top, bottom, left, right = checks.resolve_padding(
+            sides, x.shape[-2:], self.kernel_size, self.stride, self.dilation
+        )
+        if (top, left) != (bottom, right):
+            x = F.pad(x, (left, right, top, bottom))
+            top = left = 0
+        return F.conv2d(x, self.weight, self.bias, self.stride, (top, left), self.dilation, self.groups)
+
+
+class ConvNormAct(nn.Module):
+    """Dense convolution, batch normalisation, activation. A 1x1 convolution runs as `effnet_ops.pointwise_conv2d`.
+
+    Input (N, Cin, H, W), output (N, Cout, Ho, Wo). Children: ``conv`` and ``bn1``.
+
+    Args:
+        in_channels, out_channels: Cin, Cout.
+        kernel_size, stride: an int or (vertical, horizontal).
+        padding: as in `DepthwiseConv2d`; None is half the kernel on every side.
+        activation: none, relu, relu6, silu or hardswish.
+        eps, momentum: of the normalisation.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        *,
+        padding: Padding | None = None,
+        activation: str = "silu",
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        checks.check_activation(activation)
+        factory = {"device": device, "dtype": dtype}
+        padding = _half(kernel_size) if padding is None else padding
+        self.activation = activation
+        self.conv = dense_conv(in_channels, out_channels, kernel_size, stride, padding, **factory)
+        self.bn1 = nn.BatchNorm2d(out_channels, eps, momentum, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv_norm_act(x, self.conv, self.bn1, self.activation)
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation}"
+
+
+class SqueezeExcite(nn.Module):
+    """Squeeze-and-excitation, as `effnet_ops.squeeze_excite`: scales each channel of (N, C, H, W) by a gate.
+
+    Children: ``conv_reduce`` (R, C, 1, 1) and ``conv_expand`` (C, R, 1, 1), both with a bias.
+
+    Args:
+        channels: C. squeezed: R, at least 1.
+        activation: between the products: none, relu, relu6, silu or hardswish.
+        gate: sigmoid or hard_sigmoid.
+    """
+
+    def __init__(
+        self, channels: int, squeezed: int, *, activation: str = "silu", gate: str = "sigmoid", device=None, dtype=None
+    ) -> None:
+        super().__init__()
+        checks.check_activation(activation)
+        checks.check_gate(gate)
+        if squeezed < 1:
+            raise ValueError(f"squeezed must be at least 1, got {squeezed}")
+        factory = {"device": device, "dtype": dtype}
+        self.activation, self.gate = activation, gate
+        self.conv_reduce = nn.Conv2d(channels, squeezed, 1, **factory)
+        self.conv_expand = nn.Conv2d(squeezed, channels, 1, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fits():
+            return functional.squeeze_excite(x, *self.parameter_group()[:4], activation=self.activation, gate=self.gate)
+        hidden = reference.activate(self.conv_reduce(x.mean((2, 3), keepdim=True)), self.activation)
+        return x * reference.GATES[self.gate](self.conv_expand(hidden))
+
+    def fits(self) -> bool:
+        """Whether both children are plain 1x1 convolutions."""
+        return _is_pointwise(self.conv_reduce) and _is_pointwise(self.conv_expand)
+
+    def parameter_group(self) -> SqueezeExciteParams:
+        reduce, expand = self.conv_reduce, self.conv_expand
+        return SqueezeExciteParams(reduce.weight, reduce.bias, expand.weight, expand.bias, self.activation)
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation}, gate={self.gate}"
+
+
+class MBConv(nn.Module):
+    """Inverted bottleneck with squeeze-and-excitation (arXiv 1905.11946), as one call of `effnet_ops.mbconv`.
+
+    Input (N, Cin, H, W), output (N, Cout, Ho, Wo). Children: ``conv_pw``, ``bn1``, ``conv_dw``, ``bn2``, ``se``,
+    ``conv_pwl``, ``bn3``; without expansion ``conv_dw``, ``bn1``, ``se``, ``conv_pw``, ``bn2``. The input is added
+    where stride is 1 and Cin = Cout. Each normalisation follows its own training flag, so frozen ones stay frozen.
+
+    Args:
+        in_channels, out_channels: Cin, Cout.
+        kernel_size, stride: of the depthwise convolution: an int or (vertical, horizontal).
+        expand_ratio: t; where t * Cin = Cin there is no expansion.
+        se_ratio: width of squeeze-and-excitation relative to Cin; 0 leaves it out.
+        padding: as in `DepthwiseConv2d`; None is half the kernel on every side.
+        activation: none, relu, relu6, silu or hardswish. gate: sigmoid or hard_sigmoid.
+        drop_path_rate: probability, in [0, 1), that training drops the branch of an image (arXiv 1603.09382).
+        eps, momentum: of the normalisations.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int] = 3,
+        stride: int | Sequence[int] = 1,
+        *,
+        expand_ratio: float = 6.0,
+        se_ratio: float = 0.25,
+        padding: Padding | None = None,
+        activation: str = "silu",
+        gate: str = "sigmoid",
+        drop_path_rate: float = 0.0,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        checks.check_activation(activation)
+        checks.check_gate(gate)
+        check_rate("drop_path_rate", drop_path_rate)
+        stride = checks.pair("stride", stride, 1)
+        padding = _half(kernel_size) if padding is None else padding
+        factory = {"device": device, "dtype": dtype}
+        channels = expanded_channels(in_channels, expand_ratio)
+        squeezed = squeezed_channels(in_channels, se_ratio)
+
+        def norm(size: int) -> nn.BatchNorm2d:
+            return nn.BatchNorm2d(size, eps, momentum, **factory)
+
+        self.activation, self.gate = activation, gate
+        self.drop_path_rate = drop_path_rate
+        self.expands = channels != in_channels
+        self.residual = stride == (1, 1) and in_channels == out_channels
+        if self.expands:
+            self.conv_pw = nn.Conv2d(in_channels, channels, 1, bias=False, **factory)
+            self.bn1 = norm(channels)
+        self.conv_dw = DepthwiseConv2d(channels, kernel_size, stride, padding, **factory)
+        self.add_module("bn2" if self.expands else "bn1", norm(channels))
+        se = {"activation": activation, "gate": gate, **factory}
+        self.se = SqueezeExcite(channels, squeezed, **se) if squeezed else nn.Identity()
+        project = nn.Conv2d(channels, out_channels, 1, bias=False, **factory)
+        self.add_module("conv_pwl" if self.expands else "conv_pw", project)
+        self.add_module("bn3" if self.expands else "bn2", norm(out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        drop = self.training and self.residual and self.drop_path_rate > 0.0
+        drop_path = reference.drop_path_scale(x.shape[0], self.drop_path_rate, x.device) if drop else None
+        expand, depthwise, project = self._conv_norms()
+        training = self._fused_mode(expand, depthwise, project)
+        if training is None:
+            return self._run_children(x, expand, depthwise, project, drop_path)
+        dw = depthwise[0]
+        return functional.mbconv(
+            x,
+            None if expand is None else _conv_norm_params(*expand, training),
+            _conv_norm_params(*depthwise, training),
+            self.se.parameter_group() if type(self.se) is SqueezeExcite else None,
+            _conv_norm_params(*project, training),
+            stride=dw.stride,
+            padding=dw.padding,
+            activation=self.activation,
+            gate=self.gate,
+            residual=self.residual,
+            drop_path=drop_path,
+            training=training,
+        )
+
+    def _conv_norms(self) -> tuple[tuple[nn.Module, nn.Module] | None, ...]:
+        """(convolution, normalisation) of the expansion, or None, the depthwise step and the projection."""
+        if self.expands:
+            return (self.conv_pw, self.bn1), (self.conv_dw, self.bn2), (self.conv_pwl, self.bn3)
+        return None, (self.conv_dw, self.bn1), (self.conv_pw, self.bn2)
+
+    def _fused_mode(self, expand, depthwise, project) -> bool | None:
+        """Whether the fused block uses batch statistics, or None where it would not do what the children do."""
+        pairs = (depthwise, project) if expand is None else (expand, depthwise, project)
+        if not (_is_depthwise(depthwise[0]) and all(_is_pointwise(c) for c, _ in pairs if c is not depthwise[0])):
+            return None
+        if not (_is_plain(self.se, nn.Identity) or (_is_plain(self.se, SqueezeExcite) and self.se.fits())):
+            return None
+        modes = set()
+        for conv, norm in pairs:
+            if _is_plain(norm, nn.BatchNorm2d):
+                if conv.bias is not None:
+                    return None
+                modes.add(norm.training)
+            elif not _is_plain(norm, nn.Identity):
+                return None
+        return modes.pop() if len(modes) == 1 else None if modes else False
+
+    def _run_children(self, x: Tensor, expand, depthwise, project, drop_path: Tensor | None) -> Tensor:
+        h = x
+        for conv, norm in (depthwise,) if expand is None else (expand, depthwise):
+            h = reference.activate(norm(conv(h)), self.activation)
+        conv, norm = project
+        h = norm(conv(self.se(h)))
+        if drop_path is not None:
+            h = h * drop_path.to(h.dtype)[:, None, None, None]
+        return h + x if self.residual else h
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation}, residual={self.residual}, drop_path_rate={self.drop_path_rate}"
+
+
+def dense_conv(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    padding: Padding = 0,
+    **factory,
+) -> nn.Conv2d:
+    """A dense convolution without a bias: ``nn.Conv2d`` where that can pad so, else `PaddedConv2d`."""
+    kernel_size, sides = checks.pair("kernel_size", kernel_size, 1), checks.padding_sides(padding)
+    if kernel_size == (1, 1) and sides == checks.SAME:
+        sides = (0, 0, 0, 0)
+    if sides == checks.SAME or sides[::2] != sides[1::2]:
+        return PaddedConv2d(in_channels, out_channels, kernel_size, stride, padding, **factory)
+    return nn.Conv2d(in_channels, out_channels, kernel_size, stride, sides[::2], bias=False, **factory)
+
+
+def conv_norm_act(x: Tensor, conv: nn.Module, norm: nn.Module, activation: str) -> Tensor:
+    """``activation(norm(conv(x)))``; a plain 1x1 convolution is fused with what follows it as far as that goes."""
+    if not _is_pointwise(conv):
+        return reference.activate(norm(conv(x)), activation)
+    if _is_plain(norm, nn.Identity):
+        return functional.pointwise_conv2d(x, conv.weight, conv.bias, activation=activation)
+    return reference.activate(norm(functional.pointwise_conv2d(x, conv.weight, conv.bias)), activation)
+
+
+def check_rate(name: str, rate: float) -> None:
+    """``rate`` is a probability in [0, 1), or ValueError."""
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0.0 <= rate < 1.0:
+        raise ValueError(f"{name} must be a rate in [0, 1), got {rate!r}")
+
+
+def _half(kernel_size: int | Sequence[int]) -> tuple[int, int]:
+    kernel = checks.pair("kernel_size", kernel_size, 1)
+    return kernel[0] // 2, kernel[1] // 2
+
+
+def _stored_padding(padding: Padding) -> str | tuple[int, ...]:
+    """``padding`` as a module keeps it: "same", (vertical, horizontal), or four sides where they are uneven."""
+    sides = checks.padding_sides(padding)
+    if sides == checks.SAME:
+        return "same"
+    return sides[::2] if sides[::2] == sides[1::2] else sides
+
+
+def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling ``module`` does what ``kind`` does and nothing else: no subclass, hook or patched forward."""
+    return type(module) is kind and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _is_pointwise(conv: nn.Module) -> bool:
+    return (
+        _is_plain(conv, nn.Conv2d)
+        and conv.kernel_size == (1, 1)
+        and conv.stride == (1, 1)
+        and conv.padding == (0, 0)
+        and conv.groups == 1
+    )
+
+
+def _is_depthwise(conv: nn.Module) -> bool:
+    return _is_plain(conv, DepthwiseConv2d) and conv.dilation == (1, 1) and conv.activation == "none"
+
+
+def _conv_norm_params(conv: nn.Module, norm: nn.Module, training: bool) -> ConvNormParams:
+    if type(norm) is nn.Identity:
+        return ConvNormParams(conv.weight, conv.bias)
+    mean, variance, count = norm.running_mean, norm.running_var, norm.num_batches_tracked
+    if training and not norm.track_running_stats:
+        mean = variance = count = None
+    return ConvNormParams(
+        conv.weight,
+        None,
+        BatchNormParams(norm.weight, norm.bias, mean, variance, norm.eps, norm.momentum, count if training else None),
+    )
