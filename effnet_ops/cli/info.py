@@ -1,0 +1,82 @@
+"""`effnet-ops info`: what this installation is and what it can do here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import torch
+from rich.table import Table
+
+import effnet_ops
+from effnet_ops import _native
+from effnet_ops.cli.console import console
+
+PACKAGES = (
+    "torch",
+    "triton",
+    "timm",
+    "torchvision",
+    "efficientnet_pytorch",
+    "efficientnet_lite_pytorch",
+    "geffnet",
+    "numpy",
+)
+
+
+def run() -> None:
+    console.print(_table("versions", _versions()))
+    console.print(_table("machine", _machine()))
+    console.print(_table("built", _built()))
+    backends = {name: reason or "[green]can run[/green]" for name, reason in effnet_ops.available_backends().items()}
+    console.print(_table("backends", backends))
+
+
+def _table(title: str, rows: dict[str, object]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False, min_width=40)
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    return table
+
+
+def _versions() -> dict[str, object]:
+    rows = {"effnet_ops": effnet_ops.__version__, "Python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            rows[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            rows[package] = "not installed"
+    return rows
+
+
+def _machine() -> dict[str, object]:
+    rows: dict[str, object] = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "CPU": cpu_model(),
+        "CPU capability of PyTorch": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(i)
+            memory = f"{properties.total_memory / 2**30:.0f} GiB"
+            rows[f"GPU {i}"] = f"{properties.name}, {memory}, compute capability {properties.major}.{properties.minor}"
+    else:
+        rows["GPU"] = "none that PyTorch can use"
+    return rows
+
+
+def cpu_model() -> str:
+    """The processor's name as the operating system has it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _built() -> dict[str, object]:
+    if _native.module is None:
+        return {"C++": _native.why_missing}
+    return {key.replace("_", " "): value for key, value in _native.module.build_info().items()}

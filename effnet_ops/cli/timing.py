@@ -1,0 +1,43 @@
+"""Times of several functions that are compared with each other on a machine that others use too."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+
+
+class Timing(NamedTuple):
+    """Seconds of one call: the median, and the 20th and 80th percentiles around it."""
+
+    p20: float
+    p50: float
+    p80: float
+    repetitions: int
+
+
+def interleave(functions: Mapping[str, Callable[[], object]], seconds: float, warmup: int = 2) -> dict[str, Timing]:
+    """Call the functions in turn for about ``seconds`` in total, at least three rounds, and return each one's times.
+
+    A machine that slows down hits all of them alike, and every round begins with another one, since the first
+    pays for the caches that the last round left behind.
+    """
+    names = list(functions)
+    for name in names * warmup:
+        functions[name]()
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    rounds, end = 0, time.perf_counter() + seconds
+    while rounds < 3 or time.perf_counter() < end:
+        first = rounds % len(names)
+        for name in names[first:] + names[:first]:
+            start = time.perf_counter()
+            functions[name]()
+            samples[name].append(time.perf_counter() - start)
+        rounds += 1
+    quantiles = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    return {
+        name: Timing(*torch.tensor(values, dtype=torch.float64).quantile(quantiles).tolist(), rounds)
+        for name, values in samples.items()
+    }
