@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -38,7 +38,8 @@ BACKENDS: dict[str, Backend] = {
 }
 """In the order of the automatic choice; `reference` runs everything and comes last."""
 
-_requested: ContextVar[str | None] = ContextVar("effnet_ops_backend", default=None)
+# Not a ContextVar: torch.compile can neither trace nor guard one.
+_requested = threading.local()
 _automatic = [name for name, backend in BACKENDS.items() if not backend.unavailable()]
 
 
@@ -65,16 +66,17 @@ def use_backend(name: str) -> Iterator[None]:
     Raises ValueError for an unknown name, RuntimeError where the backend cannot run on this machine, and, inside,
     RuntimeError for each call that it does not cover. EFFNET_OPS_BACKEND in the environment sets the default.
     """
-    token = _requested.set(_check(name))
+    previous = getattr(_requested, "name", None)
+    _requested.name = _check(name)
     try:
         yield
     finally:
-        _requested.reset(token)
+        _requested.name = previous
 
 
 def select(x: Tensor, uncovered: str = "") -> str:
     """The backend that runs this call on x; ``uncovered`` is why the fused operators do not fit it, if they do not."""
-    requested = _requested.get() or _environment
+    requested = getattr(_requested, "name", None) or _environment
     if requested is not None:
         reason = BACKENDS[requested].refuses(x) or (uncovered if requested != "reference" else "")
         if reason:

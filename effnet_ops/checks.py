@@ -71,7 +71,8 @@ def resolve_padding(
     resolved: list[int] = []
     for n, k, s, d in zip(size, kernel, stride, dilation, strict=True):
         total = ((n + s - 1) // s - 1) * s + (k - 1) * d + 1 - n
-        total = torch.sym_max(total, 0)
+        # torch.compile cannot trace sym_max of plain ints, and max of a SymInt would fix its value.
+        total = max(total, 0) if isinstance(total, int) else torch.sym_max(total, 0)
         resolved += [total // 2, total - total // 2]
     return tuple(resolved)
 

@@ -205,10 +205,15 @@ def mbconv(
     return y
 
 
+@torch.compiler.assume_constant_result
+def _has_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
+
+
 def _run_reference(function: Callable[..., Any], x: Tensor, *args: Any, **keywords: Any) -> Any:
     """The reference on x, cast as autocast would cast it for a convolution; parameters keep their precision."""
     kind = x.device.type
-    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+    if not (_has_autocast(kind) and torch.is_autocast_enabled(kind)):
         return function(x, *args, **keywords)
     if x.dtype == torch.float32:
         x = x.to(torch.get_autocast_dtype(kind))
@@ -314,7 +319,8 @@ def _update_running_statistics(
     size: tuple[int, int],
 ) -> None:
     """Update the running buffers, but not when a checkpoint recomputes the block inside the backward pass."""
-    if torch._C._current_graph_task_id() != -1 or x.shape[0] == 0:
+    recomputing = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    if recomputing or x.shape[0] == 0:
         return
     inner, outer = x.shape[0] * x.shape[2] * x.shape[3], x.shape[0] * size[0] * size[1]
     for conv, used, count in zip(convs, statistics, (inner, outer, outer), strict=True):
