@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -76,7 +77,8 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], *, source: str, target:
         _check_conventions(source_model, target_model)
     member, entries = _identify(state_dict, source_model)
     if member not in target_model.members:
-        raise ValueError(f"the state dict is an efficientnet_{member}, which target {target!r} is not or does not have")
+        wrong = "is another network" if target_model.name else "has no such model"
+        raise ValueError(f"the state dict is an efficientnet_{member}, but target {target} {wrong}")
     converted = {}
     for entry in entries:
         key = entry.keys[source_model.keys]
@@ -147,7 +149,7 @@ def _other_layout(state_dict: Mapping[str, Tensor], source: _Model) -> str:
 
 
 def _problems(state_dict: Mapping[str, Tensor], entries: list[_Entry], layout: str) -> list[str]:
-    """Everything about the keys and shapes that does not fit, worst kind first."""
+    """Everything about the keys and shapes that does not fit, the first of each kind first."""
     expected = {entry.keys[layout]: entry for entry in entries}
     head = [entry.keys[layout] for entry in entries[-2:]]
     headless = not any(key in state_dict for key in head)
@@ -165,7 +167,8 @@ def _problems(state_dict: Mapping[str, Tensor], entries: list[_Entry], layout: s
         for key, entry in expected.items()
         if key not in state_dict and not entry.optional and not (headless and key in head)
     ]
-    return missing + [f"{key} is unexpected" for key in state_dict if key not in expected] + wrong
+    unexpected = [f"{key} is unexpected" for key in state_dict if key not in expected]
+    return [problem for row in zip_longest(missing, unexpected, wrong) for problem in row if problem]
 
 
 def _matches(tensor: Tensor, shape: tuple[int | None, ...]) -> bool:

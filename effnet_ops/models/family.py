@@ -78,6 +78,7 @@ _TIMM_MODELS = {
 _TENSORFLOW_MOMENTUM = replace(TENSORFLOW, momentum=0.01)
 _TORCHVISION_LARGE = Convention(eps=1e-3, momentum=0.01, padding="symmetric")
 
+# efficientnet_lite_pytorch is a fork of efficientnet_pytorch with the same layout, so either name takes Lite's weights.
 LIBRARIES: dict[str, Library] = {
     "effnet_ops": Library("timm", _TIMM_MODELS),
     "timm": Library("timm", _TIMM_MODELS),
@@ -89,7 +90,9 @@ LIBRARIES: dict[str, Library] = {
             **_models("efficientnet_{}", _BASE[5:8], _TORCHVISION_LARGE),
         },
     ),
-    "efficientnet_pytorch": Library("efficientnet_pytorch", _models("efficientnet-{}", _BASE, _TENSORFLOW_MOMENTUM)),
+    "efficientnet_pytorch": Library(
+        "efficientnet_pytorch", _models("efficientnet-{}", tuple(MEMBERS), _TENSORFLOW_MOMENTUM)
+    ),
     "efficientnet_lite_pytorch": Library(
         "efficientnet_pytorch", _models("efficientnet-{}", _LITE, _TENSORFLOW_MOMENTUM)
     ),
