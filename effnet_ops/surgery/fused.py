@@ -1,0 +1,424 @@
+"""What replaced modules share: how a block is described, when its description is still true, and how it is run.
+
+A replaced module keeps its children, parameters, buffers and attributes; only its class changes, to a subclass of its
+own (`FusedLayer`) whose forward reads the children when it is called. Before each call a cheap look at everything the
+description was read from decides between the fused operators and the stock forward, which is always right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import itemgetter
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from effnet_ops import functional
+from effnet_ops.checks import FLOAT_DTYPES
+from effnet_ops.params import BatchNormParams, ConvNormParams, SqueezeExciteParams
+from effnet_ops.reference import activate
+
+_CACHE = "_effnet_ops_plan"
+_HOOKS = {
+    "_forward_hooks": "forward",
+    "_forward_pre_hooks": "forward_pre",
+    "_backward_hooks": "backward",
+    "_backward_pre_hooks": "backward_pre",
+}
+_conv_attributes = itemgetter("stride", "padding", "dilation", "groups", "padding_mode")
+
+
+class Unfit(Exception):
+    """A module that cannot run fused; the message is the reason that the report gives."""
+
+
+class Part(NamedTuple):
+    """A module inside a layer, with its name there."""
+
+    name: str
+    module: nn.Module
+
+
+class Stage(NamedTuple):
+    """A convolution, its normalisation, and the activation behind it where that is a module of its own."""
+
+    conv: Part
+    norm: Part
+    activation: Part | None = None
+
+
+class SqueezeExcitePlan(NamedTuple):
+    """A squeeze-and-excitation layer: its two convolutions and the names of what follows each."""
+
+    reduce: nn.Conv2d
+    expand: nn.Conv2d
+    activation: str
+    gate: str
+
+    def params(self) -> SqueezeExciteParams:
+        reduce, expand = self.reduce, self.expand
+        tensors = (parameter(conv, name) for conv in (reduce, expand) for name in ("weight", "bias"))
+        return SqueezeExciteParams(*tensors, self.activation)
+
+    def run(self, x: Tensor) -> Tensor:
+        return functional.squeeze_excite(x, *self.params()[:4], activation=self.activation, gate=self.gate)
+
+
+class DepthwisePlan(NamedTuple):
+    """The settings of a depthwise convolution, as `effnet_ops.depthwise_conv2d` takes them."""
+
+    stride: tuple[int, int]
+    padding: functional.Padding
+    dilation: tuple[int, int]
+
+
+class BlockPlan(NamedTuple):
+    """An MBConv block: (convolution, normalisation) of each stage and the settings of `effnet_ops.mbconv`.
+
+    ``after`` is an activation behind the projection, which only blocks without a residual have.
+    """
+
+    expand: tuple[nn.Conv2d, nn.BatchNorm2d] | None
+    depthwise: tuple[nn.Conv2d, nn.BatchNorm2d]
+    squeeze_excite: SqueezeExcitePlan | None
+    project: tuple[nn.Conv2d, nn.BatchNorm2d]
+    stride: tuple[int, int]
+    padding: functional.Padding
+    activation: str
+    residual: bool
+    after: str
+
+    def mixed(self) -> bool:
+        """Whether some normalisations train and others do not; `effnet_ops.mbconv` has one flag for all."""
+        training = self.depthwise[1].training
+        return self.project[1].training is not training or (
+            self.expand is not None and self.expand[1].training is not training
+        )
+
+    def run(self, x: Tensor, drop_path: Tensor | None) -> Tensor:
+        squeeze_excite = self.squeeze_excite
+        y = functional.mbconv(
+            x,
+            None if self.expand is None else _conv_norm_params(*self.expand),
+            _conv_norm_params(*self.depthwise),
+            None if squeeze_excite is None else squeeze_excite.params(),
+            _conv_norm_params(*self.project),
+            stride=self.stride,
+            padding=self.padding,
+            activation=self.activation,
+            gate="sigmoid" if squeeze_excite is None else squeeze_excite.gate,
+            residual=self.residual,
+            drop_path=drop_path,
+            training=self.depthwise[1].training,
+        )
+        return y if self.after == "none" else activate(y, self.after)
+
+
+def parameter(module: nn.Module, name: str) -> Tensor | None:
+    """``module.name`` without the cost of nn.Module.__getattr__ where the tensor is a registered parameter."""
+    registered = module._parameters
+    # Replicas of nn.DataParallel, flattened and pruned modules keep a plain attribute instead.
+    return registered[name] if name in registered else getattr(module, name)
+
+
+def _conv_norm_params(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> ConvNormParams:
+    tracks = norm.track_running_stats or not norm.training
+    buffers = norm._buffers
+    running = (buffers["running_mean"], buffers["running_var"]) if tracks else (None, None)
+    count = buffers["num_batches_tracked"] if tracks else None
+    weight, bias = parameter(norm, "weight"), parameter(norm, "bias")
+    params = BatchNormParams(weight, bias, *running, norm.eps, norm.momentum, count)
+    return ConvNormParams(parameter(conv, "weight"), None, params)
+
+
+class FusedLayer(nn.Module):
+    """Base of all replacement classes. Each derives from the class it replaces, too, and is listed by `fuses`.
+
+    The forward has the stock's signature and runs `plan`'s result, or the stock forward where that is None.
+    """
+
+    stock: ClassVar[type[nn.Module]]
+    kind: ClassVar[str]
+    attributes: ClassVar[tuple[str, ...]] = ()
+    """Settings of the layer itself that `describe` reads and somebody could change later."""
+
+    @classmethod
+    def concerns(cls, module: nn.Module) -> bool:
+        """Whether a module of the stock class is a layer of this kind at all."""
+        return True
+
+    @classmethod
+    def describe(cls, module: nn.Module) -> Any:
+        """What to run instead of ``module``, read from it and its children; raises `Unfit`."""
+        raise NotImplementedError
+
+    def plan(self, x: Tensor) -> Any:
+        """The description of this layer as it is now, or None where only the stock forward is right."""
+        if not isinstance(x, Tensor) or x.dim() != 4 or x.dtype not in FLOAT_DTYPES or x.layout is not torch.strided:
+            return None
+        if torch.compiler.is_compiling():
+            onnx = torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+            return None if onnx else describe_or_none(self)
+        if (
+            torch.jit.is_tracing()
+            or forward_ad._current_level >= 0
+            or torch._C._functorch.peek_interpreter_stack() is not None
+        ):
+            return None
+        cached = self.__dict__.get(_CACHE)
+        if cached is None or not cached.holds(self):
+            cached = self.__dict__[_CACHE] = _CachedPlan(self)
+        return cached.plan
+
+    def forget_plan(self) -> None:
+        """Leave nothing of the fused layer behind in the module's attributes."""
+        self.__dict__.pop(_CACHE, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != _CACHE}
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise RuntimeError(
+            f"torch.jit.script cannot compile {type(self).__name__}: call effnet_ops.restore_layers(model) first"
+        )
+
+
+LAYERS: dict[type[nn.Module], type[FusedLayer]] = {}
+"""The replacement of each stock class; `fuses` adds to it."""
+
+UNSUPPORTED: dict[type[nn.Module], str] = {}
+"""Blocks of other libraries that are known and not fused, with the reason."""
+
+ACTIVATIONS: dict[type[nn.Module], str] = {
+    nn.Identity: "none",
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.SiLU: "silu",
+    nn.Hardswish: "hardswish",
+}
+GATES: dict[type[nn.Module], str] = {nn.Sigmoid: "sigmoid", nn.Hardsigmoid: "hard_sigmoid"}
+
+NORMS: dict[type[nn.Module], Callable[[Any], list[Part]]] = {nn.BatchNorm2d: lambda norm: []}
+"""The modules that a normalisation runs behind itself: all must be activations that fit."""
+
+CONVOLUTIONS: dict[type[nn.Module], Callable[[Any], functional.Padding]] = {}
+"""The padding of each convolution class, as `effnet_ops.depthwise_conv2d` takes it."""
+
+_Fused = TypeVar("_Fused", bound=type[FusedLayer])
+
+
+def fuses(stock: type[nn.Module]) -> Callable[[_Fused], _Fused]:
+    """Class decorator: the class replaces modules whose class is exactly ``stock``."""
+
+    def register(fused: _Fused) -> _Fused:
+        fused.stock = stock
+        LAYERS[stock] = fused
+        return fused
+
+    return register
+
+
+def stock_class(module: nn.Module) -> type[nn.Module]:
+    """The class of ``module``, or the one it had before it was replaced."""
+    replaced = isinstance(module, FusedLayer) and LAYERS.get(module.stock) is type(module)
+    return module.stock if replaced else type(module)
+
+
+def activation_name(part: Part) -> str:
+    """The name of an activation module; raises `Unfit` for one that the fused operators do not have."""
+    name = ACTIVATIONS.get(type(part.module))
+    if name is None:
+        raise Unfit(f"{part.name} is {type(part.module).__name__}, an activation that is not fused")
+    return name
+
+
+def gate_name(part: Part) -> str:
+    """The name of a squeeze-and-excitation gate; raises `Unfit` for one that the fused operators do not have."""
+    name = GATES.get(type(part.module))
+    if name is None:
+        raise Unfit(f"{part.name} is {type(part.module).__name__}, a gate that is not fused")
+    return name
+
+
+def identity(part: Part) -> None:
+    """Raise `Unfit` unless the module does nothing."""
+    if type(part.module) is not nn.Identity:
+        raise Unfit(f"{part.name} is {type(part.module).__name__}, which is not fused")
+
+
+def convolution_padding(part: Part) -> functional.Padding:
+    """The padding of a convolution that is known exactly; raises `Unfit` for every other module."""
+    padding_of = CONVOLUTIONS.get(stock_class(part.module))
+    if padding_of is None:
+        raise Unfit(f"{part.name} is {type(part.module).__name__}, a convolution that is not fused")
+    if part.module.padding_mode != "zeros":
+        raise Unfit(f"{part.name} has padding_mode {part.module.padding_mode!r}")
+    return padding_of(part.module)
+
+
+def _check_pointwise(part: Part) -> nn.Conv2d:
+    conv, padding = part.module, convolution_padding(part)
+    settings = (("kernel_size", conv.kernel_size), ("stride", conv.stride))
+    for name, value in settings:
+        if tuple(value) != (1, 1):
+            raise Unfit(f"{part.name} has {name} {tuple(value)}, not a pointwise convolution")
+    if conv.groups != 1:
+        raise Unfit(f"{part.name} has {conv.groups} groups, not a pointwise convolution")
+    # At kernel 1 and stride 1, TensorFlow's SAME pads nothing.
+    if padding != "same" and any(padding):
+        raise Unfit(f"{part.name} pads its input by {padding}")
+    return conv
+
+
+def _check_depthwise(part: Part) -> tuple[nn.Conv2d, functional.Padding]:
+    conv, padding = part.module, convolution_padding(part)
+    if not conv.groups == conv.in_channels == conv.out_channels:
+        raise Unfit(f"{part.name} has {conv.groups} groups for {conv.in_channels} channels, so it is not depthwise")
+    if tuple(conv.dilation) != (1, 1):
+        raise Unfit(f"{part.name} has dilation {tuple(conv.dilation)}")
+    return conv, padding
+
+
+def _check_norm(stage: Stage) -> tuple[nn.BatchNorm2d, str]:
+    """The normalisation of a stage and the name of the one activation behind it."""
+    name, norm = stage.norm
+    parts_of = NORMS.get(type(norm))
+    if parts_of is None:
+        raise Unfit(f"{name} is {type(norm).__name__}, not a BatchNorm2d that is fused")
+    if stage.conv.module.bias is not None:
+        raise Unfit(f"{stage.conv.name} has a bias before its normalisation")
+    if norm.momentum is None and norm.num_batches_tracked is None and norm.track_running_stats:
+        raise Unfit(f"{name} has neither a momentum nor num_batches_tracked")
+    behind = [Part(f"{name}.{inner}", module) for inner, module in parts_of(norm)]
+    if stage.activation is not None:
+        behind.append(stage.activation)
+    names = [found for found in map(activation_name, behind) if found != "none"]
+    if len(names) > 1:
+        raise Unfit(f"{name} has {len(names)} activations behind it")
+    return norm, names[0] if names else "none"
+
+
+def block_plan(
+    expand: Stage | None,
+    depthwise: Stage,
+    squeeze_excite: SqueezeExcitePlan | None,
+    project: Stage,
+    *,
+    residual: bool,
+) -> BlockPlan:
+    """The plan of an MBConv block from its parts; raises `Unfit` where one is not what the operators compute."""
+    conv, padding = _check_depthwise(depthwise.conv)
+    norm, activation = _check_norm(depthwise)
+    expanded = None
+    if expand is not None:
+        pointwise = _check_pointwise(expand.conv)
+        expand_norm, expand_activation = _check_norm(expand)
+        expanded = (pointwise, expand_norm)
+        if expand_activation != activation:
+            raise Unfit(f"its activations differ: {expand_activation} and {activation}")
+    projected = _check_pointwise(project.conv)
+    project_norm, after = _check_norm(project)
+    if residual and after != "none":
+        raise Unfit(f"{project.norm.name} has an activation between the projection and the residual")
+    norms = [norm, project_norm] + ([] if expanded is None else [expanded[1]])
+    if len(set(map(id, norms))) < len(norms):
+        raise Unfit("two of its normalisations are one shared module")
+    return BlockPlan(
+        expanded,
+        (conv, norm),
+        squeeze_excite,
+        (projected, project_norm),
+        tuple(conv.stride),
+        padding,
+        activation,
+        residual,
+        after,
+    )
+
+
+def squeeze_excite_plan(reduce: Part, activation: Part, expand: Part, gate: str) -> SqueezeExcitePlan:
+    """The plan of a squeeze-and-excitation layer from its parts; raises `Unfit` where one does not fit."""
+    convs = _check_pointwise(reduce), _check_pointwise(expand)
+    return SqueezeExcitePlan(*convs, activation_name(activation), gate)
+
+
+def described_squeeze_excite(part: Part) -> SqueezeExcitePlan | None:
+    """The plan of a block's squeeze-and-excitation, None for nn.Identity; raises `Unfit` for anything unknown."""
+    if type(part.module) is nn.Identity:
+        return None
+    fused = LAYERS.get(stock_class(part.module))
+    if fused is None or fused.kind != "squeeze_excite":
+        raise Unfit(f"{part.name} is {type(part.module).__name__}, not a squeeze-and-excitation that is fused")
+    try:
+        return fused.describe(part.module)
+    except Unfit as reason:
+        raise Unfit(f"{part.name}.{reason}") from None
+
+
+def describe(layer: type[FusedLayer], module: nn.Module) -> Any:
+    """What ``layer`` runs instead of ``module``; raises `Unfit` also where somebody relies on a child being called."""
+    for name, inner in module.named_modules():
+        if inner is not module:
+            _check_untouched(name, inner)
+    return layer.describe(module)
+
+
+def describe_or_none(module: FusedLayer) -> Any:
+    """`describe` of a replaced module, None instead of `Unfit`."""
+    try:
+        return describe(type(module), module)
+    except Unfit:
+        return None
+
+
+def _check_untouched(name: str, module: nn.Module) -> None:
+    """Raise `Unfit` where a child does more than its class says: its forward would not be called."""
+    if isinstance(module, torch.jit.ScriptModule):
+        raise Unfit(f"{name} is a TorchScript module")
+    state = module.__dict__
+    for attribute, kind in _HOOKS.items():
+        if state.get(attribute):
+            raise Unfit(f"{name} has a {kind} hook")
+    if "forward" in state:
+        raise Unfit(f"the forward of {name} was replaced on the instance")
+    if "parametrizations" in module._modules:
+        raise Unfit(f"{name} has parametrized parameters")
+    if state.get("qconfig") is not None:
+        raise Unfit(f"{name} is prepared for quantization")
+
+
+class _CachedPlan:
+    """A plan with everything it was read from: the call-time check is a few comparisons of lists."""
+
+    __slots__ = ("_convs", "_dicts", "_hooked", "_hooks", "_links", "_modules", "_read_from", "plan")
+
+    def __init__(self, layer: FusedLayer) -> None:
+        layer.__dict__.setdefault(_CACHE, None)
+        self._modules = [module for module in layer.modules() if module is not layer]
+        self._dicts = [module.__dict__ for module in self._modules]
+        self._hooks = [state[name] for state in self._dicts for name in _HOOKS if name in state]
+        self._links = [layer._modules, *(module._modules for module in self._modules if module._modules)]
+        self._convs = [module.__dict__ for module in self._modules if isinstance(module, nn.Conv2d)]
+        self._hooked = any(self._hooks)
+        self._read_from = self._read(layer)
+        self.plan = describe_or_none(layer)
+
+    def _read(self, layer: FusedLayer) -> tuple[list[Any], ...]:
+        return (
+            [getattr(layer, name) for name in layer.attributes],
+            [list(links.values()) for links in self._links],
+            list(map(type, self._modules)),
+            # A new instance attribute can be a forward of its own.
+            list(map(len, self._dicts)),
+            list(map(_conv_attributes, self._convs)),
+        )
+
+    def holds(self, layer: FusedLayer) -> bool:
+        """Whether nothing has changed since. A replica that was made by copying __dict__ has children of its own."""
+        return (
+            self._links[0] is layer._modules
+            and any(self._hooks) is self._hooked
+            and self._read(layer) == self._read_from
+        )

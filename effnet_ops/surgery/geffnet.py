@@ -1,0 +1,132 @@
+"""geffnet (gen-efficientnet-pytorch): timm's ancestor, with activations beside the norms and gates as functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from geffnet import efficientnet_builder as blocks
+from geffnet.activations import activations, activations_jit, activations_me
+from geffnet.conv2d_layers import Conv2dSame
+from torch import Tensor, nn
+
+from effnet_ops.surgery.drop_path import uniform_scale
+from effnet_ops.surgery.fused import (
+    ACTIVATIONS,
+    CONVOLUTIONS,
+    UNSUPPORTED,
+    BlockPlan,
+    FusedLayer,
+    Part,
+    SqueezeExcitePlan,
+    Stage,
+    Unfit,
+    block_plan,
+    described_squeeze_excite,
+    fuses,
+    squeeze_excite_plan,
+)
+from effnet_ops.surgery.generic import FusedDepthwise, FusedSqueezeExcite
+
+ACTIVATIONS.update(
+    {
+        activations.Swish: "silu",
+        activations_me.SwishMe: "silu",
+        activations_jit.SwishJit: "silu",
+        activations.HardSwish: "hardswish",
+        activations_me.HardSwishMe: "hardswish",
+        activations_jit.HardSwishJit: "hardswish",
+    }
+)
+CONVOLUTIONS[Conv2dSame] = lambda conv: "same"
+_GATES: dict[Callable[..., Tensor], str] = {
+    activations.sigmoid: "sigmoid",
+    activations.hard_sigmoid: "hard_sigmoid",
+    activations_me.hard_sigmoid_me: "hard_sigmoid",
+    activations_jit.hard_sigmoid_jit: "hard_sigmoid",
+}
+
+UNSUPPORTED.update(
+    {
+        blocks.EdgeResidual: "EdgeResidual (FusedMBConv) is not fused as a block",
+        blocks.CondConvResidual: "CondConvResidual chooses its weights for each image",
+    }
+)
+
+
+@fuses(Conv2dSame)
+class FusedConv2dSame(FusedDepthwise, Conv2dSame):
+    """A depthwise convolution with TensorFlow's SAME padding."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.run(x)
+        return Conv2dSame.forward(self, x) if y is None else y
+
+
+@fuses(blocks.SqueezeExcite)
+class FusedSqueezeExciteBlock(FusedSqueezeExcite, blocks.SqueezeExcite):
+    """geffnet's squeeze-and-excitation, whose gate is a function."""
+
+    attributes = ("gate_fn",)
+
+    @classmethod
+    def describe(cls, module: nn.Module) -> SqueezeExcitePlan:
+        gate = _GATES.get(module.gate_fn)
+        if gate is None:
+            raise Unfit(f"gate_fn is {module.gate_fn}, a gate that is not fused")
+        parts = (Part(name, getattr(module, name)) for name in ("conv_reduce", "act1", "conv_expand"))
+        return squeeze_excite_plan(*parts, gate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.run(x)
+        return blocks.SqueezeExcite.forward(self, x) if y is None else y
+
+
+class _FusedBlock(FusedLayer):
+    kind = "block"
+    attributes = ("has_residual",)
+
+    def run(self, x: Tensor) -> Tensor | None:
+        """The block's output for x, or None where only the stock forward is right."""
+        plan: BlockPlan | None = self.plan(x)
+        if plan is None or plan.mixed():
+            return None
+        drops = plan.residual and self.drop_connect_rate > 0.0 and self.training
+        return plan.run(x, uniform_scale(x, self.drop_connect_rate) if drops else None)
+
+
+def _describe_block(block: nn.Module, stages: list[tuple[str, str, str | None]]) -> BlockPlan:
+    def part(name: str | None) -> Part | None:
+        return None if name is None else Part(name, getattr(block, name))
+
+    *expand, depthwise, project = (Stage(*map(part, names)) for names in stages)
+    squeeze_excite = described_squeeze_excite(part("se"))
+    return block_plan(
+        expand[0] if expand else None, depthwise, squeeze_excite, project, residual=bool(block.has_residual)
+    )
+
+
+@fuses(blocks.InvertedResidual)
+class FusedInvertedResidual(_FusedBlock, blocks.InvertedResidual):
+    """MBConv with an expansion."""
+
+    @classmethod
+    def describe(cls, module: nn.Module) -> BlockPlan:
+        stages = [("conv_pw", "bn1", "act1"), ("conv_dw", "bn2", "act2"), ("conv_pwl", "bn3", None)]
+        return _describe_block(module, stages)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.run(x)
+        return blocks.InvertedResidual.forward(self, x) if y is None else y
+
+
+@fuses(blocks.DepthwiseSeparableConv)
+class FusedDepthwiseSeparableConv(_FusedBlock, blocks.DepthwiseSeparableConv):
+    """MBConv without an expansion."""
+
+    @classmethod
+    def describe(cls, module: nn.Module) -> BlockPlan:
+        return _describe_block(module, [("conv_dw", "bn1", "act1"), ("conv_pw", "bn2", "act2")])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.run(x)
+        return blocks.DepthwiseSeparableConv.forward(self, x) if y is None else y

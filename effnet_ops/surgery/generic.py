@@ -1,0 +1,72 @@
+"""Layers of PyTorch itself: a depthwise nn.Conv2d."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from effnet_ops import functional
+from effnet_ops.surgery.fused import (
+    CONVOLUTIONS,
+    DepthwisePlan,
+    FusedLayer,
+    Part,
+    SqueezeExcitePlan,
+    Unfit,
+    convolution_padding,
+    fuses,
+)
+
+
+def conv2d_padding(conv: nn.Conv2d) -> tuple[int, ...]:
+    """(top, bottom, left, right) of an nn.Conv2d, whose ``padding`` can be "same" or "valid"."""
+    if not isinstance(conv.padding, str):
+        vertical, horizontal = conv.padding
+        return (vertical, vertical, horizontal, horizontal)
+    left, right, top, bottom = conv._reversed_padding_repeated_twice
+    return (top, bottom, left, right)
+
+
+class FusedDepthwise(FusedLayer):
+    """Base of the depthwise convolutions; a library's own class differs in its padding only."""
+
+    kind = "depthwise"
+    attributes = ("stride", "padding", "dilation", "groups", "padding_mode")
+
+    @classmethod
+    def concerns(cls, module: nn.Module) -> bool:
+        return module.groups == module.in_channels > 1
+
+    @classmethod
+    def describe(cls, module: nn.Module) -> DepthwisePlan:
+        if not module.groups == module.in_channels == module.out_channels:
+            raise Unfit(f"it makes {module.out_channels} channels of {module.in_channels}, more than one each")
+        padding = convolution_padding(Part("it", module))
+        return DepthwisePlan(tuple(module.stride), padding, tuple(module.dilation))
+
+    def run(self, x: Tensor) -> Tensor | None:
+        """The convolution of x, or None where only the stock forward is right."""
+        plan = self.plan(x)
+        return None if plan is None else functional.depthwise_conv2d(x, self.weight, self.bias, **plan._asdict())
+
+
+class FusedSqueezeExcite(FusedLayer):
+    """Base of the squeeze-and-excitation layers."""
+
+    kind = "squeeze_excite"
+
+    def run(self, x: Tensor) -> Tensor | None:
+        """The layer's output for x, or None where only the stock forward is right."""
+        plan: SqueezeExcitePlan | None = self.plan(x)
+        return None if plan is None else plan.run(x)
+
+
+CONVOLUTIONS[nn.Conv2d] = conv2d_padding
+
+
+@fuses(nn.Conv2d)
+class FusedConv2d(FusedDepthwise, nn.Conv2d):
+    """A depthwise nn.Conv2d."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = self.run(input)
+        return nn.Conv2d.forward(self, input) if y is None else y

@@ -1,0 +1,198 @@
+"""replace_layers and restore_layers: they change the class of modules, and nothing else.
+
+Swapping ``module.__class__`` for an importable subclass of it survives copy.deepcopy, pickle and torch.save; parameters
+keep their identity, so optimizers, state dicts and hooks on the modules themselves notice nothing. Only exact classes
+are replaced: a subclass that somebody else wrote may compute something else, so it is skipped, with that reason.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from effnet_ops.surgery import generic  # noqa: F401  (registers the layers of PyTorch itself)
+from effnet_ops.surgery.fused import LAYERS, UNSUPPORTED, FusedLayer, Unfit, describe
+
+_LIBRARIES = frozenset({"timm", "torchvision", "efficientnet_pytorch", "geffnet"})
+_KINDS = {
+    "block": "MBConv blocks",
+    "depthwise": "depthwise convolutions",
+    "squeeze_excite": "squeeze-and-excitation layers",
+}
+_OWN = {"MBConv": "block", "DepthwiseConv2d": "depthwise", "SqueezeExcite": "squeeze_excite"}
+_NAMES_SHOWN = 4
+
+
+@dataclass
+class ReplacementReport:
+    """What `replace_layers` did, by the modules' qualified names; a whole block is one entry.
+
+    Attributes:
+        replaced: the modules that this call replaced, in the order of the model.
+        skipped: the modules that were recognised and left as they are, with the reason.
+        kinds: "block", "depthwise" or "squeeze_excite" for each of these modules; "other" for other kinds of block.
+    """
+
+    replaced: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    kinds: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        if not self.kinds:
+            return "nothing to replace: no MBConv block, depthwise convolution or squeeze-and-excitation layer found"
+        found, done = Counter(self.kinds.values()), Counter(self.kinds[name] for name in self.replaced)
+        counts = [f"{done[kind]} of {found[kind]} {noun}" for kind, noun in _KINDS.items() if found[kind]]
+        lines = [f"{', '.join(counts) or 'nothing'} replaced"]
+        by_reason = defaultdict(list)
+        for name, reason in self.skipped.items():
+            by_reason[reason].append(name or "the model itself")
+        for reason, names in by_reason.items():
+            more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+            lines.append(f"  skipped {', '.join(names[:_NAMES_SHOWN])}{more}: {reason}")
+        return "\n".join(lines)
+
+
+def replace_layers(model: nn.Module) -> ReplacementReport:
+    """Let MBConv blocks, depthwise convolutions and squeeze-and-excitation layers run the fused operators, in place.
+
+    Knows the blocks of timm, torchvision, efficientnet_pytorch and geffnet, and nn.Conv2d. A block that is not exactly
+    MBConv is skipped, and what is inside it is replaced layer by layer. Modules, parameters, buffers and their names
+    stay; a module's stock forward runs whenever something changes later that the fused one would miss (a hook on a
+    child, a child of another class, BatchNorm modes that differ within a block, tracing). Hooks on a replaced module
+    itself work. Calling it again replaces only what was added since. `restore_layers` undoes it.
+
+    Args:
+        model: any module; it is changed in place, all of it or, if an error is raised, nothing.
+
+    Returns:
+        What was replaced, and what was skipped and why.
+
+    Raises:
+        TypeError: ``model`` is not a torch.nn.Module.
+    """
+    _check_module(model)
+    report = ReplacementReport()
+    changes: list[tuple[nn.Module, type[nn.Module]]] = []
+    _visit("", model, report, changes, set())
+    _apply(changes)
+    return report
+
+
+def restore_layers(model: nn.Module) -> None:
+    """Give every module that `replace_layers` changed its own class back, in place, bit for bit.
+
+    Raises:
+        TypeError: ``model`` is not a torch.nn.Module.
+    """
+    _check_module(model)
+    for module in model.modules():
+        if not isinstance(module, FusedLayer):
+            continue
+        fused = LAYERS[module.stock]
+        module.forget_plan()
+        if type(module) is fused:
+            module.__class__ = module.stock
+        else:
+            # torch.nn.utils.parametrize has put a class of its own, made for this module, on top of the fused one.
+            type(module).__bases__ = tuple(fused.stock if base is fused else base for base in type(module).__bases__)
+
+
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def _visit(
+    name: str,
+    module: nn.Module,
+    report: ReplacementReport,
+    changes: list[tuple[nn.Module, type[nn.Module]]],
+    seen: set[int],
+) -> None:
+    """Plan the changes to a module or, where it stays, to its children."""
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    found = _classify(module)
+    if found is not None:
+        kind, result = found
+        report.kinds[name] = kind
+        if not isinstance(result, str):
+            report.replaced.append(name)
+            changes.append((module, result))
+            return
+        report.skipped[name] = result
+    if found is None or not _closed(module):
+        for child_name, child in module.named_children():
+            _visit(f"{name}.{child_name}" if name else child_name, child, report, changes, seen)
+
+
+def _closed(module: nn.Module) -> bool:
+    """Whether what is inside a module must be left alone."""
+    return isinstance(module, (FusedLayer, torch.jit.ScriptModule, torch.fx.GraphModule)) or _own_kind(module) != ""
+
+
+def _own_kind(module: nn.Module) -> str:
+    """The kind of a layer of `effnet_ops.layers`, "" for anything else."""
+    return _OWN.get(type(module).__name__, "") if type(module).__module__ == "effnet_ops.layers" else ""
+
+
+def _classify(module: nn.Module) -> tuple[str, type[FusedLayer] | str] | None:
+    """A module's kind with its replacement class or the reason to skip it; None if it is none of our business."""
+    if isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule)):
+        return "other", "its code is compiled (TorchScript or torch.fx): replace the layers before that"
+    if isinstance(module, FusedLayer):
+        return module.kind, "it is fused already, by an earlier replace_layers"
+    if kind := _own_kind(module):
+        return kind, f"it is fused already: effnet_ops.layers.{type(module).__name__}"
+    adapter_error = _load_adapters(type(module))
+    if type(module) in UNSUPPORTED:
+        return "other", UNSUPPORTED[type(module)]
+    layer = next((LAYERS[base] for base in type(module).__mro__ if base in LAYERS), None)
+    if layer is not None and layer.concerns(module):
+        return layer.kind, _why_not(module, layer) or layer
+    return ("other", adapter_error) if adapter_error else None
+
+
+def _why_not(module: nn.Module, layer: type[FusedLayer]) -> str:
+    """Why ``module`` cannot become a ``layer``, or "" if it can."""
+    if "parametrizations" in module._modules:
+        return "its parameters are parametrized"
+    if type(module) is not layer.stock:
+        return f"{type(module).__name__} is a subclass of {layer.stock.__name__}, and its forward may differ"
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance"
+    if getattr(module, "qconfig", None) is not None:
+        return "it is prepared for quantization"
+    try:
+        describe(layer, module)
+    except Unfit as reason:
+        return str(reason)
+    return ""
+
+
+def _load_adapters(cls: type) -> str:
+    """Load the adapter of the library that a class or one of its bases comes from; the reason if that fails, or ""."""
+    for library in {base.__module__.partition(".")[0] for base in cls.__mro__} & _LIBRARIES:
+        try:
+            importlib.import_module(f"effnet_ops.surgery.{library}")
+        except (ImportError, AttributeError) as error:
+            return f"this version of {library} is not supported: {error}"
+    return ""
+
+
+def _apply(changes: list[tuple[nn.Module, type[nn.Module]]]) -> None:
+    """Change every class, or none if one of them cannot be changed."""
+    done: list[nn.Module] = []
+    try:
+        for module, fused in changes:
+            module.__class__ = fused
+            done.append(module)
+    except BaseException:
+        for module in done:
+            module.__class__ = module.stock
+        raise
