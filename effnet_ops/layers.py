@@ -179,18 +179,19 @@ class SqueezeExcite(nn.Module):
         self.conv_expand = nn.Conv2d(squeezed, channels, 1, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.fits():
-            return functional.squeeze_excite(x, *self.parameter_group()[:4], activation=self.activation, gate=self.gate)
+        params = self.parameter_group()
+        if params is not None:
+            return functional.squeeze_excite(x, *params[:4], activation=self.activation, gate=self.gate)
         hidden = reference.activate(self.conv_reduce(x.mean((2, 3), keepdim=True)), self.activation)
         return x * reference.GATES[self.gate](self.conv_expand(hidden))
 
-    def fits(self) -> bool:
-        """Whether both children are plain 1x1 convolutions."""
-        return _is_pointwise(self.conv_reduce) and _is_pointwise(self.conv_expand)
-
-    def parameter_group(self) -> SqueezeExciteParams:
-        reduce, expand = self.conv_reduce, self.conv_expand
-        return SqueezeExciteParams(reduce.weight, reduce.bias, expand.weight, expand.bias, self.activation)
+    def parameter_group(self) -> SqueezeExciteParams | None:
+        """The children's parameters, or None where a child is not a plain 1x1 convolution."""
+        reduce, expand = self._modules["conv_reduce"], self._modules["conv_expand"]
+        if not (_is_pointwise(reduce) and _is_pointwise(expand)):
+            return None
+        weights = _parameter(reduce, "weight"), _parameter(reduce, "bias")
+        return SqueezeExciteParams(*weights, _parameter(expand, "weight"), _parameter(expand, "bias"), self.activation)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}, gate={self.gate}"
@@ -263,19 +264,15 @@ class MBConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         drop = self.training and self.residual and self.drop_path_rate > 0.0
         drop_path = reference.drop_path_scale(x.shape[0], self.drop_path_rate, x.device) if drop else None
-        expand, depthwise, project = self._conv_norms()
-        training = self._fused_mode(expand, depthwise, project)
-        if training is None:
-            return self._run_children(x, expand, depthwise, project, drop_path)
-        dw = depthwise[0]
+        groups = self._groups()
+        if groups is None:
+            return self._run_children(x, drop_path)
+        *params, depthwise, training = groups
         return functional.mbconv(
             x,
-            None if expand is None else _conv_norm_params(*expand, training),
-            _conv_norm_params(*depthwise, training),
-            self.se.parameter_group() if type(self.se) is SqueezeExcite else None,
-            _conv_norm_params(*project, training),
-            stride=dw.stride,
-            padding=dw.padding,
+            *params,
+            stride=depthwise.stride,
+            padding=depthwise.padding,
             activation=self.activation,
             gate=self.gate,
             residual=self.residual,
@@ -285,28 +282,38 @@ class MBConv(nn.Module):
 
     def _conv_norms(self) -> tuple[tuple[nn.Module, nn.Module] | None, ...]:
         """(convolution, normalisation) of the expansion, or None, the depthwise step and the projection."""
+        m = self._modules
         if self.expands:
-            return (self.conv_pw, self.bn1), (self.conv_dw, self.bn2), (self.conv_pwl, self.bn3)
-        return None, (self.conv_dw, self.bn1), (self.conv_pw, self.bn2)
+            return (m["conv_pw"], m["bn1"]), (m["conv_dw"], m["bn2"]), (m["conv_pwl"], m["bn3"])
+        return None, (m["conv_dw"], m["bn1"]), (m["conv_pw"], m["bn2"])
 
-    def _fused_mode(self, expand, depthwise, project) -> bool | None:
-        """Whether the fused block uses batch statistics, or None where it would not do what the children do."""
-        pairs = (depthwise, project) if expand is None else (expand, depthwise, project)
-        if not (_is_depthwise(depthwise[0]) and all(_is_pointwise(c) for c, _ in pairs if c is not depthwise[0])):
+    def _groups(self) -> tuple | None:
+        """The four parameter groups, the depthwise convolution and whether to use batch statistics.
+
+        None where the fused block would not do what the children do.
+        """
+        expand, (depthwise, bn_depthwise), (project, bn_project) = self._conv_norms()
+        fits = _is_depthwise(depthwise) and _is_pointwise(project) and (expand is None or _is_pointwise(expand[0]))
+        training = _shared_mode(bn_depthwise, bn_project, *(expand[1:] if expand else ()))
+        if not fits or training is None:
             return None
-        if not (_is_plain(self.se, nn.Identity) or (_is_plain(self.se, SqueezeExcite) and self.se.fits())):
-            return None
-        modes = set()
-        for conv, norm in pairs:
-            if _is_plain(norm, nn.BatchNorm2d):
-                if conv.bias is not None:
-                    return None
-                modes.add(norm.training)
-            elif not _is_plain(norm, nn.Identity):
+        se, se_params = self._modules["se"], None
+        if _is_plain(se, SqueezeExcite):
+            se_params = se.parameter_group()
+            if se_params is None:
                 return None
-        return modes.pop() if len(modes) == 1 else None if modes else False
+        elif not _is_plain(se, nn.Identity):
+            return None
+        expand_params = _conv_norm_params(*expand, training) if expand else None
+        depthwise_params = _conv_norm_params(depthwise, bn_depthwise, training)
+        project_params = _conv_norm_params(project, bn_project, training)
+        for params in (expand_params, depthwise_params, project_params):
+            if params is not None and params.bias is not None and params.norm is not None:
+                return None
+        return expand_params, depthwise_params, se_params, project_params, depthwise, training
 
-    def _run_children(self, x: Tensor, expand, depthwise, project, drop_path: Tensor | None) -> Tensor:
+    def _run_children(self, x: Tensor, drop_path: Tensor | None) -> Tensor:
+        expand, depthwise, project = self._conv_norms()
         h = x
         for conv, norm in (depthwise,) if expand is None else (expand, depthwise):
             h = reference.activate(norm(conv(h)), self.activation)
@@ -390,14 +397,32 @@ def _is_depthwise(conv: nn.Module) -> bool:
     return _is_plain(conv, DepthwiseConv2d) and conv.dilation == (1, 1) and conv.activation == "none"
 
 
+def _shared_mode(*norms: nn.Module) -> bool | None:
+    """Whether all normalisations use batch statistics (True) or none (False); None where they differ or do not fit."""
+    mode = None
+    for norm in norms:
+        if _is_plain(norm, nn.BatchNorm2d):
+            if mode is not None and norm.training != mode:
+                return None
+            mode = norm.training
+        elif not _is_plain(norm, nn.Identity):
+            return None
+    return bool(mode)
+
+
 def _conv_norm_params(conv: nn.Module, norm: nn.Module, training: bool) -> ConvNormParams:
+    weight, bias = _parameter(conv, "weight"), _parameter(conv, "bias")
     if type(norm) is nn.Identity:
-        return ConvNormParams(conv.weight, conv.bias)
-    mean, variance, count = norm.running_mean, norm.running_var, norm.num_batches_tracked
-    if training and not norm.track_running_stats:
-        mean = variance = count = None
-    return ConvNormParams(
-        conv.weight,
-        None,
-        BatchNormParams(norm.weight, norm.bias, mean, variance, norm.eps, norm.momentum, count if training else None),
-    )
+        return ConvNormParams(weight, bias)
+    gamma, beta, mean, variance, count = _parameter(norm, "weight"), _parameter(norm, "bias"), None, None, None
+    if norm.track_running_stats or not training:
+        buffers = norm._buffers
+        mean, variance = buffers["running_mean"], buffers["running_var"]
+        count = buffers["num_batches_tracked"] if training else None
+    return ConvNormParams(weight, bias, BatchNormParams(gamma, beta, mean, variance, norm.eps, norm.momentum, count))
+
+
+def _parameter(module: nn.Module, name: str) -> Tensor | None:
+    """``module.name``, without the cost of nn.Module's attribute lookup where the parameter is in its usual place."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
