@@ -54,9 +54,7 @@ def padding_sides(padding: int | str | Sequence[int]) -> tuple[int, ...]:
     if len(sides) == 2:
         sides = (sides[0], sides[0], sides[1], sides[1])
     if len(sides) != 4 or not all(isinstance(v, int) for v in sides):
-        raise ValueError(
-            f'padding must be an int, a pair, (top, bottom, left, right) or "same", got {padding!r}'
-        )
+        raise ValueError(f'padding must be an int, a pair, (top, bottom, left, right) or "same", got {padding!r}')
     if min(sides) < 0:
         raise ValueError(f"padding must not be negative, got {padding!r}")
     return sides
@@ -83,9 +81,7 @@ def output_size(
     """Height and width of a convolution's output; ``padding`` is (top, bottom, left, right)."""
     height, width = (
         (n + before + after - (k - 1) * d - 1) // s + 1
-        for n, before, after, k, s, d in zip(
-            size, padding[::2], padding[1::2], kernel, stride, dilation, strict=True
-        )
+        for n, before, after, k, s, d in zip(size, padding[::2], padding[1::2], kernel, stride, dilation, strict=True)
     )
     return height, width
 

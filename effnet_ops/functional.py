@@ -192,7 +192,15 @@ def mbconv(
     if backends.select(x, uncovered) == "reference":
         padding = checks.resolve_padding(sides, x.shape[2:], depthwise.weight.shape[2:], stride, (1, 1))
         y, statistics = _run_reference(
-            reference.mbconv, x, expand, depthwise, squeeze_excite, project, padding=padding, training=training, **keywords
+            reference.mbconv,
+            x,
+            expand,
+            depthwise,
+            squeeze_excite,
+            project,
+            padding=padding,
+            training=training,
+            **keywords,
         )
         if expand is None:
             statistics = [None, *statistics]

@@ -1,0 +1,543 @@
+// Unpacks tensors for the kernels and registers them as the CPU implementations of the operators, through the LibTorch
+// stable ABI alone. Shapes and dtypes were checked in Python; what is checked here keeps a direct call of
+// torch.ops.effnet_ops from reading out of bounds.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace effnet {
+namespace {
+
+using cpu::Activation;
+using cpu::DType;
+using cpu::Gate;
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Ints = std::vector<int64_t>;
+using Needs = std::vector<bool>;
+
+DType kernel_dtype(ScalarType type) {
+    switch (type) {
+        case ScalarType::Float:
+            return DType::f32;
+        case ScalarType::Double:
+            return DType::f64;
+        case ScalarType::BFloat16:
+            return DType::bf16;
+        case ScalarType::Half:
+            return DType::f16;
+        default:
+            STD_TORCH_CHECK(false, "x must be float32, float64, bfloat16 or float16");
+            return DType::f32;
+    }
+}
+
+ScalarType compute_type(ScalarType type) { return type == ScalarType::Double ? type : ScalarType::Float; }
+
+Activation activation_of(const std::string& name) {
+    if (name == "none") return Activation::none;
+    if (name == "relu") return Activation::relu;
+    if (name == "relu6") return Activation::relu6;
+    if (name == "silu") return Activation::silu;
+    STD_TORCH_CHECK(name == "hardswish", "unknown activation '", name, "'");
+    return Activation::hardswish;
+}
+
+Gate gate_of(const std::string& name) {
+    if (name == "sigmoid") return Gate::sigmoid;
+    STD_TORCH_CHECK(name == "hard_sigmoid", "unknown gate '", name, "'");
+    return Gate::hard_sigmoid;
+}
+
+// Axes of size 1 have no stride that matters.
+bool is_dense_nhwc(const Tensor& x) {
+    const auto size = x.sizes(), stride = x.strides();
+    const int64_t wanted[4] = {size[1] * size[2] * size[3], 1, size[1] * size[3], size[1]};
+    for (int axis = 0; axis < 4; ++axis)
+        if (size[axis] != 1 && stride[axis] != wanted[axis]) return false;
+    return true;
+}
+
+Tensor nhwc(const Tensor& x) {
+    STD_TORCH_CHECK(x.dim() == 4, "activations must be (N, C, H, W), got ", x.dim(), " axes");
+    return x.numel() == 0 || is_dense_nhwc(x) ? x : torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
+}
+
+Tensor as_dtype(const Tensor& t, ScalarType type) { return t.scalar_type() == type ? t : torch::stable::to(t, type); }
+
+// The gradient of an output: its layout is whatever came from above.
+Tensor gradient(const Tensor& grad, const Tensor& x) { return nhwc(as_dtype(grad, x.scalar_type())); }
+
+Tensor nothing(const Tensor& x) { return torch::stable::empty({0}, x.scalar_type()); }
+
+// Output keeps the input's layout: channels_last where the channels of x are innermost and x is not contiguous at the
+// same time.
+bool keeps_channels_last(const Tensor& x) { return x.size(1) > 1 && x.stride(1) == 1 && !x.is_contiguous(); }
+
+// An output in the layout of `like`, written as NHWC: `memory` is the result itself or, for a contiguous one, a tensor
+// that finish() copies.
+class Output {
+  public:
+    Output(const Tensor& like, const Ints& size) : like_(like) {
+        const bool same_memory = size[1] == 1 || size[2] * size[3] == 1;
+        direct_ = keeps_channels_last(like) || same_memory;
+        const bool last = keeps_channels_last(like) || !same_memory;
+        memory_ = torch::stable::empty(size, like.scalar_type(), std::nullopt, std::nullopt, std::nullopt,
+                                       last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+    }
+    void* data() const { return memory_.mutable_data_ptr(); }
+    Tensor finish() const { return direct_ ? memory_ : torch::stable::contiguous(memory_, MemoryFormat::Contiguous); }
+
+  private:
+    Tensor like_, memory_{nullptr};
+    bool direct_;
+};
+
+// Parameters in the compute type, kept alive while the kernels read them.
+class Parameters {
+  public:
+    explicit Parameters(const Tensor& x) : type_(compute_type(x.scalar_type())) {}
+
+    const void* operator()(const Tensor& p, int64_t elements, const char* name) {
+        STD_TORCH_CHECK(p.numel() == elements, name, " must have ", elements, " elements, got ", p.numel());
+        kept_.push_back(torch::stable::contiguous(as_dtype(p, type_)));
+        return kept_.back().const_data_ptr();
+    }
+    const void* operator()(const std::optional<Tensor>& p, int64_t elements, const char* name) {
+        return p.has_value() ? (*this)(*p, elements, name) : nullptr;
+    }
+
+  private:
+    ScalarType type_;
+    std::vector<Tensor> kept_;
+};
+
+// Gradients of parameters: computed in the compute type, handed out in the parameter's.
+class Gradients {
+  public:
+    explicit Gradients(const Tensor& x) : x_(x), type_(compute_type(x.scalar_type())) {}
+
+    // Memory for the gradient of p, or null where it is not wanted; its place in the results is the order of the calls.
+    void* add(const std::optional<Tensor>& p, bool needed) {
+        if (!needed || !p.has_value()) {
+            results_.push_back(nothing(x_));
+            types_.push_back(x_.scalar_type());
+            return nullptr;
+        }
+        const auto size = p->sizes();
+        results_.push_back(torch::stable::empty(Ints(size.begin(), size.end()), type_));
+        types_.push_back(p->scalar_type());
+        if (x_.size(0) == 0) torch::stable::zero_(results_.back());
+        return results_.back().mutable_data_ptr();
+    }
+    Tensor take(size_t i) const { return as_dtype(results_[i], types_[i]); }
+
+  private:
+    Tensor x_;
+    ScalarType type_;
+    std::vector<Tensor> results_;
+    std::vector<ScalarType> types_;
+};
+
+cpu::DepthwiseShape depthwise_shape(const Tensor& x, const Tensor& weight, const Ints& stride, const Ints& padding,
+                                    const Ints& dilation) {
+    STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 4 && weight.size(1) == 1,
+                    "x must be (N, C, H, W) and weight (C, 1, kh, kw)");
+    STD_TORCH_CHECK(stride.size() == 2 && dilation.size() == 2 && (padding.empty() || padding.size() == 4),
+                    "stride and dilation take 2 numbers, padding 4 or none");
+    STD_TORCH_CHECK(weight.size(2) <= 64, "kernels taller than 64 are left to the reference, got ", weight.size(2));
+    cpu::DepthwiseShape s{};
+    s.batch = x.size(0), s.channels = weight.size(0), s.height = x.size(2), s.width = x.size(3);
+    s.kernel_h = weight.size(2), s.kernel_w = weight.size(3);
+    s.stride_h = stride[0], s.stride_w = stride[1], s.dilation_h = dilation[0], s.dilation_w = dilation[1];
+    STD_TORCH_CHECK(s.stride_h > 0 && s.stride_w > 0 && s.dilation_h > 0 && s.dilation_w > 0,
+                    "stride and dilation must be positive");
+    const auto axis = [&](int64_t size, int64_t kernel, int64_t step, int64_t gap, int first, int64_t& before) {
+        const int64_t span = (kernel - 1) * gap + 1;
+        int64_t total = 0;
+        if (padding.empty()) {
+            total = ((size + step - 1) / step - 1) * step + span - size;
+            total = total > 0 ? total : 0;
+            before = total / 2;
+        } else {
+            before = padding[first];
+            total = before + padding[first + 1];
+        }
+        STD_TORCH_CHECK(before >= 0 && total >= before && size + total >= span,
+                        "the kernel does not fit into the padded image");
+        return (size + total - span) / step + 1;
+    };
+    s.out_height = axis(s.height, s.kernel_h, s.stride_h, s.dilation_h, 0, s.pad_top);
+    s.out_width = axis(s.width, s.kernel_w, s.stride_w, s.dilation_w, 2, s.pad_left);
+    return s;
+}
+
+Tensor depthwise_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Ints& stride,
+                        const Ints& padding, const Ints& dilation, const std::string& activation) {
+    const cpu::DepthwiseShape s = depthwise_shape(x, weight, stride, padding, dilation);
+    STD_TORCH_CHECK(s.channels == x.size(1), "weight must have ", x.size(1), " filters, got ", s.channels);
+    const Output y(x, {s.batch, s.channels, s.out_height, s.out_width});
+    if (s.batch == 0) return y.finish();
+    Parameters parameter(x);
+    const Tensor input = nhwc(x);
+    cpu::kernels(kernel_dtype(x.scalar_type()))
+        .depthwise(s, input.const_data_ptr(), parameter(weight, weight.numel(), "weight"),
+                   parameter(bias, s.channels, "bias"), activation_of(activation), y.data());
+    return y.finish();
+}
+
+std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                                             const std::optional<Tensor>& bias, const Ints& stride,
+                                                             const Ints& padding, const Ints& dilation,
+                                                             const std::string& activation, const Needs& needs) {
+    const cpu::DepthwiseShape s = depthwise_shape(x, weight, stride, padding, dilation);
+    STD_TORCH_CHECK(s.channels == x.size(1), "weight must have ", x.size(1), " filters, got ", s.channels);
+    STD_TORCH_CHECK(grad.numel() == s.batch * s.channels * s.out_height * s.out_width,
+                    "grad does not have the output's size");
+    Gradients gradients(x);
+    void* const grad_weight = gradients.add(weight, needs[1]);
+    void* const grad_bias = gradients.add(bias, needs[2]);
+    std::optional<Output> grad_x;
+    if (needs[0]) grad_x.emplace(x, Ints{s.batch, s.channels, s.height, s.width});
+    if (s.batch != 0) {
+        Parameters parameter(x);
+        const Tensor input = nhwc(x), above = gradient(grad, x);
+        cpu::kernels(kernel_dtype(x.scalar_type()))
+            .depthwise_backward(s, above.const_data_ptr(), input.const_data_ptr(),
+                                parameter(weight, weight.numel(), "weight"), parameter(bias, s.channels, "bias"),
+                                activation_of(activation), grad_x ? grad_x->data() : nullptr, grad_weight, grad_bias);
+    }
+    return {grad_x ? grad_x->finish() : nothing(x), gradients.take(0), gradients.take(1)};
+}
+
+cpu::PointwiseShape pointwise_shape(const Tensor& x, const Tensor& weight) {
+    STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 4 && weight.numel() == weight.size(0) * x.size(1),
+                    "x must be (N, Cin, H, W) and weight (Cout, Cin, 1, 1)");
+    return {x.size(0), x.size(2) * x.size(3), x.size(1), weight.size(0)};
+}
+
+Tensor pointwise_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                        const std::optional<Tensor>& residual, const std::string& activation) {
+    const cpu::PointwiseShape s = pointwise_shape(x, weight);
+    const Output y(x, {s.batch, s.out, x.size(2), x.size(3)});
+    if (s.batch == 0) return y.finish();
+    Parameters parameter(x);
+    const Tensor input = nhwc(x);
+    std::optional<Tensor> added;
+    if (residual.has_value()) {
+        STD_TORCH_CHECK(residual->numel() == s.batch * s.pixels * s.out, "residual does not have the output's size");
+        added = gradient(*residual, x);
+    }
+    cpu::kernels(kernel_dtype(x.scalar_type()))
+        .pointwise(s, input.const_data_ptr(), parameter(weight, weight.numel(), "weight"),
+                   parameter(bias, s.out, "bias"), added ? added->const_data_ptr() : nullptr, activation_of(activation),
+                   y.data());
+    return y.finish();
+}
+
+std::tuple<Tensor, Tensor, Tensor> pointwise_conv2d_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                                             const std::optional<Tensor>& bias,
+                                                             const std::string& activation, const Needs& needs) {
+    const cpu::PointwiseShape s = pointwise_shape(x, weight);
+    STD_TORCH_CHECK(grad.numel() == s.batch * s.pixels * s.out, "grad does not have the output's size");
+    Gradients gradients(x);
+    void* const grad_weight = gradients.add(weight, needs[1]);
+    void* const grad_bias = gradients.add(bias, needs[2]);
+    std::optional<Output> grad_x;
+    if (needs[0]) grad_x.emplace(x, Ints{s.batch, s.in, x.size(2), x.size(3)});
+    if (s.batch != 0) {
+        Parameters parameter(x);
+        const Tensor input = nhwc(x), above = gradient(grad, x);
+        cpu::kernels(kernel_dtype(x.scalar_type()))
+            .pointwise_backward(s, above.const_data_ptr(), input.const_data_ptr(),
+                                parameter(weight, weight.numel(), "weight"), parameter(bias, s.out, "bias"),
+                                activation_of(activation), grad_x ? grad_x->data() : nullptr, grad_weight, grad_bias);
+    }
+    return {grad_x ? grad_x->finish() : nothing(x), gradients.take(0), gradients.take(1)};
+}
+
+cpu::SqueezeExciteParams squeeze_excite_params(Parameters& parameter, int64_t channels, int64_t reduced,
+                                               const Tensor& reduce_weight, const std::optional<Tensor>& reduce_bias,
+                                               const Tensor& expand_weight, const std::optional<Tensor>& expand_bias,
+                                               const std::string& activation, const std::string& gate) {
+    return {parameter(reduce_weight, channels * reduced, "reduce_weight"),
+            parameter(reduce_bias, reduced, "reduce_bias"),
+            parameter(expand_weight, channels * reduced, "expand_weight"),
+            parameter(expand_bias, channels, "expand_bias"),
+            activation_of(activation),
+            gate_of(gate)};
+}
+
+std::tuple<Tensor, Tensor> squeeze_excite(const Tensor& x, const Tensor& reduce_weight,
+                                          const std::optional<Tensor>& reduce_bias, const Tensor& expand_weight,
+                                          const std::optional<Tensor>& expand_bias, const std::string& activation,
+                                          const std::string& gate) {
+    STD_TORCH_CHECK(x.dim() == 4, "x must be (N, C, H, W)");
+    const cpu::SqueezeExciteShape s{x.size(0), x.size(2) * x.size(3), x.size(1), reduce_weight.size(0)};
+    const Output y(x, {s.batch, s.channels, x.size(2), x.size(3)});
+    const Tensor pooled = torch::stable::empty({s.batch, s.channels}, compute_type(x.scalar_type()));
+    if (s.batch == 0) return {y.finish(), pooled};
+    Parameters parameter(x);
+    const Tensor input = nhwc(x);
+    const auto params = squeeze_excite_params(parameter, s.channels, s.reduced, reduce_weight, reduce_bias,
+                                              expand_weight, expand_bias, activation, gate);
+    cpu::kernels(kernel_dtype(x.scalar_type()))
+        .squeeze_excite(s, input.const_data_ptr(), params, y.data(), pooled.mutable_data_ptr());
+    return {y.finish(), pooled};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> squeeze_excite_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& pooled, const Tensor& reduce_weight,
+    const std::optional<Tensor>& reduce_bias, const Tensor& expand_weight, const std::optional<Tensor>& expand_bias,
+    const std::string& activation, const std::string& gate, const Needs& needs) {
+    STD_TORCH_CHECK(x.dim() == 4 && grad.numel() == x.numel() && pooled.numel() == x.size(0) * x.size(1),
+                    "grad must have the size of x, pooled must be (N, C)");
+    const cpu::SqueezeExciteShape s{x.size(0), x.size(2) * x.size(3), x.size(1), reduce_weight.size(0)};
+    Gradients gradients(x);
+    cpu::SqueezeExciteGrads grads;
+    grads.reduce_weight = gradients.add(reduce_weight, needs[1]);
+    grads.reduce_bias = gradients.add(reduce_bias, needs[2]);
+    grads.expand_weight = gradients.add(expand_weight, needs[3]);
+    grads.expand_bias = gradients.add(expand_bias, needs[4]);
+    std::optional<Output> grad_x;
+    if (needs[0]) grad_x.emplace(x, Ints{s.batch, s.channels, x.size(2), x.size(3)});
+    if (s.batch != 0) {
+        Parameters parameter(x);
+        const Tensor input = nhwc(x), above = gradient(grad, x);
+        const void* mean = parameter(pooled, s.batch * s.channels, "pooled");
+        const auto params = squeeze_excite_params(parameter, s.channels, s.reduced, reduce_weight, reduce_bias,
+                                                  expand_weight, expand_bias, activation, gate);
+        cpu::kernels(kernel_dtype(x.scalar_type()))
+            .squeeze_excite_backward(s, above.const_data_ptr(), input.const_data_ptr(), mean, params,
+                                     grad_x ? grad_x->data() : nullptr, grads);
+    }
+    return {grad_x ? grad_x->finish() : nothing(x), gradients.take(0), gradients.take(1), gradients.take(2),
+            gradients.take(3)};
+}
+
+using OptionalTensor = std::optional<Tensor>;
+
+// The arguments that every mbconv operator shares, in the order of the schema.
+#define EFFNET_BLOCK_ARGUMENTS                                                                                       \
+    const Tensor &x, const OptionalTensor &expand_weight, const OptionalTensor &expand_gamma,                        \
+        const OptionalTensor &expand_beta, const OptionalTensor &expand_mean, const OptionalTensor &expand_var,      \
+        const Tensor &depthwise_weight, const OptionalTensor &depthwise_gamma, const OptionalTensor &depthwise_beta, \
+        const OptionalTensor &depthwise_mean, const OptionalTensor &depthwise_var,                                   \
+        const OptionalTensor &se_reduce_weight, const OptionalTensor &se_reduce_bias,                                \
+        const OptionalTensor &se_expand_weight, const OptionalTensor &se_expand_bias, const Tensor &project_weight,  \
+        const OptionalTensor &project_gamma, const OptionalTensor &project_beta, const OptionalTensor &project_mean, \
+        const OptionalTensor &project_var, const OptionalTensor &drop_path, const std::vector<double>&eps,           \
+        const Ints &stride, const Ints &padding, bool residual, const std::string &activation,                       \
+        const std::string &se_activation, const std::string &gate
+#define EFFNET_BLOCK_VALUES                                                                                     \
+    x, expand_weight, expand_gamma, expand_beta, expand_mean, expand_var, depthwise_weight, depthwise_gamma,    \
+        depthwise_beta, depthwise_mean, depthwise_var, se_reduce_weight, se_reduce_bias, se_expand_weight,      \
+        se_expand_bias, project_weight, project_gamma, project_beta, project_mean, project_var, drop_path, eps, \
+        stride, padding, residual, activation, se_activation, gate
+
+// The block as the kernels take it, and what keeps its memory alive.
+struct BlockArguments {
+    Parameters parameter;
+    cpu::Block block{};
+    Tensor input;
+
+    explicit BlockArguments(EFFNET_BLOCK_ARGUMENTS) : parameter(x), input(nhwc(x)) {
+        STD_TORCH_CHECK(eps.size() == 3, "eps takes 3 numbers, got ", eps.size());
+        const cpu::DepthwiseShape s = depthwise_shape(x, depthwise_weight, stride, padding, {1, 1});
+        block.depthwise_shape = s;
+        block.in = x.size(1), block.out = project_weight.size(0);
+        STD_TORCH_CHECK(expand_weight.has_value() || s.channels == block.in, "depthwise_weight must have ", block.in,
+                        " filters, got ", s.channels);
+        if (expand_weight.has_value())
+            block.expand = conv(*expand_weight, s.channels * block.in, s.channels, expand_gamma, expand_beta,
+                                expand_mean, expand_var, eps[0]);
+        block.depthwise = conv(depthwise_weight, depthwise_weight.numel(), s.channels, depthwise_gamma, depthwise_beta,
+                               depthwise_mean, depthwise_var, eps[1]);
+        block.project = conv(project_weight, block.out * s.channels, block.out, project_gamma, project_beta,
+                             project_mean, project_var, eps[2]);
+        if (se_reduce_weight.has_value()) {
+            STD_TORCH_CHECK(se_expand_weight.has_value(), "se_reduce_weight comes with se_expand_weight");
+            block.reduced = se_reduce_weight->size(0);
+            block.squeeze_excite =
+                squeeze_excite_params(parameter, s.channels, block.reduced, *se_reduce_weight, se_reduce_bias,
+                                      *se_expand_weight, se_expand_bias, se_activation, gate);
+        }
+        STD_TORCH_CHECK(!residual || (block.in == block.out && s.height == s.out_height && s.width == s.out_width),
+                        "residual needs an output of the input's size");
+        block.residual = residual;
+        block.drop_path = parameter(drop_path, s.batch, "drop_path");
+        block.activation = activation_of(activation);
+    }
+
+    const cpu::DepthwiseShape& shape() const { return block.depthwise_shape; }
+
+  private:
+    cpu::ConvNorm conv(const Tensor& weight, int64_t elements, int64_t channels, const OptionalTensor& gamma,
+                       const OptionalTensor& beta, const OptionalTensor& mean, const OptionalTensor& var, double eps) {
+        STD_TORCH_CHECK(mean.has_value() == var.has_value(), "a normalisation has a mean and a variance, or neither");
+        return {parameter(weight, elements, "weight"), parameter(gamma, channels, "gamma"),
+                parameter(beta, channels, "beta"),     parameter(mean, channels, "mean"),
+                parameter(var, channels, "var"),       eps};
+    }
+};
+
+const cpu::Kernels& kernels_for(const Tensor& x) { return cpu::kernels(kernel_dtype(x.scalar_type())); }
+
+Tensor mbconv_inference(EFFNET_BLOCK_ARGUMENTS) {
+    const BlockArguments arguments(EFFNET_BLOCK_VALUES);
+    const cpu::DepthwiseShape& s = arguments.shape();
+    STD_TORCH_CHECK((!expand_gamma.has_value() || expand_mean.has_value()) &&
+                        (!depthwise_gamma.has_value() || depthwise_mean.has_value()) &&
+                        (!project_gamma.has_value() || project_mean.has_value()),
+                    "mbconv_inference needs running statistics for every normalisation");
+    const Output y(x, {s.batch, arguments.block.out, s.out_height, s.out_width});
+    if (s.batch != 0) kernels_for(x).mbconv_inference(arguments.block, arguments.input.const_data_ptr(), y.data());
+    return y.finish();
+}
+
+// The tensors that training hands from forward to backward, in the order of the schema.
+struct Stages {
+    Tensor expanded, convolved, projected, expand_mean, expand_var, depthwise_mean, depthwise_var, project_mean,
+        project_var, pooled;
+
+    cpu::BlockSaved saved() const {
+        const auto data = [](const Tensor& t) { return t.numel() == 0 ? nullptr : t.mutable_data_ptr(); };
+        cpu::BlockSaved to;
+        to.expanded = data(expanded), to.convolved = data(convolved), to.projected = data(projected);
+        to.expand = {data(expand_mean), data(expand_var)};
+        to.depthwise = {data(depthwise_mean), data(depthwise_var)};
+        to.project = {data(project_mean), data(project_var)};
+        to.pooled = data(pooled);
+        return to;
+    }
+};
+
+using TrainingResult =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+TrainingResult mbconv_training(EFFNET_BLOCK_ARGUMENTS, bool save_expanded) {
+    const BlockArguments arguments(EFFNET_BLOCK_VALUES);
+    const cpu::Block& block = arguments.block;
+    const cpu::DepthwiseShape& s = arguments.shape();
+    const ScalarType type = x.scalar_type();
+    const auto channels_last = [&](int64_t channels, int64_t height, int64_t width) {
+        return torch::stable::empty({s.batch, channels, height, width}, type, std::nullopt, std::nullopt, std::nullopt,
+                                    MemoryFormat::ChannelsLast);
+    };
+    const auto vector = [&](const OptionalTensor& gamma, const OptionalTensor& mean, int64_t channels) {
+        const Tensor v =
+            torch::stable::empty({gamma.has_value() && !mean.has_value() ? channels : 0}, compute_type(type));
+        return s.batch == 0 ? torch::stable::fill_(const_cast<Tensor&>(v), 0.0) : v;
+    };
+    const bool expands = expand_weight.has_value();
+    const Stages stages{
+        expands && save_expanded ? channels_last(s.channels, s.height, s.width) : nothing(x),
+        channels_last(s.channels, s.out_height, s.out_width),
+        channels_last(block.out, s.out_height, s.out_width),
+        vector(expand_gamma, expand_mean, s.channels),
+        vector(expand_gamma, expand_mean, s.channels),
+        vector(depthwise_gamma, depthwise_mean, s.channels),
+        vector(depthwise_gamma, depthwise_mean, s.channels),
+        vector(project_gamma, project_mean, block.out),
+        vector(project_gamma, project_mean, block.out),
+        block.reduced != 0 ? torch::stable::empty({s.batch, s.channels}, compute_type(type))
+                           : torch::stable::empty({0}, compute_type(type)),
+    };
+    const Output y(x, {s.batch, block.out, s.out_height, s.out_width});
+    if (s.batch != 0) kernels_for(x).mbconv_training(block, arguments.input.const_data_ptr(), y.data(), stages.saved());
+    return {y.finish(),          stages.expanded,    stages.convolved,      stages.projected,
+            stages.expand_mean,  stages.expand_var,  stages.depthwise_mean, stages.depthwise_var,
+            stages.project_mean, stages.project_var, stages.pooled};
+}
+
+using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                                  Tensor, Tensor, Tensor, Tensor>;
+
+BackwardResult mbconv_backward(const Tensor& grad, EFFNET_BLOCK_ARGUMENTS, const Tensor& expanded,
+                               const Tensor& convolved, const Tensor& projected, const Tensor& mean1,
+                               const Tensor& var1, const Tensor& mean2, const Tensor& var2, const Tensor& mean3,
+                               const Tensor& var3, const Tensor& pooled, const Needs& needs) {
+    const BlockArguments arguments(EFFNET_BLOCK_VALUES);
+    const cpu::Block& block = arguments.block;
+    const cpu::DepthwiseShape& s = arguments.shape();
+    const int64_t pixels = s.batch * s.out_height * s.out_width;
+    STD_TORCH_CHECK(needs.size() == 14, "needs takes 14 flags, got ", needs.size());
+    STD_TORCH_CHECK(grad.numel() == pixels * block.out && convolved.numel() == pixels * s.channels &&
+                        projected.numel() == pixels * block.out,
+                    "grad, convolved and projected must have the sizes that mbconv_training gave them");
+    const OptionalTensor parameters[] = {expand_weight,    expand_gamma,   expand_beta,      depthwise_weight,
+                                         depthwise_gamma,  depthwise_beta, se_reduce_weight, se_reduce_bias,
+                                         se_expand_weight, se_expand_bias, project_weight,   project_gamma,
+                                         project_beta};
+    Gradients gradients(x);
+    void* to[13];
+    for (int i = 0; i < 13; ++i) to[i] = gradients.add(parameters[i], needs[i + 1]);
+    std::optional<Output> grad_x;
+    if (needs[0]) grad_x.emplace(x, Ints{s.batch, block.in, s.height, s.width});
+    if (s.batch != 0) {
+        const Tensor above = gradient(grad, x);
+        const Stages stages{expanded.numel() == 0 ? expanded : nhwc(expanded),
+                            nhwc(convolved),
+                            nhwc(projected),
+                            mean1,
+                            var1,
+                            mean2,
+                            var2,
+                            mean3,
+                            var3,
+                            pooled};
+        cpu::BlockGrads grads;
+        grads.x = grad_x ? grad_x->data() : nullptr;
+        grads.expand = {to[0], to[1], to[2]};
+        grads.depthwise = {to[3], to[4], to[5]};
+        grads.squeeze_excite = {to[6], to[7], to[8], to[9]};
+        grads.project = {to[10], to[11], to[12]};
+        kernels_for(x).mbconv_backward(block, above.const_data_ptr(), arguments.input.const_data_ptr(), stages.saved(),
+                                       grads);
+    }
+    const auto take = [&](size_t i) { return gradients.take(i); };
+    return {grad_x ? grad_x->finish() : nothing(x),
+            take(0),
+            take(1),
+            take(2),
+            take(3),
+            take(4),
+            take(5),
+            take(6),
+            take(7),
+            take(8),
+            take(9),
+            take(10),
+            take(11),
+            take(12)};
+}
+
+const bool threads_are_torch_threads = [] {
+    cpu::set_parallel_for([](int64_t count, void (*body)(int64_t, int64_t, void*), void* context) {
+        TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, 1, body, context));
+    });
+    return true;
+}();
+
+}  // namespace
+}  // namespace effnet
+
+STABLE_TORCH_LIBRARY_IMPL(effnet_ops, CPU, m) {
+    m.impl("depthwise_conv2d", TORCH_BOX(&effnet::depthwise_conv2d));
+    m.impl("depthwise_conv2d_backward", TORCH_BOX(&effnet::depthwise_conv2d_backward));
+    m.impl("pointwise_conv2d", TORCH_BOX(&effnet::pointwise_conv2d));
+    m.impl("pointwise_conv2d_backward", TORCH_BOX(&effnet::pointwise_conv2d_backward));
+    m.impl("squeeze_excite", TORCH_BOX(&effnet::squeeze_excite));
+    m.impl("squeeze_excite_backward", TORCH_BOX(&effnet::squeeze_excite_backward));
+    m.impl("mbconv_inference", TORCH_BOX(&effnet::mbconv_inference));
+    m.impl("mbconv_training", TORCH_BOX(&effnet::mbconv_training));
+    m.impl("mbconv_backward", TORCH_BOX(&effnet::mbconv_backward));
+}

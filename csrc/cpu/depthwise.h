@@ -1,0 +1,311 @@
+// Depthwise convolution by rows: a slab of channels of the few input rows that an output row needs lies, staged through
+// its prologue and padded with zeros, in a ring that stays in cache; each staged row serves all the output rows that
+// see it.
+#pragma once
+
+#include "operand.h"
+
+EFFNET_NAMESPACE_BEGIN
+
+// The rows of the filter that see the image, for one output row: staged rows and the filter's rows that meet them.
+template <class A>
+struct RowPairs {
+    static constexpr int most = 64;
+    const A* rows[most];
+    const A* weights[most];
+    int count = 0;
+};
+
+// Outputs [first, first + N) of a row, one vector of channels: sum over row pairs and kx of row[(o * stride + kx)] *
+// weight[kx].
+template <int KW, int STRIDE, int N, class A>
+inline void convolve_outputs(const RowPairs<A>& pairs, int64_t first, int lane, A* out) {
+    constexpr int S = slab<A>;
+    Vec<A> sum[N] = {};
+    for (int r = 0; r < pairs.count; ++r) {
+        const A* row = pairs.rows[r] + first * STRIDE * S + lane;
+        Vec<A> w[KW];
+#pragma GCC unroll 16
+        for (int kx = 0; kx < KW; ++kx) w[kx] = load(pairs.weights[r] + kx * S + lane);
+#pragma GCC unroll 32
+        for (int j = 0; j < (N - 1) * STRIDE + KW; ++j) {
+            const Vec<A> v = load(row + j * S);
+#pragma GCC unroll 16
+            for (int kx = 0; kx < KW; ++kx)
+                if (j >= kx && (j - kx) % STRIDE == 0 && (j - kx) / STRIDE < N) sum[(j - kx) / STRIDE] += v * w[kx];
+        }
+    }
+#pragma GCC unroll 16
+    for (int o = 0; o < N; ++o) store(out + (first + o) * S + lane, sum[o]);
+}
+
+template <int KW, int STRIDE, class A>
+inline void convolve_row_fixed(const RowPairs<A>& pairs, int64_t width, A* out) {
+    constexpr int N = EFFNET_VECTOR_BYTES == 64 ? 8 : 6;
+    for (int lane = 0; lane < slab<A>; lane += lanes<A>) {
+        int64_t o = 0;
+        for (; o + N <= width; o += N) convolve_outputs<KW, STRIDE, N>(pairs, o, lane, out);
+        for (; o + 2 <= width; o += 2) convolve_outputs<KW, STRIDE, 2>(pairs, o, lane, out);
+        for (; o < width; ++o) convolve_outputs<KW, STRIDE, 1>(pairs, o, lane, out);
+    }
+}
+
+// One output row [width][slab] of the given row pairs.
+template <class A>
+inline void convolve_row(const RowPairs<A>& pairs, int64_t kernel_w, int64_t stride, int64_t dilation, int64_t width,
+                         A* out) {
+    constexpr int S = slab<A>;
+    if (dilation == 1 && stride == 1) {
+        if (kernel_w == 3) return convolve_row_fixed<3, 1>(pairs, width, out);
+        if (kernel_w == 5) return convolve_row_fixed<5, 1>(pairs, width, out);
+        if (kernel_w == 7) return convolve_row_fixed<7, 1>(pairs, width, out);
+    }
+    if (dilation == 1 && stride == 2) {
+        if (kernel_w == 3) return convolve_row_fixed<3, 2>(pairs, width, out);
+        if (kernel_w == 5) return convolve_row_fixed<5, 2>(pairs, width, out);
+        if (kernel_w == 7) return convolve_row_fixed<7, 2>(pairs, width, out);
+    }
+    for (int lane = 0; lane < S; lane += lanes<A>)
+        for (int64_t o = 0; o < width; ++o) {
+            Vec<A> sum = {};
+            for (int r = 0; r < pairs.count; ++r)
+                for (int64_t kx = 0; kx < kernel_w; ++kx)
+                    sum += load(pairs.rows[r] + (o * stride + kx * dilation) * S + lane) *
+                           load(pairs.weights[r] + kx * S + lane);
+            store(out + o * S + lane, sum);
+        }
+}
+
+// [C][kh * kw] to [slabs][kh * kw][slab], zeros behind the last channel; mirrored along kx for the input gradient.
+template <class A>
+inline Buffer<A> pack_depthwise(const DepthwiseShape& s, const A* weight, bool mirrored) {
+    constexpr int S = slab<A>;
+    const int64_t taps = s.kernel_h * s.kernel_w;
+    Buffer<A> packed = zeros<A>(ceil_div(s.channels, S) * taps * S);
+    for (int64_t c = 0; c < s.channels; ++c)
+        for (int64_t t = 0; t < taps; ++t) {
+            const int64_t kx = t % s.kernel_w;
+            const int64_t from = mirrored ? t - kx + s.kernel_w - 1 - kx : t;
+            packed[(c / S * taps + t) * S + c % S] = weight[c * taps + from];
+        }
+    return packed;
+}
+
+// A ring of staged rows [capacity][width][slab]; row number i lives in slot i % capacity.
+template <class A>
+class RowRing {
+  public:
+    RowRing(int64_t capacity, int64_t width)
+        : capacity_(capacity), width_(width), rows_(zeros<A>(capacity * width * slab<A>)) {}
+    A* row(int64_t i) const { return rows_ + i % capacity_ * width_ * slab<A>; }
+
+  private:
+    int64_t capacity_, width_;
+    Buffer<A> rows_;
+};
+
+// Output rows are cut into chunks where images and slabs alone are too few for all threads; a chunk stages its halo
+// rows again.
+inline int64_t row_chunks(int64_t images_and_slabs, int64_t rows) {
+    return larger(1, smaller(rows / 4, ceil_div(8, larger(images_and_slabs, 1))));
+}
+
+// Convolves every (image, slab): stage(image, row, first channel, channels, to) fills [width][slab] values of an input
+// row, finish(image, row, first channel, channels, values) takes [out_width][slab] results.
+template <class A, class Stage, class Finish>
+inline void depthwise_rows(const DepthwiseShape& s, const A* weight, const Stage& stage, const Finish& finish) {
+    constexpr int S = slab<A>;
+    const int64_t slabs = ceil_div(s.channels, S), chunks = row_chunks(s.batch * slabs, s.out_height);
+    const int64_t span_h = (s.kernel_h - 1) * s.dilation_h + 1, span_w = (s.kernel_w - 1) * s.dilation_w + 1;
+    const int64_t width = larger(s.pad_left + s.width, (s.out_width - 1) * s.stride_w + span_w);
+    const Buffer<A> packed = pack_depthwise(s, weight, false);
+    parallel(s.batch * slabs * chunks, [&](int64_t begin, int64_t end) {
+        const RowRing<A> ring(span_h, width);
+        const Buffer<A> out(s.out_width * S);
+        for (int64_t task = begin; task < end; ++task) {
+            const int64_t image = task / (slabs * chunks), slab_index = task / chunks % slabs, chunk = task % chunks;
+            const int64_t c = slab_index * S, n = smaller(S, s.channels - c);
+            int64_t staged = -1;
+            for (int64_t oy = s.out_height * chunk / chunks; oy < s.out_height * (chunk + 1) / chunks; ++oy) {
+                RowPairs<A> pairs;
+                const int64_t top = oy * s.stride_h - s.pad_top;
+                staged = larger(staged, top - 1);
+                for (int64_t ky = 0; ky < s.kernel_h; ++ky) {
+                    const int64_t iy = top + ky * s.dilation_h;
+                    if (iy < 0 || iy >= s.height) continue;
+                    // With a dilation the rows between two taps are needed by later output rows, so all are staged in
+                    // order.
+                    while (staged < iy) {
+                        ++staged;
+                        stage(image, staged, c, n, ring.row(staged) + s.pad_left * S);
+                    }
+                    pairs.rows[pairs.count] = ring.row(iy);
+                    pairs.weights[pairs.count++] = packed + (slab_index * s.kernel_h + ky) * s.kernel_w * S;
+                }
+                convolve_row<A>(pairs, s.kernel_w, s.stride_w, s.dilation_w, s.out_width, out);
+                finish(image, oy, c, n, static_cast<const A*>(out));
+            }
+        }
+    });
+}
+
+// Stages rows of a stored tensor through its prologue.
+template <class T>
+struct StageStored {
+    const Source<T>& x;
+    const DepthwiseShape& s;
+    void operator()(int64_t image, int64_t row, int64_t c, int64_t n, Compute<T>* to) const {
+        const int64_t first = (image * s.height + row) * s.width;
+        for (int64_t i = 0; i < s.width; ++i) x.stage(first + i, c, n, to + i * slab<Compute<T>>);
+    }
+};
+
+template <class T, class O>
+inline void depthwise_forward(const DepthwiseShape& s, const Source<T>& x, const Compute<T>* weight,
+                              const Epilogue<O>& epilogue) {
+    using A = Compute<T>;
+    depthwise_rows<A>(
+        s, weight, StageStored<T>{x, s}, [&](int64_t image, int64_t row, int64_t c, int64_t n, const A* values) {
+            const int64_t first = (image * s.out_height + row) * s.out_width;
+            for (int64_t o = 0; o < s.out_width; ++o)
+                for (int64_t i = 0; i < n; i += lanes<A>)
+                    epilogue(first + o, c + i, load(values + o * slab<A> + i), int(smaller(n - i, lanes<A>)));
+        });
+}
+
+// sum[kx] += sum over o of grad[o] * row[o * stride + kx * dilation], one filter row, all channels of a slab.
+template <int KW, int STRIDE, class A>
+inline void filter_row_fixed(const A* grad, const A* row, int64_t width, A* sum) {
+    constexpr int S = slab<A>;
+    for (int lane = 0; lane < S; lane += lanes<A>) {
+        Vec<A> even[KW] = {}, odd[KW] = {};
+        int64_t o = 0;
+        for (; o + 2 <= width; o += 2) {
+            const Vec<A> g0 = load(grad + o * S + lane), g1 = load(grad + (o + 1) * S + lane);
+#pragma GCC unroll 16
+            for (int kx = 0; kx < KW; ++kx) {
+                even[kx] += g0 * load(row + (o * STRIDE + kx) * S + lane);
+                odd[kx] += g1 * load(row + ((o + 1) * STRIDE + kx) * S + lane);
+            }
+        }
+#pragma GCC unroll 16
+        for (int kx = 0; kx < KW; ++kx) {
+            if (o < width) even[kx] += load(grad + o * S + lane) * load(row + (o * STRIDE + kx) * S + lane);
+            store(sum + kx * S + lane, load(sum + kx * S + lane) + (even[kx] + odd[kx]));
+        }
+    }
+}
+
+template <class A>
+inline void filter_row(const A* grad, const A* row, int64_t kernel_w, int64_t stride, int64_t dilation, int64_t width,
+                       A* sum) {
+    constexpr int S = slab<A>;
+    if (dilation == 1 && stride == 1) {
+        if (kernel_w == 3) return filter_row_fixed<3, 1>(grad, row, width, sum);
+        if (kernel_w == 5) return filter_row_fixed<5, 1>(grad, row, width, sum);
+    }
+    if (dilation == 1 && stride == 2) {
+        if (kernel_w == 3) return filter_row_fixed<3, 2>(grad, row, width, sum);
+        if (kernel_w == 5) return filter_row_fixed<5, 2>(grad, row, width, sum);
+    }
+    for (int lane = 0; lane < S; lane += lanes<A>)
+        for (int64_t kx = 0; kx < kernel_w; ++kx) {
+            Vec<A> v = {};
+            for (int64_t o = 0; o < width; ++o)
+                v += load(grad + o * S + lane) * load(row + (o * stride + kx * dilation) * S + lane);
+            store(sum + kx * S + lane, load(sum + kx * S + lane) + v);
+        }
+}
+
+// The geometry of the input gradient's rows: the output gradient is staged with stride_w - 1 zeros between its pixels,
+// so that each row of the input gradient is a stride-1 convolution with the mirrored filter.
+struct GradientRows {
+    int64_t span_w, width, offset;
+    explicit GradientRows(const DepthwiseShape& s)
+        : span_w((s.kernel_w - 1) * s.dilation_w + 1), width(s.width + span_w - 1), offset(span_w - 1 - s.pad_left) {}
+};
+
+// Row iy of the input gradient from the rings of staged output-gradient rows.
+template <class A>
+inline void input_gradient_row(const DepthwiseShape& s, const GradientRows& geometry, const RowRing<A>& grads,
+                               const A* mirrored, int64_t iy, A* out) {
+    RowPairs<A> pairs;
+    for (int64_t ky = 0; ky < s.kernel_h; ++ky) {
+        const int64_t scaled = iy + s.pad_top - ky * s.dilation_h;
+        if (scaled < 0 || scaled % s.stride_h != 0 || scaled / s.stride_h >= s.out_height) continue;
+        pairs.rows[pairs.count] = grads.row(scaled / s.stride_h);
+        pairs.weights[pairs.count++] = mirrored + ky * s.kernel_w * slab<A>;
+    }
+    convolve_row<A>(pairs, s.kernel_w, 1, s.dilation_w, s.width, out);
+}
+
+// Input and filter gradient in one walk over the rows. `grad` is [batch][out pixels][channels]; either result may be
+// unwanted (null).
+template <class T, class O>
+inline void depthwise_gradients(const DepthwiseShape& s, const Compute<T>* grad, const Source<T>& x,
+                                const Compute<T>* weight, O* grad_x, Compute<T>* grad_weight) {
+    using A = Compute<T>;
+    constexpr int S = slab<A>;
+    const int64_t slabs = ceil_div(s.channels, S), taps = s.kernel_h * s.kernel_w;
+    const int64_t parts = smaller(larger(s.batch, 1), ceil_div(16, slabs));
+    const int64_t span_h = (s.kernel_h - 1) * s.dilation_h + 1;
+    const GradientRows geometry(s);
+    const int64_t width = larger(s.pad_left + s.width, (s.out_width - 1) * s.stride_w + geometry.span_w);
+    const Buffer<A> mirrored = pack_depthwise(s, weight, true);
+    const Buffer<A> partial = zeros<A>(parts * slabs * taps * S);
+    const Source<A> grad_rows({grad}, s.channels, 1);
+    const StageStored<T> stage{x, s};
+    parallel(parts * slabs, [&](int64_t begin, int64_t end) {
+        const RowRing<A> inputs(span_h, width), grads((span_h - 1) / s.stride_h + 2, geometry.width);
+        const Buffer<A> dense(s.out_width * S), out(s.width * S);
+        for (int64_t task = begin; task < end; ++task) {
+            const int64_t part = task / slabs, slab_index = task % slabs, c = slab_index * S,
+                          n = smaller(S, s.channels - c);
+            if (n < S) std::memset(dense, 0, size_t(s.out_width * S) * sizeof(A));
+            A* filter = partial + task * taps * S;
+            for (int64_t image = s.batch * part / parts; image < s.batch * (part + 1) / parts; ++image) {
+                int64_t staged = -1, emitted = 0;
+                for (int64_t oy = 0; oy < s.out_height; ++oy) {
+                    A* spread = grads.row(oy);
+                    for (int64_t o = 0; o < s.out_width; ++o) {
+                        grad_rows.stage((image * s.out_height + oy) * s.out_width + o, c, n, dense + o * S);
+                        const int64_t at = o * s.stride_w + geometry.offset;
+                        if (at >= 0 && at < geometry.width) std::memcpy(spread + at * S, dense + o * S, S * sizeof(A));
+                    }
+                    const int64_t top = oy * s.stride_h - s.pad_top;
+                    staged = larger(staged, top - 1);
+                    for (int64_t ky = 0; ky < s.kernel_h && grad_weight != nullptr; ++ky) {
+                        const int64_t iy = top + ky * s.dilation_h;
+                        if (iy < 0 || iy >= s.height) continue;
+                        while (staged < iy) {
+                            ++staged;
+                            stage(image, staged, c, n, inputs.row(staged) + s.pad_left * S);
+                        }
+                        filter_row<A>(dense, inputs.row(iy), s.kernel_w, s.stride_w, s.dilation_w, s.out_width,
+                                      filter + ky * s.kernel_w * S);
+                    }
+                    if (grad_x == nullptr) continue;
+                    const bool last = oy + 1 == s.out_height;
+                    const int64_t ready = last ? s.height : smaller(s.height, (oy + 1) * s.stride_h - s.pad_top);
+                    for (; emitted < ready; ++emitted) {
+                        input_gradient_row<A>(s, geometry, grads, mirrored + slab_index * taps * S, emitted, out);
+                        O* to = grad_x + (image * s.height + emitted) * s.width * s.channels + c;
+                        for (int64_t i = 0; i < s.width; ++i)
+                            for (int64_t j = 0; j < n; j += lanes<A>)
+                                store(to + i * s.channels + j, load(out + i * S + j), int(smaller(n - j, lanes<A>)));
+                    }
+                }
+            }
+        }
+    });
+    if (grad_weight == nullptr) return;
+    for (int64_t c = 0; c < s.channels; ++c)
+        for (int64_t t = 0; t < taps; ++t) {
+            A sum = 0;
+            for (int64_t part = 0; part < parts; ++part)
+                sum += partial[((part * slabs + c / S) * taps + t) * S + c % S];
+            grad_weight[c * taps + t] = sum;
+        }
+}
+
+EFFNET_NAMESPACE_END

@@ -1,0 +1,150 @@
+// What the CPU kernels offer to the bindings: plain pointers and sizes, one table of functions per instruction set and
+// dtype.
+//
+// Activation tensors are dense NHWC in the storage type T (f32, f64, bf16, f16). Parameters, statistics and parameter
+// gradients are in the compute type A (double for f64, float otherwise). Pointers are untyped here, since T and A are
+// chosen at run time.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace effnet {
+namespace cpu {
+
+enum class Activation : int { none, relu, relu6, silu, hardswish };
+enum class Gate : int { sigmoid, hard_sigmoid };
+enum class DType : int { f32, f64, bf16, f16 };
+
+// Runs body(begin, end, context) over [0, count) on the caller's thread pool.
+using ParallelFor = void (*)(int64_t count, void (*body)(int64_t begin, int64_t end, void* context), void* context);
+void set_parallel_for(ParallelFor run);
+ParallelFor parallel_for();
+
+// Normalisation of one convolution's output: (a - mean) * scale + shift, per channel; no normalisation where mean is
+// null.
+struct Norm {
+    const void* mean = nullptr;
+    const void* scale = nullptr;  // gamma / sqrt(var + eps)
+    const void* shift = nullptr;  // beta
+};
+
+// A tensor [pixels][channels] that is read through a prologue: activation(norm(data)) * gate[image].
+struct Operand {
+    const void* data = nullptr;
+    Norm norm;
+    Activation activation = Activation::none;
+    const void* gate = nullptr;  // [images][channels]
+};
+
+struct DepthwiseShape {
+    int64_t batch, channels, height, width, out_height, out_width;
+    int64_t kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w, pad_top, pad_left;
+};
+
+// [batch][pixels][in] times [out][in] transposed.
+struct PointwiseShape {
+    int64_t batch, pixels, in, out;
+};
+
+struct SqueezeExciteShape {
+    int64_t batch, pixels, channels, reduced;
+};
+
+struct SqueezeExciteParams {
+    const void* reduce_weight = nullptr;  // [reduced][channels]
+    const void* reduce_bias = nullptr;
+    const void* expand_weight = nullptr;  // [channels][reduced]
+    const void* expand_bias = nullptr;
+    Activation activation = Activation::silu;
+    Gate gate = Gate::sigmoid;
+};
+
+// A null pointer is a gradient that nobody wants.
+struct SqueezeExciteGrads {
+    void* reduce_weight = nullptr;
+    void* reduce_bias = nullptr;
+    void* expand_weight = nullptr;
+    void* expand_bias = nullptr;
+};
+
+// One convolution of a block with its normalisation. gamma null: no normalisation, y = conv + beta. mean null: batch
+// statistics.
+struct ConvNorm {
+    const void* weight = nullptr;
+    const void* gamma = nullptr;
+    const void* beta = nullptr;
+    const void* mean = nullptr;
+    const void* var = nullptr;
+    double eps = 0;
+};
+
+struct ConvNormGrads {
+    void* weight = nullptr;
+    void* gamma = nullptr;
+    void* beta = nullptr;
+};
+
+struct BatchStatistics {
+    void* mean = nullptr;
+    void* var = nullptr;  // biased
+};
+
+struct Block {
+    DepthwiseShape depthwise_shape;  // its channels are the expanded ones
+    int64_t in, out, reduced;        // reduced = 0: no squeeze-and-excitation
+    ConvNorm expand, depthwise, project;
+    SqueezeExciteParams squeeze_excite;
+    bool residual;
+    const void* drop_path = nullptr;  // [batch], compute type
+    Activation activation;
+};
+
+// What training keeps for the backward pass; all pre-normalisation values are [pixels][channels] in T.
+struct BlockSaved {
+    void* expanded = nullptr;  // null: recomputed in backward
+    void* convolved = nullptr;
+    void* projected = nullptr;
+    BatchStatistics expand, depthwise, project;
+    void* pooled = nullptr;  // [batch][channels]
+};
+
+struct BlockGrads {
+    void* x = nullptr;
+    ConvNormGrads expand, depthwise, project;
+    SqueezeExciteGrads squeeze_excite;
+};
+
+struct Kernels {
+    void (*depthwise)(const DepthwiseShape&, const void* x, const void* weight, const void* bias, Activation, void* y);
+    void (*depthwise_backward)(const DepthwiseShape&, const void* grad, const void* x, const void* weight,
+                               const void* bias, Activation, void* grad_x, void* grad_weight, void* grad_bias);
+    void (*pointwise)(const PointwiseShape&, const void* x, const void* weight, const void* bias, const void* residual,
+                      Activation, void* y);
+    void (*pointwise_backward)(const PointwiseShape&, const void* grad, const void* x, const void* weight,
+                               const void* bias, Activation, void* grad_x, void* grad_weight, void* grad_bias);
+    void (*squeeze_excite)(const SqueezeExciteShape&, const void* x, const SqueezeExciteParams&, void* y, void* pooled);
+    void (*squeeze_excite_backward)(const SqueezeExciteShape&, const void* grad, const void* x, const void* pooled,
+                                    const SqueezeExciteParams&, void* grad_x, const SqueezeExciteGrads&);
+    void (*mbconv_inference)(const Block&, const void* x, void* y);
+    void (*mbconv_training)(const Block&, const void* x, void* y, const BlockSaved&);
+    void (*mbconv_backward)(const Block&, const void* grad, const void* x, const BlockSaved&, const BlockGrads&);
+};
+
+// The table of the instruction set in use: the best one that was built and that this processor has, until set_isa says
+// otherwise.
+const Kernels& kernels(DType dtype);
+
+struct Isa {
+    const char* name;
+    bool supported;
+    const Kernels* table;  // by DType
+};
+// The instruction sets that were built, worst first.
+const Isa* isas(int* count);
+const Isa& current_isa();
+// False where the name is unknown or the processor lacks the instructions.
+bool set_isa(const char* name);
+
+}  // namespace cpu
+}  // namespace effnet

@@ -1,0 +1,40 @@
+// The kernels of one instruction set, as templates over the storage type; each is defined in the file of its word.
+#pragma once
+
+#include "batch_norm.h"
+#include "depthwise.h"
+#include "product.h"
+#include "squeeze_excite.h"
+
+EFFNET_NAMESPACE_BEGIN
+
+template <class T>
+void depthwise(const DepthwiseShape&, const void* x, const void* weight, const void* bias, Activation, void* y);
+template <class T>
+void depthwise_backward(const DepthwiseShape&, const void* grad, const void* x, const void* weight, const void* bias,
+                        Activation, void* grad_x, void* grad_weight, void* grad_bias);
+template <class T>
+void pointwise(const PointwiseShape&, const void* x, const void* weight, const void* bias, const void* residual,
+               Activation, void* y);
+template <class T>
+void pointwise_backward(const PointwiseShape&, const void* grad, const void* x, const void* weight, const void* bias,
+                        Activation, void* grad_x, void* grad_weight, void* grad_bias);
+template <class T>
+void squeeze_excite(const SqueezeExciteShape&, const void* x, const SqueezeExciteParams&, void* y, void* pooled);
+template <class T>
+void squeeze_excite_backward(const SqueezeExciteShape&, const void* grad, const void* x, const void* pooled,
+                             const SqueezeExciteParams&, void* grad_x, const SqueezeExciteGrads&);
+template <class T>
+void mbconv_inference(const Block&, const void* x, void* y);
+template <class T>
+void mbconv_training(const Block&, const void* x, void* y, const BlockSaved&);
+template <class T>
+void mbconv_backward(const Block&, const void* grad, const void* x, const BlockSaved&, const BlockGrads&);
+
+EFFNET_NAMESPACE_END
+
+#define EFFNET_INSTANTIATE(function)                          \
+    template decltype(function<float>) function<float>;       \
+    template decltype(function<double>) function<double>;     \
+    template decltype(function<bfloat16>) function<bfloat16>; \
+    template decltype(function<float16>) function<float16>;

@@ -1,0 +1,1 @@
+"""Triton kernels, installed as `effnet_ops.kernels`: one file a word."""
