@@ -67,7 +67,7 @@ def _norm(
         return (h if beta is None else h + beta[:, None, None]), None
     if mean is not None:
         return reference.batch_norm(h, mean.to(h.dtype), var.to(h.dtype), gamma, beta, eps), None
-    used = reference.batch_statistics(h) if h.shape[0] else (h.new_zeros(h.shape[1]), h.new_zeros(h.shape[1]))
+    used = reference.batch_statistics(h)
     return reference.batch_norm(h, *used, gamma, beta, eps), used
 
 

@@ -7,7 +7,9 @@ from torch import Tensor
 
 
 def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance (C,) of x (N, C, H, W) over the batch and both spatial axes."""
+    """Mean and biased variance (C,) of x (N, C, H, W) over batch and both spatial axes; zeros for an empty batch."""
+    if x.shape[0] == 0:
+        return x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1])
     variance, mean = torch.var_mean(x, (0, 2, 3), correction=0)
     return mean, variance
 

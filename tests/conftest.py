@@ -1,0 +1,48 @@
+"""Fixtures of all tests: a seed of its own for every test, poisoned memory, and the backends that can run here."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import effnet_ops
+
+# Two test processes on two cores: a second thread in each only waits. The tests that are about threads ask for more.
+torch.set_num_threads(1)
+
+AVAILABLE = [name for name, reason in effnet_ops.available_backends().items() if not reason]
+
+
+@pytest.fixture(autouse=True)
+def seed(request: pytest.FixtureRequest) -> None:
+    """Inputs differ between tests, and with EFFNET_OPS_TEST_SEED in the environment, but not between two runs."""
+    base = int(os.environ.get("EFFNET_OPS_TEST_SEED", "0"))
+    torch.manual_seed(base + zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """Fill uninitialised memory with NaN, so that an element which a kernel forgets to write fails the test."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Run the kernels on two threads."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(params=AVAILABLE)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every backend that can run here, in use."""
+    with effnet_ops.use_backend(request.param):
+        yield request.param

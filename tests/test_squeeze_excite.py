@@ -1,0 +1,74 @@
+"""Squeeze-and-excitation against the fp64 reference: outputs, gradients, layouts and precisions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import SQUEEZE_EXCITE, SqueezeExciteCase
+from helpers import HALF, LAYOUTS, Function, Tensors, check, names, normal, relative_error
+
+import effnet_ops
+
+pytestmark = pytest.mark.usefixtures("poison")
+by_case = pytest.mark.parametrize("case", SQUEEZE_EXCITE, ids=names(SQUEEZE_EXCITE))
+
+
+def problem(case: SqueezeExciteCase) -> tuple[Function, Tensors]:
+    channels = case.shape[1]
+    tensors = {
+        "x": normal(*case.shape) + 0.5,
+        "reduce_weight": normal(case.reduced, channels, 1, 1) / channels**0.5,
+        "reduce_bias": normal(case.reduced) if case.bias else None,
+        "expand_weight": normal(channels, case.reduced, 1, 1) / case.reduced**0.5,
+        "expand_bias": normal(channels) if case.bias else None,
+    }
+    config = dict(activation=case.activation, gate=case.gate)
+    return lambda t: effnet_ops.squeeze_excite(*t.values(), **config), tensors
+
+
+@by_case
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fp32(case: SqueezeExciteCase, layout: str) -> None:
+    check(*problem(case), torch.float32, layout)
+
+
+@by_case
+@pytest.mark.parametrize("dtype", [torch.float64, *HALF], ids=str)
+def test_precisions(case: SqueezeExciteCase, dtype: torch.dtype) -> None:
+    check(*problem(case), dtype)
+
+
+@by_case
+def test_reference_backend(case: SqueezeExciteCase) -> None:
+    with effnet_ops.use_backend("reference"):
+        check(*problem(case), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_half_parameters(dtype: torch.dtype, backend: str) -> None:
+    check(*problem(SQUEEZE_EXCITE[0]), dtype, parameter_dtype=dtype)
+
+
+def test_reference_is_pytorch() -> None:
+    x, reduce_weight, reduce_bias = normal(2, 6, 4, 3), normal(3, 6, 1, 1), normal(3)
+    expand_weight, expand_bias = normal(6, 3, 1, 1), normal(6)
+    hidden = F.relu(F.conv2d(F.adaptive_avg_pool2d(x, 1), reduce_weight, reduce_bias))
+    expected = x * F.hardsigmoid(F.conv2d(hidden, expand_weight, expand_bias))
+    params = (reduce_weight, reduce_bias, expand_weight, expand_bias)
+    with effnet_ops.use_backend("reference"):
+        out = effnet_ops.squeeze_excite(x, *params, activation="relu", gate="hard_sigmoid")
+    assert relative_error(out, expected) <= 1e-15
+
+
+@pytest.mark.parametrize("gate", ["sigmoid", "hard_sigmoid"])
+def test_saturated_gate(gate: str, backend: str) -> None:
+    """Gates far beyond saturation are exactly 0 or 1, with finite gradients."""
+    x = normal(2, 8, 3, 3).float().requires_grad_()
+    expand_bias = torch.tensor([-200.0, 200.0] * 4)
+    params = (torch.zeros(2, 8, 1, 1), torch.zeros(2), torch.zeros(8, 2, 1, 1), expand_bias)
+    out = effnet_ops.squeeze_excite(x, *params, gate=gate)
+    out.sum().backward()
+    kept = torch.tensor([0.0, 1.0] * 4)[:, None, None]
+    assert torch.equal(out, x * kept)
+    assert torch.equal(x.grad, kept.expand_as(x))
