@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import torch.nn.functional as F
 import typer
+from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 import effnet_ops
 from effnet_ops.cli.console import console, need
@@ -65,10 +67,11 @@ def run(output: Path, seconds: float) -> None:
         task = progress.add_task("", total=None)
         for name, build in _models().items():
             progress.update(task, description=f"{name}: logits before and after replace_layers")
-            comparisons.append(_compare(name, build(), images))
+            comparisons.append(_compare(name, build(), images, calibrate=bool(comparisons)))
     _show_labels(list(photographs), comparisons[0])
     _save_picture(photographs, comparisons[0], output)
-    console.print(_agreement_table(comparisons))
+    for comparison in comparisons:
+        _show_agreement(comparison)
     if seconds > 0:
         _show_speed(comparisons, seconds)
     if not all(comparison.agrees for comparison in comparisons):
@@ -110,18 +113,19 @@ def _models() -> dict[str, Callable[[], nn.Module]]:
     }
 
 
-@torch.inference_mode()
-def _compare(name: str, stock: nn.Module, images: Tensor) -> Comparison:
-    stock.eval()
-    before = stock(images)
-    replaced = copy.deepcopy(stock)
+def _compare(name: str, stock: nn.Module, images: Tensor, calibrate: bool) -> Comparison:
+    if calibrate:
+        # A fresh model with the statistics it was built with turns every picture into the same zeros.
+        update_bn([images], stock)
+    replaced = copy.deepcopy(stock.eval())
     report = effnet_ops.replace_layers(replaced)
-    return Comparison(name, stock, report, before, replaced(images))
+    with torch.inference_mode():
+        return Comparison(name, stock, report, stock(images), replaced(images))
 
 
 def _show_labels(names: list[str], comparison: Comparison) -> None:
     table = Table(title=comparison.name, title_justify="left")
-    for heading in ("photograph", "stock layers", "after replace_layers", "largest difference of a logit"):
+    for heading in ("photograph", "stock", "replaced", "logits differ by"):
         table.add_column(heading)
     for name, before, after in zip(names, comparison.before, comparison.after, strict=True):
         table.add_row(name, _label(before), _label(after), f"{(after - before).abs().max():.1e}")
@@ -130,19 +134,17 @@ def _show_labels(names: list[str], comparison: Comparison) -> None:
 
 def _label(logits: Tensor) -> str:
     probability, index = logits.softmax(0).max(0)
-    return f"{imagenet_labels()[index]} ({probability:.1%})"
+    return f"{imagenet_labels()[index]} ({probability:.0%})"
 
 
-def _agreement_table(comparisons: list[Comparison]) -> Table:
-    table = Table(title="What replace_layers did", title_justify="left")
-    for heading in ("model", "replaced", "skipped", "largest difference of a logit", "relative to the largest", ""):
-        table.add_column(heading)
-    for comparison in comparisons:
-        skipped = "; ".join(f"{name}: {reason}" for name, reason in comparison.report.skipped.items()) or "none"
-        numbers = (f"{comparison.difference:.1e}", f"{comparison.relative:.1e}")
-        verdict = "[green]same[/green]" if comparison.agrees else "[red]differs[/red]"
-        table.add_row(comparison.name, f"{len(comparison.report.replaced)} layers", skipped, *numbers, verdict)
-    return table
+def _show_agreement(comparison: Comparison) -> None:
+    console.print(f"[bold]{comparison.name}[/bold]\n{escape(str(comparison.report))}", highlight=False)
+    verdict = "[green]the same[/green]" if comparison.agrees else "[red]not the same[/red]"
+    console.print(
+        f"largest difference of a logit {comparison.difference:.1e}, "
+        f"{comparison.relative:.1e} of the largest logit: {verdict}\n",
+        highlight=False,
+    )
 
 
 def _save_picture(photographs: dict[str, Image.Image], comparison: Comparison, output: Path) -> None:
@@ -162,33 +164,34 @@ def _save_picture(photographs: dict[str, Image.Image], comparison: Comparison, o
 
 def _show_speed(comparisons: list[Comparison], seconds: float) -> None:
     table = Table(
-        title=f"Time in ms: median (20th to 80th percentile) on {torch.get_num_threads()} threads of {cpu_model()}",
+        title=f"ms on {torch.get_num_threads()} threads of {cpu_model()}: median (20th to 80th percentile)",
         title_justify="left",
-        caption="all four are timed in turn; the ratio compares the faster layout before with the faster one after",
+        caption="The four are timed in turn. Speed-up: the faster stock layout over the faster replaced one.",
     )
-    for heading in ("model", "what", "stock", "stock, channels_last", "replaced", "replaced, channels_last", "ratio"):
+    for heading in ("", "inference, batch 1", f"training step, batch {BATCH}"):
         table.add_column(heading)
     with _progress() as progress:
         task = progress.add_task("", total=None)
         for comparison in comparisons:
-            for what, step, share in (
-                ("inference, batch 1", _inference, 0.3),
-                (f"training, batch {BATCH}", _training, 1.0),
-            ):
-                progress.update(task, description=f"timing {comparison.name}: {what}")
-                times = interleave(_variants(comparison.model, step), seconds * share)
-                table.add_row(comparison.name, what, *map(_milliseconds, times.values()), f"{_ratio(times):.2f}x")
+            progress.update(task, description=f"timing {comparison.name}")
+            inference = interleave(_variants(comparison.model, _inference), 0.3 * seconds)
+            training = interleave(_variants(comparison.model, _training), seconds, warmup=1)
+            table.add_row(f"[bold]{comparison.name}[/bold]")
+            for name in inference:
+                table.add_row(name, _milliseconds(inference[name]), _milliseconds(training[name]))
+            table.add_row("speed-up", f"{_speedup(inference):.2f}x", f"{_speedup(training):.2f}x", end_section=True)
     console.print(table)
 
 
 def _variants(stock: nn.Module, step: Callable[..., Callable[[], object]]) -> dict[str, Callable[[], object]]:
+    """The stock and the replaced model in both memory layouts, each with data of its own."""
     variants = {}
-    for replaced in (False, True):
-        for layout in (torch.contiguous_format, torch.channels_last):
+    for kind in ("stock", "replaced"):
+        for suffix, layout in (("", torch.contiguous_format), (", channels_last", torch.channels_last)):
             model = copy.deepcopy(stock)
-            if replaced:
+            if kind == "replaced":
                 effnet_ops.replace_layers(model)
-            variants[f"{replaced} {layout}"] = step(model.to(memory_format=layout), layout)
+            variants[kind + suffix] = step(model.to(memory_format=layout), layout)
     return variants
 
 
@@ -213,6 +216,6 @@ def _milliseconds(timing: Timing) -> str:
     return f"{timing.p50 * 1e3:.1f} ({timing.p20 * 1e3:.1f} to {timing.p80 * 1e3:.1f})"
 
 
-def _ratio(times: dict[str, Timing]) -> float:
+def _speedup(times: dict[str, Timing]) -> float:
     stock, stock_channels_last, replaced, replaced_channels_last = (timing.p50 for timing in times.values())
     return min(stock, stock_channels_last) / min(replaced, replaced_channels_last)
