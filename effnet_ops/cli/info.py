@@ -77,6 +77,10 @@ def cpu_model() -> str:
 
 
 def _built() -> dict[str, object]:
-    if _native.module is None:
+    native = _native.module
+    if native is None:
         return {"C++": _native.why_missing}
-    return {key.replace("_", " "): value for key, value in _native.module.build_info().items()}
+    rows = {key.replace("_", " "): value for key, value in native.build_info().items()}
+    rows["instruction set in use"] = native.isa()
+    rows["CPU features"] = [name for name, present in native.cpu_features().items() if present]
+    return {key: ", ".join(value) if isinstance(value, list) else value for key, value in rows.items()}

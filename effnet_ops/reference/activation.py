@@ -15,7 +15,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "hardswish": F.hardswish,
 }
-GATES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "hard_sigmoid": F.hardsigmoid}
+GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    # Not F.hardsigmoid: its derivative is 1/6 rounded to fp32 in fp64 too, which is no reference.
+    "hard_sigmoid": lambda x: F.relu6(x + 3) / 6,
+}
 
 
 def activate(x: Tensor, name: str) -> Tensor:
