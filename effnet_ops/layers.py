@@ -417,8 +417,7 @@ def _conv_norm_params(conv: nn.Module, norm: nn.Module, training: bool) -> ConvN
     gamma, beta, mean, variance, count = _parameter(norm, "weight"), _parameter(norm, "bias"), None, None, None
     if norm.track_running_stats or not training:
         buffers = norm._buffers
-        mean, variance = buffers["running_mean"], buffers["running_var"]
-        count = buffers["num_batches_tracked"] if training else None
+        mean, variance, count = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
     return ConvNormParams(weight, bias, BatchNormParams(gamma, beta, mean, variance, norm.eps, norm.momentum, count))
 
 

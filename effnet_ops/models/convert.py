@@ -176,7 +176,7 @@ def _matches(tensor: Tensor, shape: tuple[int | None, ...]) -> bool:
 
 
 def _shape_text(shape: tuple[int | None, ...]) -> str:
-    return "(" + ", ".join("any" if size is None else str(size) for size in shape) + ")"
+    return str(shape).replace("None", "any")
 
 
 def _entries(spec: ScaledSpec) -> Iterator[_Entry]:
