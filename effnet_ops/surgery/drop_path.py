@@ -27,6 +27,7 @@ def uniform_scale(x: Tensor, rate: float) -> Tensor:
 def _branch_dtype(x: Tensor) -> torch.dtype:
     """The dtype that the stock block's branch has, in which the stock draws."""
     kind = x.device.type
-    if x.dtype == torch.float32 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
+    # A compiled graph has random numbers of its own, so there is nothing to match; nor can Dynamo trace the question.
+    if x.dtype != torch.float32 or torch.compiler.is_compiling() or not torch.amp.is_autocast_available(kind):
+        return x.dtype
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

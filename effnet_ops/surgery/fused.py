@@ -322,8 +322,7 @@ def block_plan(
     project_norm, after = _check_norm(project)
     if residual and after != "none":
         raise Unfit(f"{project.norm.name} has an activation between the projection and the residual")
-    norms = [norm, project_norm] + ([] if expanded is None else [expanded[1]])
-    if len(set(map(id, norms))) < len(norms):
+    if norm is project_norm or (expanded is not None and expanded[1] in (norm, project_norm)):
         raise Unfit("two of its normalisations are one shared module")
     return BlockPlan(
         expanded,

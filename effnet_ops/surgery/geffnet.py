@@ -38,12 +38,13 @@ ACTIVATIONS.update(
     }
 )
 CONVOLUTIONS[Conv2dSame] = lambda conv: "same"
-_GATES: dict[Callable[..., Tensor], str] = {
-    activations.sigmoid: "sigmoid",
-    activations.hard_sigmoid: "hard_sigmoid",
-    activations_me.hard_sigmoid_me: "hard_sigmoid",
-    activations_jit.hard_sigmoid_jit: "hard_sigmoid",
-}
+_GATES: tuple[tuple[Callable[..., Tensor], str], ...] = (
+    (activations.sigmoid, "sigmoid"),
+    (activations.hard_sigmoid, "hard_sigmoid"),
+    (activations_me.hard_sigmoid_me, "hard_sigmoid"),
+    (activations_jit.hard_sigmoid_jit, "hard_sigmoid"),
+)
+"""Pairs and no dictionary, because Dynamo cannot hash a scripted function."""
 
 UNSUPPORTED.update(
     {
@@ -70,7 +71,7 @@ class FusedSqueezeExciteBlock(FusedSqueezeExcite, blocks.SqueezeExcite):
 
     @classmethod
     def describe(cls, module: nn.Module) -> SqueezeExcitePlan:
-        gate = _GATES.get(module.gate_fn)
+        gate = next((name for function, name in _GATES if function is module.gate_fn), None)
         if gate is None:
             raise Unfit(f"gate_fn is {module.gate_fn}, a gate that is not fused")
         parts = (Part(name, getattr(module, name)) for name in ("conv_reduce", "act1", "conv_expand"))
