@@ -118,7 +118,7 @@ def check_window(
     """The output size of a convolution over x, or an error where the window does not fit once."""
     resolved = resolve_padding(padding, x.shape[2:], kernel, stride, dilation)
     size = output_size(x.shape[2:], kernel, stride, resolved, dilation)
-    if min(x.shape[1:]) == 0 or min(size) < 1:
+    if 0 in x.shape[1:] or any(n < 1 for n in size):
         raise ValueError(
             f"kernel {tuple(kernel)} with padding {resolved} and dilation {tuple(dilation)} does not fit into x of "
             f"shape {tuple(x.shape)}: the output would be {size[0]}x{size[1]}"

@@ -97,7 +97,7 @@ def pointwise_conv2d(
         if residual.dtype != x.dtype:
             raise TypeError(f"residual must be {x.dtype} like x, got {residual.dtype}")
     checks.check_activation(activation)
-    if min(channels, weight.shape[0], height, width) == 0:
+    if 0 in (channels, weight.shape[0], height, width):
         raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)} must have no empty axis but the batch")
     if backends.select(x) == "reference":
         return _run_reference(reference.pointwise_conv2d, x, weight, bias, residual, activation)
@@ -130,7 +130,7 @@ def squeeze_excite(
         ValueError, TypeError: a shape, dtype, device or name that does not fit, named in the message.
     """
     checks.check_input(x)
-    if min(x.shape[1:]) == 0:
+    if 0 in x.shape[1:]:
         raise ValueError(f"x {tuple(x.shape)} must have no empty axis but the batch")
     _check_squeeze_excite(reduce_weight, reduce_bias, expand_weight, expand_bias, x, x.shape[1])
     checks.check_activation(activation)

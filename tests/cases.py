@@ -169,7 +169,7 @@ MBCONV = [
     MBConvCase(
         "mobilenet_v3", (2, 16, 8, 8), 24, 64, 16, activation="hardswish", se_activation="relu", gate="hard_sigmoid"
     ),
-    MBConvCase("linear", (2, 8, 6, 6), 8, 24, 2, activation="none", residual=True),
+    MBConvCase("linear", (4, 8, 7, 6), 8, 24, 4, activation="none", residual=True),
     MBConvCase("drop_path_without_residual", (3, 8, 6, 5), 16, 24, 2, drop_path=True),
     MBConvCase("affine_free", (2, 8, 6, 6), 8, 24, 2, norm="affine_free", residual=True),
     MBConvCase("folded", (2, 16, 9, 8), 16, 96, 4, norm="folded", residual=True),

@@ -14,6 +14,7 @@ from helpers import (
     mbconv_function,
     mbconv_groups,
     mbconv_tensors,
+    mbconv_tolerance,
     names,
     normal,
     relative_error,
@@ -41,7 +42,8 @@ def test_fp32(case: MBConvCase, training: bool, layout: str) -> None:
 @by_mode
 @pytest.mark.parametrize("dtype", [torch.float64, *HALF], ids=str)
 def test_precisions(case: MBConvCase, training: bool, dtype: torch.dtype) -> None:
-    check(mbconv_function(case, training), mbconv_tensors(case), dtype)
+    tolerance = mbconv_tolerance(case, dtype)
+    check(mbconv_function(case, training), mbconv_tensors(case), dtype, gradient_tolerance=tolerance)
 
 
 @by_case
@@ -55,7 +57,13 @@ def test_reference_backend(case: MBConvCase, training: bool) -> None:
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_half_parameters(dtype: torch.dtype, training: bool, backend: str) -> None:
     case = CASES["residual"]
-    check(mbconv_function(case, training), mbconv_tensors(case), dtype, parameter_dtype=dtype)
+    check(
+        mbconv_function(case, training),
+        mbconv_tensors(case),
+        dtype,
+        parameter_dtype=dtype,
+        gradient_tolerance=mbconv_tolerance(case, dtype),
+    )
 
 
 @by_case

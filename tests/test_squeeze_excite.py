@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import SQUEEZE_EXCITE, SqueezeExciteCase
-from helpers import HALF, LAYOUTS, Function, Tensors, check, names, normal, relative_error
+from helpers import HALF, LAYOUTS, Function, Tensors, check, gate_tolerance, names, normal, relative_error
 
 import effnet_ops
 
@@ -36,7 +36,7 @@ def test_fp32(case: SqueezeExciteCase, layout: str) -> None:
 @by_case
 @pytest.mark.parametrize("dtype", [torch.float64, *HALF], ids=str)
 def test_precisions(case: SqueezeExciteCase, dtype: torch.dtype) -> None:
-    check(*problem(case), dtype)
+    check(*problem(case), dtype, gradient_tolerance=gate_tolerance(case.gate, dtype))
 
 
 @by_case
