@@ -54,7 +54,7 @@ class Pointwise(nn.Module):
 
 
 def b0_layers(batch: int) -> list[Layer]:
-    """The distinct depthwise and pointwise convolutions, squeeze-and-excitations and blocks of timm's efficientnet_b0."""
+    """The distinct convolutions, squeeze-and-excitations and blocks of timm's efficientnet_b0 but its stem."""
     model = timm.create_model("efficientnet_b0").eval()
     found: dict[tuple[str, str], Layer] = {}
 
@@ -191,7 +191,7 @@ def show(rows: list[Row]) -> None:
         ratio = min(by_provider[CHANNELS_LAST].p50, by_provider[CONTIGUOUS].p50) / by_provider[OURS].p50
         style = "red" if ratio < 1 else ""
         table.add_row(group[0].operation, group[0].shape, group[0].mode, *cells, f"{ratio:.2f}x", style=style)
-    Console().print(table)
+    Console(width=150).print(table)
 
 
 def _time(row: Row) -> str:
