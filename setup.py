@@ -1,8 +1,8 @@
 """Builds the C++ part: one shared library in which every CPU kernel is compiled once per instruction set.
 
-EFFNET_OPS_BUILD=auto|cpu|cuda|none says what to build. `auto` builds what this machine can and says what it left out; an explicit
-choice that cannot be built is an error. CXX, MAX_JOBS, FORCE_CUDA and TORCH_CUDA_ARCH_LIST are honoured. EFFNET_OPS_SANITIZE=1
-adds the address and undefined-behaviour sanitizers.
+EFFNET_OPS_BUILD=auto|cpu|cuda|none says what to build. `auto` builds what this machine can and says what it left
+out; an explicit choice that cannot be built is an error. CXX, MAX_JOBS, FORCE_CUDA and TORCH_CUDA_ARCH_LIST are
+honoured. EFFNET_OPS_SANITIZE=1 adds the address and undefined-behaviour sanitizers.
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).resolve().parent
 TORCH_TARGET = (2, 10)
 CHOICES = ("auto", "cpu", "cuda", "none")
-COMMON_FLAGS = (
-    "-std=c++17 -O3 -g0 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wall -Wno-psabi".split()
-)
+COMMON_FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno"]
+COMMON_FLAGS += ["-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
 AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 ISA_FLAGS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from types import ModuleType
 
 import torch  # noqa: F401  (its libraries must be in the process before ours)
@@ -10,7 +11,8 @@ module: ModuleType | None = None
 why_missing = ""
 
 try:
-    from effnet_ops import _C as module  # type: ignore[no-redef]
+    module = importlib.import_module("effnet_ops._C")
+except ModuleNotFoundError:
+    why_missing = "the C++ part was not built: install effnet_ops with a C++ compiler at hand"
 except ImportError as error:
-    not_built = "cannot import name" in str(error)
-    why_missing = "the C++ part was not built (see `effnet-ops info`)" if not_built else f"it does not load: {error}"
+    why_missing = f"the C++ part does not load: {error}"

@@ -141,18 +141,20 @@ inline void norm_backward_reduce(int64_t pixels, const Source<T>& x, const NormV
             const Vec<A> mean = load(norm.mean() + c, n), rstd = load(norm.rstd() + c, n);
             const Vec<A> scale = load(norm.scale() + c, n), shift = load(norm.shift() + c, n);
             Vec<A> shift_sum = {}, scale_sum = {};
-            for (int64_t p = first; p < first + count; ++p) {
-                const Vec<A> centred = load(x.data + p * channels + c, n) - mean;
-                A* at = d + p * channels + c;
-                Vec<A> t = load(at, n);
-                const int64_t in_image = p / x.image_pixels * channels + c;
-                if (x.gate != nullptr) t = t * load(x.gate + in_image, n);
-                if (pool_gradient != nullptr) t = t + load(pool_gradient + in_image, n);
-                t = t * activate_derivative<A>(centred * scale + shift, x.activation);
-                store(at, t, n);
-                shift_sum += t;
-                scale_sum += t * (centred * rstd);
-            }
+            for_each_image(first, count, x.image_pixels, [&](int64_t image, int64_t begin, int64_t pixels_here) {
+                const int64_t in_image = image * channels + c;
+                const Vec<A> gate = x.gate == nullptr ? broadcast(A(1)) : load(x.gate + in_image, n);
+                const Vec<A> pool = pool_gradient == nullptr ? Vec<A>{} : load(pool_gradient + in_image, n);
+                for (int64_t p = begin; p < begin + pixels_here; ++p) {
+                    const Vec<A> centred = load(x.data + p * channels + c, n) - mean;
+                    A* at = d + p * channels + c;
+                    const Vec<A> t =
+                        (load(at, n) * gate + pool) * activate_derivative<A>(centred * scale + shift, x.activation);
+                    store(at, t, n);
+                    shift_sum += t;
+                    scale_sum += t * (centred * rstd);
+                }
+            });
             A* to_shift = shifts + part * channels + c;
             A* to_scale = scales + part * channels + c;
             store(to_shift, load(to_shift, n) + shift_sum, n);

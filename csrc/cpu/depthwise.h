@@ -16,64 +16,78 @@ struct RowPairs {
     int count = 0;
 };
 
-// Outputs [first, first + N) of a row, one vector of channels: sum over row pairs and kx of row[(o * stride + kx)] *
-// weight[kx].
+// Where a row's pixels lie and where its outputs go: values from one pixel to the next, and the channels of the slab.
+template <class A>
+struct RowLayout {
+    int64_t step, channels;
+    A* out;
+    int64_t out_step;
+};
+
+// Outputs [first, first + N) of a row, one vector of channels: sum over row pairs and kx of row[o * stride + kx] * weight[kx].
 template <int KW, int STRIDE, int N, class A>
-inline void convolve_outputs(const RowPairs<A>& pairs, int64_t first, int lane, A* out) {
+inline void convolve_outputs(const RowPairs<A>& pairs, const RowLayout<A>& at, int64_t first, int64_t lane) {
     constexpr int S = slab<A>;
     Vec<A> sum[N] = {};
     for (int r = 0; r < pairs.count; ++r) {
-        const A* row = pairs.rows[r] + first * STRIDE * S + lane;
+        const A* row = pairs.rows[r] + first * STRIDE * at.step + lane;
         Vec<A> w[KW];
 #pragma GCC unroll 16
         for (int kx = 0; kx < KW; ++kx) w[kx] = load(pairs.weights[r] + kx * S + lane);
 #pragma GCC unroll 32
         for (int j = 0; j < (N - 1) * STRIDE + KW; ++j) {
-            const Vec<A> v = load(row + j * S);
+            const Vec<A> v = load(row + j * at.step);
 #pragma GCC unroll 16
             for (int kx = 0; kx < KW; ++kx)
                 if (j >= kx && (j - kx) % STRIDE == 0 && (j - kx) / STRIDE < N) sum[(j - kx) / STRIDE] += v * w[kx];
         }
     }
 #pragma GCC unroll 16
-    for (int o = 0; o < N; ++o) store(out + (first + o) * S + lane, sum[o]);
+    for (int o = 0; o < N; ++o) store(at.out + (first + o) * at.out_step + lane, sum[o]);
 }
 
 template <int KW, int STRIDE, class A>
-inline void convolve_row_fixed(const RowPairs<A>& pairs, int64_t width, A* out) {
+inline void convolve_row_fixed(const RowPairs<A>& pairs, const RowLayout<A>& at, int64_t begin, int64_t end) {
     constexpr int N = EFFNET_VECTOR_BYTES == 64 ? 8 : 6;
-    for (int lane = 0; lane < slab<A>; lane += lanes<A>) {
-        int64_t o = 0;
-        for (; o + N <= width; o += N) convolve_outputs<KW, STRIDE, N>(pairs, o, lane, out);
-        for (; o + 2 <= width; o += 2) convolve_outputs<KW, STRIDE, 2>(pairs, o, lane, out);
-        for (; o < width; ++o) convolve_outputs<KW, STRIDE, 1>(pairs, o, lane, out);
+    for (int64_t lane = 0; lane < at.channels; lane += lanes<A>) {
+        int64_t o = begin;
+        for (; o + N <= end; o += N) convolve_outputs<KW, STRIDE, N>(pairs, at, o, lane);
+        if (o + 4 <= end) convolve_outputs<KW, STRIDE, 4>(pairs, at, o, lane), o += 4;
+        if (o + 2 <= end) convolve_outputs<KW, STRIDE, 2>(pairs, at, o, lane), o += 2;
+        for (; o < end; ++o) convolve_outputs<KW, STRIDE, 1>(pairs, at, o, lane);
     }
 }
 
-// One output row [width][slab] of the given row pairs.
+// Outputs [begin, end) by any filter; taps outside [0, width) pixels of the rows are skipped.
 template <class A>
-inline void convolve_row(const RowPairs<A>& pairs, int64_t kernel_w, int64_t stride, int64_t dilation, int64_t width,
-                         A* out) {
-    constexpr int S = slab<A>;
-    if (dilation == 1 && stride == 1) {
-        if (kernel_w == 3) return convolve_row_fixed<3, 1>(pairs, width, out);
-        if (kernel_w == 5) return convolve_row_fixed<5, 1>(pairs, width, out);
-        if (kernel_w == 7) return convolve_row_fixed<7, 1>(pairs, width, out);
-    }
-    if (dilation == 1 && stride == 2) {
-        if (kernel_w == 3) return convolve_row_fixed<3, 2>(pairs, width, out);
-        if (kernel_w == 5) return convolve_row_fixed<5, 2>(pairs, width, out);
-        if (kernel_w == 7) return convolve_row_fixed<7, 2>(pairs, width, out);
-    }
-    for (int lane = 0; lane < S; lane += lanes<A>)
-        for (int64_t o = 0; o < width; ++o) {
+inline void convolve_row_any(const RowPairs<A>& pairs, const RowLayout<A>& at, int64_t kernel_w, int64_t stride, int64_t dilation,
+                             int64_t first_pixel, int64_t last_pixel, int64_t begin, int64_t end) {
+    for (int64_t lane = 0; lane < at.channels; lane += lanes<A>)
+        for (int64_t o = begin; o < end; ++o) {
             Vec<A> sum = {};
-            for (int r = 0; r < pairs.count; ++r)
-                for (int64_t kx = 0; kx < kernel_w; ++kx)
-                    sum += load(pairs.rows[r] + (o * stride + kx * dilation) * S + lane) *
-                           load(pairs.weights[r] + kx * S + lane);
-            store(out + o * S + lane, sum);
+            for (int64_t kx = 0; kx < kernel_w; ++kx) {
+                const int64_t pixel = o * stride + kx * dilation;
+                if (pixel < first_pixel || pixel >= last_pixel) continue;
+                for (int r = 0; r < pairs.count; ++r)
+                    sum += load(pairs.rows[r] + pixel * at.step + lane) * load(pairs.weights[r] + kx * slab<A> + lane);
+            }
+            store(at.out + o * at.out_step + lane, sum);
         }
+}
+
+inline bool is_fixed_filter(int64_t kernel_w, int64_t stride, int64_t dilation) {
+    return dilation == 1 && (stride == 1 || stride == 2) && (kernel_w == 3 || kernel_w == 5 || kernel_w == 7);
+}
+
+// Outputs [begin, end) of a row whose windows lie within the rows.
+template <class A>
+inline void convolve_row(const RowPairs<A>& pairs, const RowLayout<A>& at, int64_t kernel_w, int64_t stride, int64_t dilation, int64_t begin,
+                         int64_t end) {
+    if (!is_fixed_filter(kernel_w, stride, dilation))
+        return convolve_row_any(pairs, at, kernel_w, stride, dilation, 0, INT64_MAX, begin, end);
+    if (kernel_w == 3) return stride == 1 ? convolve_row_fixed<3, 1>(pairs, at, begin, end) : convolve_row_fixed<3, 2>(pairs, at, begin, end);
+    if (kernel_w == 5) return stride == 1 ? convolve_row_fixed<5, 1>(pairs, at, begin, end) : convolve_row_fixed<5, 2>(pairs, at, begin, end);
+    return stride == 1 ? convolve_row_fixed<7, 1>(pairs, at, begin, end) : convolve_row_fixed<7, 2>(pairs, at, begin, end);
 }
 
 // [C][kh * kw] to [slabs][kh * kw][slab], zeros behind the last channel; mirrored along kx for the input gradient.
@@ -142,7 +156,7 @@ inline void depthwise_rows(const DepthwiseShape& s, const A* weight, const Stage
                     pairs.rows[pairs.count] = ring.row(iy);
                     pairs.weights[pairs.count++] = packed + (slab_index * s.kernel_h + ky) * s.kernel_w * S;
                 }
-                convolve_row<A>(pairs, s.kernel_w, s.stride_w, s.dilation_w, s.out_width, out);
+                convolve_row<A>(pairs, {S, n, out, S}, s.kernel_w, s.stride_w, s.dilation_w, 0, s.out_width);
                 finish(image, oy, c, n, static_cast<const A*>(out));
             }
         }
@@ -155,22 +169,57 @@ struct StageStored {
     const Source<T>& x;
     const DepthwiseShape& s;
     void operator()(int64_t image, int64_t row, int64_t c, int64_t n, Compute<T>* to) const {
-        const int64_t first = (image * s.height + row) * s.width;
-        for (int64_t i = 0; i < s.width; ++i) x.stage(first + i, c, n, to + i * slab<Compute<T>>);
+        x.stage((image * s.height + row) * s.width, s.width, c, n, to, slab<Compute<T>>);
     }
 };
 
+// Without a prologue nothing needs staging: rows are read where they lie, and only the outputs at the left and right edge look at bounds.
+template <class A, class O>
+inline void depthwise_in_place(const DepthwiseShape& s, const A* x, const A* weight, const Epilogue<O>& epilogue) {
+    constexpr int S = slab<A>;
+    const int64_t slabs = ceil_div(s.channels, S), chunks = row_chunks(s.batch * slabs, s.out_height);
+    const int64_t inner_begin = smaller(s.out_width, ceil_div(s.pad_left, s.stride_w));
+    const int64_t fits = s.width + s.pad_left - s.kernel_w;
+    const int64_t inner_end = larger(inner_begin, smaller(s.out_width, fits < 0 ? 0 : fits / s.stride_w + 1));
+    const Buffer<A> packed = pack_depthwise(s, weight, false);
+    parallel(s.batch * slabs * chunks, [&](int64_t begin, int64_t end) {
+        const Buffer<A> scratch(s.out_width * S);
+        for (int64_t task = begin; task < end; ++task) {
+            const int64_t image = task / (slabs * chunks), slab_index = task / chunks % slabs, chunk = task % chunks;
+            const int64_t c = slab_index * S, n = smaller(S, s.channels - c);
+            for (int64_t oy = s.out_height * chunk / chunks; oy < s.out_height * (chunk + 1) / chunks; ++oy) {
+                RowPairs<A> pairs;
+                for (int64_t ky = 0; ky < s.kernel_h; ++ky) {
+                    const int64_t iy = oy * s.stride_h - s.pad_top + ky;
+                    if (iy < 0 || iy >= s.height) continue;
+                    pairs.rows[pairs.count] = x + ((image * s.height + iy) * s.width - s.pad_left) * s.channels + c;
+                    pairs.weights[pairs.count++] = packed + (slab_index * s.kernel_h + ky) * s.kernel_w * S;
+                }
+                const int64_t first = (image * s.out_height + oy) * s.out_width;
+                RowLayout<A> at{s.channels, n, scratch, S};
+                if constexpr (sizeof(O) == sizeof(A)) {
+                    if (epilogue.direct()) at = {s.channels, n, epilogue.out + first * s.channels + c, s.channels};
+                }
+                const int64_t last_pixel = s.pad_left + s.width;
+                convolve_row_any(pairs, at, s.kernel_w, s.stride_w, 1, s.pad_left, last_pixel, 0, inner_begin);
+                convolve_row<A>(pairs, at, s.kernel_w, s.stride_w, 1, inner_begin, inner_end);
+                convolve_row_any(pairs, at, s.kernel_w, s.stride_w, 1, s.pad_left, last_pixel, inner_end, s.out_width);
+                if (at.out == scratch) epilogue(first, s.out_width, c, n, scratch, S);
+            }
+        }
+    });
+}
+
 template <class T, class O>
-inline void depthwise_forward(const DepthwiseShape& s, const Source<T>& x, const Compute<T>* weight,
-                              const Epilogue<O>& epilogue) {
+inline void depthwise_forward(const DepthwiseShape& s, const Source<T>& x, const Compute<T>* weight, const Epilogue<O>& epilogue) {
     using A = Compute<T>;
-    depthwise_rows<A>(
-        s, weight, StageStored<T>{x, s}, [&](int64_t image, int64_t row, int64_t c, int64_t n, const A* values) {
-            const int64_t first = (image * s.out_height + row) * s.out_width;
-            for (int64_t o = 0; o < s.out_width; ++o)
-                for (int64_t i = 0; i < n; i += lanes<A>)
-                    epilogue(first + o, c + i, load(values + o * slab<A> + i), int(smaller(n - i, lanes<A>)));
-        });
+    // Staging costs a copy of the input, the edges cost checks: with few columns the edges are most of the image.
+    const bool in_place = x.direct() && s.channels % lanes<A> == 0 && s.out_width >= 12 && s.dilation_h == 1 &&
+                          is_fixed_filter(s.kernel_w, s.stride_w, s.dilation_w);
+    if (in_place) return depthwise_in_place(s, reinterpret_cast<const A*>(x.data), weight, epilogue);
+    depthwise_rows<A>(s, weight, StageStored<T>{x, s}, [&](int64_t image, int64_t row, int64_t c, int64_t n, const A* values) {
+        epilogue((image * s.out_height + row) * s.out_width, s.out_width, c, n, values, slab<A>);
+    });
 }
 
 // sum[kx] += sum over o of grad[o] * row[o * stride + kx * dilation], one filter row, all channels of a slab.
@@ -236,7 +285,7 @@ inline void input_gradient_row(const DepthwiseShape& s, const GradientRows& geom
         pairs.rows[pairs.count] = grads.row(scaled / s.stride_h);
         pairs.weights[pairs.count++] = mirrored + ky * s.kernel_w * slab<A>;
     }
-    convolve_row<A>(pairs, s.kernel_w, 1, s.dilation_w, s.width, out);
+    convolve_row<A>(pairs, {slab<A>, slab<A>, out, slab<A>}, s.kernel_w, 1, s.dilation_w, 0, s.width);
 }
 
 // Input and filter gradient in one walk over the rows. `grad` is [batch][out pixels][channels]; either result may be
@@ -255,6 +304,11 @@ inline void depthwise_gradients(const DepthwiseShape& s, const Compute<T>* grad,
     const Buffer<A> partial = zeros<A>(parts * slabs * taps * S);
     const Source<A> grad_rows({grad}, s.channels, 1);
     const StageStored<T> stage{x, s};
+    Epilogue<O> epilogue;
+    epilogue.out = grad_x;
+    epilogue.channels = s.channels;
+    // The staged row can serve the filter gradient too where its pixels are neighbours and all inside.
+    const bool contiguous = s.stride_w == 1 && geometry.offset >= 0 && geometry.offset + s.out_width <= geometry.width;
     parallel(parts * slabs, [&](int64_t begin, int64_t end) {
         const RowRing<A> inputs(span_h, width), grads((span_h - 1) / s.stride_h + 2, geometry.width);
         const Buffer<A> dense(s.out_width * S), out(s.width * S);
@@ -266,11 +320,12 @@ inline void depthwise_gradients(const DepthwiseShape& s, const Compute<T>* grad,
             for (int64_t image = s.batch * part / parts; image < s.batch * (part + 1) / parts; ++image) {
                 int64_t staged = -1, emitted = 0;
                 for (int64_t oy = 0; oy < s.out_height; ++oy) {
-                    A* spread = grads.row(oy);
-                    for (int64_t o = 0; o < s.out_width; ++o) {
-                        grad_rows.stage((image * s.out_height + oy) * s.out_width + o, c, n, dense + o * S);
+                    A* const row = grads.row(oy);
+                    A* const values = contiguous ? row + geometry.offset * S : static_cast<A*>(dense);
+                    grad_rows.stage((image * s.out_height + oy) * s.out_width, s.out_width, c, n, values, S);
+                    for (int64_t o = 0; o < s.out_width && !contiguous; ++o) {
                         const int64_t at = o * s.stride_w + geometry.offset;
-                        if (at >= 0 && at < geometry.width) std::memcpy(spread + at * S, dense + o * S, S * sizeof(A));
+                        if (at >= 0 && at < geometry.width) std::memcpy(row + at * S, values + o * S, S * sizeof(A));
                     }
                     const int64_t top = oy * s.stride_h - s.pad_top;
                     staged = larger(staged, top - 1);
@@ -281,7 +336,7 @@ inline void depthwise_gradients(const DepthwiseShape& s, const Compute<T>* grad,
                             ++staged;
                             stage(image, staged, c, n, inputs.row(staged) + s.pad_left * S);
                         }
-                        filter_row<A>(dense, inputs.row(iy), s.kernel_w, s.stride_w, s.dilation_w, s.out_width,
+                        filter_row<A>(values, inputs.row(iy), s.kernel_w, s.stride_w, s.dilation_w, s.out_width,
                                       filter + ky * s.kernel_w * S);
                     }
                     if (grad_x == nullptr) continue;
@@ -289,10 +344,7 @@ inline void depthwise_gradients(const DepthwiseShape& s, const Compute<T>* grad,
                     const int64_t ready = last ? s.height : smaller(s.height, (oy + 1) * s.stride_h - s.pad_top);
                     for (; emitted < ready; ++emitted) {
                         input_gradient_row<A>(s, geometry, grads, mirrored + slab_index * taps * S, emitted, out);
-                        O* to = grad_x + (image * s.height + emitted) * s.width * s.channels + c;
-                        for (int64_t i = 0; i < s.width; ++i)
-                            for (int64_t j = 0; j < n; j += lanes<A>)
-                                store(to + i * s.channels + j, load(out + i * S + j), int(smaller(n - j, lanes<A>)));
+                        epilogue((image * s.height + emitted) * s.width, s.width, c, n, out, S);
                     }
                 }
             }

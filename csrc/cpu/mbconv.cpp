@@ -75,22 +75,6 @@ void norm_backward(int64_t pixels, const Source<T>& x, const NormVectors<Compute
     norm_backward_apply(pixels, x.data, norm, batch_statistics, sums.shift, sums.scale, d);
 }
 
-// to = from * scale[image], or from where scale is null.
-template <class From, class To>
-void scale_images(int64_t pixels, int64_t image_pixels, int64_t channels, const From* from, const Compute<To>* scale,
-                  To* to) {
-    using A = Compute<To>;
-    Reduction(pixels).blocks([&](int64_t, int64_t first, int64_t count) {
-        for (int64_t p = first; p < first + count; ++p) {
-            const A factor = scale == nullptr ? A(1) : scale[p / image_pixels];
-            for (int64_t c = 0; c < channels; c += lanes<A>) {
-                const int n = int(smaller(lanes<A>, channels - c));
-                store(to + p * channels + c, load(from + p * channels + c, n) * factor, n);
-            }
-        }
-    });
-}
-
 // Rows of the expanded tensor, made when the depthwise convolution asks for them: they never reach memory.
 template <class A>
 struct StageExpanded {
@@ -102,11 +86,8 @@ struct StageExpanded {
 
     void operator()(int64_t image, int64_t row, int64_t c, int64_t n, A* to) const {
         const A* pixels = x + (image * shape.height + row) * shape.width * in;
-        const int n0 = int(smaller(lanes<A>, n)), n1 = int(n) - n0;
-        panel<A>(shape.width, in, pixels, in, 1, packed + c * in, slab<A>, [&](int64_t i, Vec<A> v0, Vec<A> v1) {
-            store(to + i * slab<A>, finish.apply(v0, c, n0));
-            if (n1 > 0) store(to + i * slab<A> + lanes<A>, finish.apply(v1, c + lanes<A>, n1));
-        });
+        panel(shape.width, n, in, pixels, in, 1, packed + c * in, slab<A>, to, slab<A>);
+        finish.in_place(shape.width, c, n, to, slab<A>);
     }
 };
 
@@ -146,11 +127,8 @@ void mbconv_inference(const Block& block, const void* x, void* y) {
                                      activate_expanded};
         depthwise_rows<A>(shape, steps.weights(block.depthwise), stage,
                           [&](int64_t image, int64_t row, int64_t c, int64_t n, const A* values) {
-                              const int64_t first = (image * shape.out_height + row) * shape.out_width;
-                              for (int64_t o = 0; o < shape.out_width; ++o)
-                                  for (int64_t i = 0; i < n; i += lanes<A>)
-                                      activate_convolved(first + o, c + i, load(values + o * slab<A> + i),
-                                                         int(smaller(n - i, lanes<A>)));
+                              activate_convolved((image * shape.out_height + row) * shape.out_width, shape.out_width, c, n, values,
+                                                 slab<A>);
                           });
     } else {
         depthwise_forward(shape, input, steps.weights(block.depthwise), activate_convolved);
@@ -229,11 +207,7 @@ void mbconv_training(const Block& block, const void* x, void* y, const BlockSave
     epilogue.image_scale = static_cast<const A*>(block.drop_path);
     epilogue.residual = block.residual ? static_cast<const T*>(x) : nullptr;
     Reduction(steps.pixels_out).blocks([&](int64_t, int64_t first, int64_t count) {
-        for (int64_t p = first; p < first + count; ++p)
-            for (int64_t c = 0; c < block.out; c += lanes<A>) {
-                const int n = int(smaller(lanes<A>, block.out - c));
-                epilogue(p, c, load(projected + p * block.out + c, n), n);
-            }
+        epilogue.stored(first, count, projected + first * block.out);
     });
 }
 
@@ -248,8 +222,14 @@ void mbconv_backward(const Block& block, const void* grad, const void* x, const 
 
     // B1
     Buffer<A> projected_gradient(steps.pixels_out * out);
-    scale_images(steps.pixels_out, steps.image_out, out, static_cast<const T*>(grad),
-                 static_cast<const A*>(block.drop_path), static_cast<A*>(projected_gradient));
+    Epilogue<A> scaled;
+    scaled.out = projected_gradient;
+    scaled.channels = out;
+    scaled.image_pixels = steps.image_out;
+    scaled.image_scale = static_cast<const A*>(block.drop_path);
+    Reduction(steps.pixels_out).blocks([&](int64_t, int64_t first, int64_t count) {
+        scaled.stored(first, count, static_cast<const T*>(grad) + first * out);
+    });
     const NormVectors<A> norm3 = steps.norm_of(out, block.project, saved.project);
     norm_backward(steps.pixels_out, Source<T>({saved.projected}, out, steps.image_out), norm3, is_batch(saved.project),
                   static_cast<const A*>(nullptr), static_cast<A*>(projected_gradient), grads.project);

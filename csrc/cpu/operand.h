@@ -10,8 +10,18 @@ EFFNET_NAMESPACE_BEGIN
 template <class A>
 constexpr int slab = 2 * lanes<A>;
 
-// A typed Operand: the value at (pixel, channel) is activation((data - mean) * scale + shift) * gate[image of the
-// pixel].
+// A range of pixels cut at image boundaries: body(image, first pixel, count).
+template <class Body>
+inline void for_each_image(int64_t first, int64_t count, int64_t image_pixels, const Body& body) {
+    for (int64_t image = first / image_pixels; count > 0; ++image) {
+        const int64_t here = smaller(count, (image + 1) * image_pixels - first);
+        body(image, first, here);
+        first += here;
+        count -= here;
+    }
+}
+
+// A typed Operand: the value at (pixel, channel) is activation((data - mean) * scale + shift) * gate[image of the pixel].
 template <class T>
 struct Source {
     using A = Compute<T>;
@@ -39,26 +49,36 @@ struct Source {
         return mean == nullptr ? v : (v - load(mean + c, n)) * load(scale + c, n) + load(shift + c, n);
     }
 
-    // Channels [c, c + n) of a pixel, zeros up to the next whole vector.
-    void stage(int64_t pixel, int64_t c, int64_t n, A* to) const {
+    // Channels [c, c + n) of `count` pixels, `step` values from one pixel to the next, zeros up to each pixel's next whole vector.
+    void stage(int64_t first, int64_t count, int64_t c, int64_t n, A* to, int64_t step) const {
         constexpr int L = lanes<A>;
-        const T* from = data + pixel * channels;
         if (plain()) {
-            for (int64_t i = 0; i < n; i += L) store(to + i, load(from + c + i, int(smaller(n - i, L))));
+            for (int64_t p = 0; p < count; ++p) {
+                const T* from = data + (first + p) * channels + c;
+                for (int64_t i = 0; i < n; i += L) store(to + p * step + i, load(from + i, int(smaller(n - i, L))));
+            }
             return;
         }
-        const A* image_gate = gate == nullptr ? nullptr : gate + pixel / image_pixels * channels;
-        for (int64_t i = 0; i < n; i += L) {
-            const int m = int(smaller(n - i, L));
-            Vec<A> v = activate<A>(normalised(pixel, c + i, m), activation);
-            if (image_gate != nullptr) v = v * load(image_gate + c + i, m);
-            store(to + i, v);
-        }
+        for_each_image(first, count, image_pixels, [&](int64_t image, int64_t begin, int64_t pixels) {
+            for (int64_t i = 0; i < n; i += L)
+                stage_vector(begin, pixels, c + i, int(smaller(n - i, L)), gate == nullptr ? nullptr : gate + image * channels,
+                             to + (begin - first) * step + i, step);
+        });
+    }
+
+  private:
+    void stage_vector(int64_t first, int64_t count, int64_t c, int n, const A* image_gate, A* to, int64_t step) const {
+        const Vec<A> zero = {}, one = broadcast(A(1));
+        const Vec<A> m = mean == nullptr ? zero : load(mean + c, n), k = mean == nullptr ? one : load(scale + c, n);
+        const Vec<A> b = mean == nullptr ? zero : load(shift + c, n), g = image_gate == nullptr ? one : load(image_gate + c, n);
+        const T* from = data + first * channels + c;
+        for (int64_t p = 0; p < count; ++p)
+            store(to + p * step, activate<A>((load(from + p * channels, n) - m) * k + b, activation) * g);
     }
 };
 
-// What happens to a convolution's result on its way to memory: activation((v - mean) * scale + shift), times the
-// image's scale, plus a residual. Null pointers leave their step out.
+// What happens to a convolution's result on its way to memory: activation((v - mean) * scale + shift), times the image's scale, plus a
+// residual. Null pointers leave their step out.
 template <class O>
 struct Epilogue {
     using A = Compute<O>;
@@ -69,18 +89,70 @@ struct Epilogue {
     const A* image_scale = nullptr;
     const O* residual = nullptr;
 
-    Vec<A> apply(Vec<A> v, int64_t c, int n) const {
-        if (mean != nullptr) v = (v - load(mean + c, n)) * load(scale + c, n);
-        if (shift != nullptr) v = v + load(shift + c, n);
-        return activate<A>(v, activation);
+    // Nothing to apply and nothing to convert: results may be written to memory as they are.
+    bool direct() const {
+        return sizeof(O) == sizeof(A) && mean == nullptr && shift == nullptr && activation == Activation::none && image_scale == nullptr &&
+               residual == nullptr;
     }
 
-    void operator()(int64_t pixel, int64_t c, Vec<A> v, int n) const {
-        v = apply(v, c, n);
-        if (image_scale != nullptr) v = v * image_scale[pixel / image_pixels];
-        if (residual != nullptr) v = v + load(residual + pixel * channels + c, n);
-        store(out + pixel * channels + c, v, n);
+    // Channels [c, c + n) of `count` pixels from values [count][step].
+    void operator()(int64_t first, int64_t count, int64_t c, int64_t n, const A* values, int64_t step) const {
+        for (int64_t i = 0; i < n; i += lanes<A>) {
+            const int valid = int(smaller(n - i, lanes<A>));
+            const Affine affine(*this, c + i, valid);
+            if (image_scale == nullptr && residual == nullptr) {
+                for (int64_t p = 0; p < count; ++p)
+                    store(out + (first + p) * channels + c + i, affine(load(values + p * step + i)), valid);
+                continue;
+            }
+            for_each_image(first, count, image_pixels, [&](int64_t image, int64_t begin, int64_t pixels) {
+                const A factor = image_scale == nullptr ? A(1) : image_scale[image];
+                for (int64_t p = begin; p < begin + pixels; ++p) {
+                    const int64_t at = p * channels + c + i;
+                    Vec<A> v = affine(load(values + (p - first) * step + i)) * factor;
+                    if (residual != nullptr) v = v + load(residual + at, valid);
+                    store(out + at, v, valid);
+                }
+            });
+        }
     }
+
+    // All channels of `count` pixels from stored values [count][channels], pixel by pixel.
+    template <class From>
+    void stored(int64_t first, int64_t count, const From* values) const {
+        constexpr int64_t chunk = 8 * lanes<A>;
+        A wide[chunk];
+        for (int64_t p = 0; p < count; ++p)
+            for (int64_t c = 0; c < channels; c += chunk) {
+                const int64_t n = smaller(chunk, channels - c);
+                for (int64_t i = 0; i < n; i += lanes<A>)
+                    store(wide + i, load(values + p * channels + c + i, int(smaller(n - i, lanes<A>))));
+                (*this)(first + p, 1, c, n, wide, chunk);
+            }
+    }
+
+    // The same without leaving the compute type: values [count][step] are replaced.
+    void in_place(int64_t count, int64_t c, int64_t n, A* values, int64_t step) const {
+        for (int64_t i = 0; i < n; i += lanes<A>) {
+            const Affine affine(*this, c + i, int(smaller(n - i, lanes<A>)));
+            for (int64_t p = 0; p < count; ++p) store(values + p * step + i, affine(load(values + p * step + i)));
+        }
+    }
+
+  private:
+    // Normalisation and activation of one vector of channels.
+    struct Affine {
+        Vec<A> mean = {}, scale = broadcast(A(1)), shift = {};
+        Activation activation;
+        Affine(const Epilogue& e, int64_t c, int n) : activation(e.activation) {
+            if (e.mean != nullptr) {
+                mean = load(e.mean + c, n);
+                scale = load(e.scale + c, n);
+            }
+            if (e.shift != nullptr) shift = load(e.shift + c, n);
+        }
+        Vec<A> operator()(Vec<A> v) const { return activate<A>((v - mean) * scale + shift, activation); }
+    };
 };
 
 // Elements that one task of an elementwise pass takes.

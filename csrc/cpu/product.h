@@ -3,6 +3,7 @@
 #pragma once
 
 #include "operand.h"
+#include "transpose.h"
 
 EFFNET_NAMESPACE_BEGIN
 
@@ -14,42 +15,61 @@ constexpr int tile_rows = 12;
 constexpr int tile_rows = 6;
 #endif
 
-// sum over k of a(m, k) * b(k, :) for M rows; a(m, k) is a[m * a_row + k * a_step]. Calls finish(m, first vector,
-// second vector).
-template <int M, class A, class Finish>
-inline void register_tile(int64_t depth, const A* a, int64_t a_row, int64_t a_step, const A* b, int64_t b_step,
-                          const Finish& finish) {
-    Vec<A> sum[M][2] = {};
+template <int N>
+struct Size {
+    static constexpr int value = N;
+};
+
+// to[m][:] (+)= sum over k of a(m, k) * b(k, :) for M rows and W vectors of columns; a(m, k) is a[m * a_row + k * a_step].
+template <int M, int W, bool ACCUMULATE, class A>
+inline void register_tile(int64_t depth, const A* a, int64_t a_row, int64_t a_step, const A* b, int64_t b_step, A* to, int64_t to_step) {
+    constexpr int L = lanes<A>;
+    Vec<A> sum[M][W] = {};
     for (int64_t k = 0; k < depth; ++k) {
-        const Vec<A> b0 = load(b + k * b_step), b1 = load(b + k * b_step + lanes<A>);
+        Vec<A> column[W];
+#pragma GCC unroll 2
+        for (int w = 0; w < W; ++w) column[w] = load(b + k * b_step + w * L);
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m) {
             const A s = a[m * a_row + k * a_step];
-            sum[m][0] += s * b0;
-            sum[m][1] += s * b1;
+#pragma GCC unroll 2
+            for (int w = 0; w < W; ++w) sum[m][w] += s * column[w];
         }
     }
 #pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) finish(m, sum[m][0], sum[m][1]);
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+        for (int w = 0; w < W; ++w) {
+            A* at = to + m * to_step + w * L;
+            store(at, ACCUMULATE ? load(at) + sum[m][w] : sum[m][w]);
+        }
 }
 
-// The same for any number of rows; finish gets the row's number.
-template <class A, class Finish>
-inline void panel(int64_t rows, int64_t depth, const A* a, int64_t a_row, int64_t a_step, const A* b, int64_t b_step,
-                  const Finish& finish) {
+template <int W, bool ACCUMULATE, class A>
+inline void panel_of(int64_t rows, int64_t depth, const A* a, int64_t a_row, int64_t a_step, const A* b, int64_t b_step, A* to,
+                     int64_t to_step) {
+    const auto tile = [&](auto size, int64_t m) {
+        register_tile<decltype(size)::value, W, ACCUMULATE>(depth, a + m * a_row, a_row, a_step, b, b_step, to + m * to_step, to_step);
+    };
     int64_t m = 0;
-    const auto from = [&](int i, Vec<A> v0, Vec<A> v1) { finish(m + i, v0, v1); };
-    for (; m + tile_rows <= rows; m += tile_rows)
-        register_tile<tile_rows>(depth, a + m * a_row, a_row, a_step, b, b_step, from);
+    for (; m + tile_rows <= rows; m += tile_rows) tile(Size<tile_rows>{}, m);
 #if EFFNET_VECTOR_BYTES == 64
-    for (; m + 8 <= rows; m += 8) register_tile<8>(depth, a + m * a_row, a_row, a_step, b, b_step, from);
+    if (m + 8 <= rows) tile(Size<8>{}, m), m += 8;
 #endif
-    for (; m + 4 <= rows; m += 4) register_tile<4>(depth, a + m * a_row, a_row, a_step, b, b_step, from);
-    for (; m + 2 <= rows; m += 2) register_tile<2>(depth, a + m * a_row, a_row, a_step, b, b_step, from);
-    for (; m < rows; ++m) register_tile<1>(depth, a + m * a_row, a_row, a_step, b, b_step, from);
+    if (m + 4 <= rows) tile(Size<4>{}, m), m += 4;
+    if (m + 2 <= rows) tile(Size<2>{}, m), m += 2;
+    if (m < rows) tile(Size<1>{}, m);
 }
 
-// B(k, n) = w[n * w_n + k * w_k] in panels [n / slab][depth][slab], zeros behind the last column.
+// The same for any number of rows and up to `slab` columns, of which at least `columns` are written: whole vectors.
+template <bool ACCUMULATE = false, class A>
+inline void panel(int64_t rows, int64_t columns, int64_t depth, const A* a, int64_t a_row, int64_t a_step, const A* b, int64_t b_step, A* to,
+                  int64_t to_step) {
+    if (columns <= lanes<A>) return panel_of<1, ACCUMULATE>(rows, depth, a, a_row, a_step, b, b_step, to, to_step);
+    panel_of<2, ACCUMULATE>(rows, depth, a, a_row, a_step, b, b_step, to, to_step);
+}
+
+// B(k, n) = w[n * w_n + k * w_k], where one of the two steps is 1, in panels [n / slab][depth][slab], zeros behind the last column.
 template <class A>
 inline Buffer<A> pack(const A* w, int64_t w_n, int64_t w_k, int64_t columns, int64_t depth) {
     constexpr int S = slab<A>;
@@ -83,40 +103,52 @@ inline int64_t block_rows(int64_t depth, int64_t rows) {
     return smaller(smaller(fit, 8 * tile_rows), larger(balanced, tile_rows));
 }
 
+// Pixels whose results wait in L1 for their epilogue.
+constexpr int64_t epilogue_rows = 4 * tile_rows;
+
+// One panel of `count` rows of A, through the epilogue to pixels [first, first + count).
+template <class A, class O>
+inline void product_panel(int64_t first, int64_t count, int64_t depth, const A* a, int64_t a_row, const A* packed, int64_t c, int64_t n,
+                          const Epilogue<O>& epilogue) {
+    constexpr int S = slab<A>;
+    if constexpr (sizeof(O) == sizeof(A)) {
+        if (epilogue.direct() && n % lanes<A> == 0) {
+            panel(count, n, depth, a, a_row, 1, packed, S, epilogue.out + first * epilogue.channels + c, epilogue.channels);
+            return;
+        }
+    }
+    alignas(64) A tile[epilogue_rows * S];
+    for (int64_t m = 0; m < count; m += epilogue_rows) {
+        const int64_t rows = smaller(epilogue_rows, count - m);
+        panel(rows, n, depth, a + m * a_row, a_row, 1, packed, S, tile, S);
+        epilogue(first + m, rows, c, n, tile, S);
+    }
+}
+
 // out(pixel, :) = epilogue(x(pixel, :) * B) for all pixels; B is packed with `depth` = x.channels.
-template <class T, class Finish>
-inline void product(int64_t pixels, const Source<T>& x, const Compute<T>* packed, int64_t columns,
-                    const Finish& epilogue) {
+template <class T, class O>
+inline void product(int64_t pixels, const Source<T>& x, const Compute<T>* packed, int64_t columns, const Epilogue<O>& epilogue) {
     using A = Compute<T>;
     constexpr int S = slab<A>;
     const int64_t depth = x.channels, panels = ceil_div(columns, S);
     const int64_t rows = block_rows(depth, pixels), blocks = ceil_div(pixels, rows);
     const int64_t groups = smaller(panels, ceil_div(8, larger(blocks, 1)));
     parallel(blocks * groups, [&](int64_t begin, int64_t end) {
-        Buffer<A> staged(x.direct() ? 0 : rows * round_up(depth, lanes<A>));
+        const int64_t a_row = x.direct() ? depth : round_up(depth, lanes<A>);
+        const Buffer<A> staged(x.direct() ? 0 : rows * a_row);
         int64_t staged_block = -1;
         for (int64_t task = begin; task < end; ++task) {
             const int64_t block = task / groups, group = task % groups;
             const int64_t first = block * rows, count = smaller(rows, pixels - first);
-            const A* a = nullptr;
-            int64_t a_row = depth;
+            const A* a = staged;
             if (x.direct()) {
                 a = reinterpret_cast<const A*>(x.data) + first * depth;
-            } else {
-                a_row = round_up(depth, lanes<A>);
-                if (block != staged_block)
-                    for (int64_t r = 0; r < count; ++r) x.stage(first + r, 0, depth, staged + r * a_row);
+            } else if (block != staged_block) {
+                x.stage(first, count, 0, depth, staged, a_row);
                 staged_block = block;
-                a = staged;
             }
-            for (int64_t p = panels * group / groups; p < panels * (group + 1) / groups; ++p) {
-                const int64_t c = p * S;
-                const int n0 = int(smaller(lanes<A>, columns - c)), n1 = int(columns - c) - n0;
-                panel<A>(count, depth, a, a_row, 1, packed + p * depth * S, S, [&](int64_t m, Vec<A> v0, Vec<A> v1) {
-                    epilogue(first + m, c, v0, n0);
-                    if (n1 > 0) epilogue(first + m, c + lanes<A>, v1, n1 < lanes<A> ? n1 : lanes<A>);
-                });
-            }
+            for (int64_t p = panels * group / groups; p < panels * (group + 1) / groups; ++p)
+                product_panel(first, count, depth, a, a_row, packed + p * depth * S, p * S, smaller(S, columns - p * S), epilogue);
         }
     });
 }
@@ -146,16 +178,12 @@ inline void weight_gradient(int64_t pixels, const Compute<T>* grad, int64_t out,
                 const int64_t count = smaller(step, pixels * (part + 1) / parts - first);
                 const A* b = reinterpret_cast<const A*>(x.data) + first * in + c0;
                 if (!direct) {
-                    for (int64_t r = 0; r < count; ++r) x.stage(first + r, c0, valid, staged + r * width);
+                    x.stage(first, count, c0, valid, staged, width);
                     b = staged;
                 }
                 for (int64_t p = 0; p < p1 - p0; ++p)
-                    panel<A>(out, count, grad + first * out, 1, out, b + p * S, direct ? in : width,
-                             [&](int64_t m, Vec<A> v0, Vec<A> v1) {
-                                 A* to = sum + m * padded + p * S;
-                                 store(to, load(to) + v0);
-                                 store(to + lanes<A>, load(to + lanes<A>) + v1);
-                             });
+                    panel<true>(out, smaller(S, valid - p * S), count, grad + first * out, 1, out, b + p * S, direct ? in : width,
+                                sum + p * S, padded);
             }
         }
     });

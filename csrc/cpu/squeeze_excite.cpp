@@ -2,6 +2,30 @@
 
 EFFNET_NAMESPACE_BEGIN
 
+namespace {
+
+// to = from * scale[image][channel] + shift[image][channel]; shift may be null.
+template <class T>
+void scale_and_shift(const SqueezeExciteShape& s, const T* from, const Compute<T>* scale, const Compute<T>* shift, T* to) {
+    using A = Compute<T>;
+    const int64_t pixels = s.batch * s.pixels, rows = 32;
+    parallel(ceil_div(pixels, rows), [&](int64_t begin, int64_t end) {
+        const int64_t first = begin * rows;
+        for_each_image(first, smaller(pixels, end * rows) - first, s.pixels, [&](int64_t image, int64_t p0, int64_t count) {
+            const A *factor = scale + image * s.channels, *term = shift == nullptr ? nullptr : shift + image * s.channels;
+            for (int64_t at = p0 * s.channels; at < (p0 + count) * s.channels; at += s.channels)
+                for (int64_t c = 0; c < s.channels; c += lanes<A>) {
+                    const int n = int(smaller(lanes<A>, s.channels - c));
+                    Vec<A> v = load(from + at + c, n) * load(factor + c, n);
+                    if (term != nullptr) v = v + load(term + c, n);
+                    store(to + at + c, v, n);
+                }
+        });
+    });
+}
+
+}  // namespace
+
 template <class T>
 void squeeze_excite(const SqueezeExciteShape& s, const void* x, const SqueezeExciteParams& params, void* y,
                     void* pooled) {
@@ -9,18 +33,7 @@ void squeeze_excite(const SqueezeExciteShape& s, const void* x, const SqueezeExc
     A* const mean = static_cast<A*>(pooled);
     pool(s.batch, s.pixels, Source<T>({x}, s.channels, s.pixels), mean);
     const Excitation<A> excitation(s, params, mean);
-    Operand gated{x};
-    gated.gate = excitation.gate;
-    const Source<T> source(gated, s.channels, s.pixels);
-    parallel_slabs<A>(s.batch, s.channels, [&](int64_t image, int64_t c0, int64_t width) {
-        A values[slab<A>];
-        for (int64_t p = image * s.pixels; p < (image + 1) * s.pixels; ++p) {
-            source.stage(p, c0, width, values);
-            for (int64_t i = 0; i < width; i += lanes<A>)
-                store(static_cast<T*>(y) + p * s.channels + c0 + i, load(values + i),
-                      int(smaller(width - i, lanes<A>)));
-        }
-    });
+    scale_and_shift(s, static_cast<const T*>(x), static_cast<const A*>(excitation.gate), static_cast<const A*>(nullptr), static_cast<T*>(y));
 }
 
 template <class T>
@@ -37,15 +50,7 @@ void squeeze_excite_backward(const SqueezeExciteShape& s, const void* grad, cons
     });
     excitation_backward<A>(s, params, mean, excitation, gate_gradient, pool_gradient, grads);
     if (grad_x == nullptr) return;
-    parallel_slabs<A>(s.batch, s.channels, [&](int64_t image, int64_t c0, int64_t width) {
-        for (int64_t c = c0; c < c0 + width; c += lanes<A>) {
-            const int n = int(smaller(lanes<A>, c0 + width - c));
-            const Vec<A> gate = load(excitation.gate + image * s.channels + c, n);
-            const Vec<A> pool = load(pool_gradient + image * s.channels + c, n);
-            for (int64_t p = image * s.pixels; p < (image + 1) * s.pixels; ++p)
-                store(static_cast<T*>(grad_x) + p * s.channels + c, load(g + p * s.channels + c, n) * gate + pool, n);
-        }
-    });
+    scale_and_shift(s, g, static_cast<const A*>(excitation.gate), static_cast<const A*>(pool_gradient), static_cast<T*>(grad_x));
 }
 
 EFFNET_INSTANTIATE(squeeze_excite)

@@ -19,7 +19,7 @@ def depthwise_conv2d(
     dilation: Sequence[int],
     activation: str,
 ) -> Tensor:
-    """activation(conv(x) + bias) for x (N, C, H, W), weight (C*m, 1, kh, kw) and zero padding (top, bottom, left, right)."""
+    """activation(conv(x) + bias) for x (N, C, H, W), weight (C*m, 1, kh, kw), padding (top, bottom, left, right)."""
     dtype = compute_dtype(x.dtype)
     top, bottom, left, right = padding
     x_padded = F.pad(x.to(dtype), (left, right, top, bottom))

@@ -1,10 +1,10 @@
 """MBConv, the inverted bottleneck with squeeze-and-excitation (Tan and Le, arXiv 1905.11946).
 
-    x -> expand 1x1 -> BN -> activation       narrow to wide, t times the channels (absent where t = 1)
-      -> depthwise k x k -> BN -> activation  the only step that looks at neighbours
-      -> squeeze-and-excitation               a gate per image and channel (absent in Lite)
-      -> project 1x1 -> BN                    wide to narrow, linear
-      -> drop path, + x                       where the shape is unchanged
+x -> expand 1x1 -> BN -> activation       narrow to wide, t times the channels (absent where t = 1)
+  -> depthwise k x k -> BN -> activation  the only step that looks at neighbours
+  -> squeeze-and-excitation               a gate per image and channel (absent in Lite)
+  -> project 1x1 -> BN                    wide to narrow, linear
+  -> drop path, + x                       where the shape is unchanged
 """
 
 from __future__ import annotations
