@@ -69,8 +69,10 @@ def resolve_padding(
     resolved: list[int] = []
     for n, k, s, d in zip(size, kernel, stride, dilation, strict=True):
         total = ((n + s - 1) // s - 1) * s + (k - 1) * d + 1 - n
-        # torch.compile cannot trace sym_max of plain ints, and max of a SymInt would fix its value.
-        total = max(total, 0) if isinstance(total, int) else torch.sym_max(total, 0)
+        # Only a window smaller than its stride can make it negative; elsewhere a max would hide from torch.export that
+        # the output is ceil(n / s). sym_max of plain ints is what torch.compile cannot trace, max fixes a SymInt.
+        if (k - 1) * d + 1 < s:
+            total = max(total, 0) if isinstance(total, int) else torch.sym_max(total, 0)
         resolved += [total // 2, total - total // 2]
     return tuple(resolved)
 
@@ -96,8 +98,11 @@ def check_input(x: Tensor) -> None:
 
 
 def check_parameter(name: str, p: Tensor | None, shape: Sequence[int | None], x: Tensor) -> None:
-    """``p`` has ``shape`` (None is any size) on the device of ``x``, with its dtype, or fp32 where that is half."""
-    if p is None:
+    """``p`` has ``shape`` (None is any size) on the device of ``x``, with its dtype, or fp32 where that is half.
+
+    Vectors may be None; weights may not.
+    """
+    if p is None and len(shape) == 1:
         return
     if not isinstance(p, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(p).__name__}")

@@ -106,10 +106,8 @@ class PaddedConv2d(nn.Conv2d):
         top, bottom, left, right = checks.resolve_padding(
             sides, x.shape[-2:], self.kernel_size, self.stride, self.dilation
         )
-        if (top, left) != (bottom, right):
-            x = F.pad(x, (left, right, top, bottom))
-            top = left = 0
-        return F.conv2d(x, self.weight, self.bias, self.stride, (top, left), self.dilation, self.groups)
+        x = F.pad(x, (left, right, top, bottom))
+        return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
 
 class ConvNormAct(nn.Module):

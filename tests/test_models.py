@@ -301,6 +301,36 @@ def test_compiles_without_a_graph_break(training: bool) -> None:
         torch.testing.assert_close(twin.get_buffer(name), value)
 
 
+def test_exports_for_every_image_size() -> None:
+    """Stock SAME padding fails here: it fixes the size that it was traced with."""
+    model = with_statistics(tiny())
+    dims = {
+        axis: torch.export.Dim(name, min=low, max=256) for axis, name, low in ((0, "n", 1), (2, "h", 32), (3, "w", 32))
+    }
+    program = torch.export.export(model, (torch.randn(2, 3, 40, 48),), dynamic_shapes=(dims,)).module()
+    for shape in ((1, 3, 65, 33), (3, 3, 64, 99)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(program(x), model(x))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_functional_call_uses_the_given_parameters(training: bool) -> None:
+    model, other = with_statistics(tiny()).train(training), with_statistics(tiny()).train(training)
+    x = torch.randn(2, 3, 16, 16)
+    state = {name: value.clone() for name, value in other.state_dict().items()}
+    torch.testing.assert_close(torch.func.functional_call(model, state, (x,)), other(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models(dtype: torch.dtype) -> None:
+    model = with_statistics(tiny())
+    x = torch.randn(2, 3, 24, 24)
+    expected = model(x)
+    y = model.to(dtype)(x.to(dtype))
+    assert y.dtype == dtype
+    assert relative_difference(y.float(), expected) < 5e-2
+
+
 def test_autocast() -> None:
     model = with_statistics(tiny())
     x = torch.randn(2, 3, 24, 24)
