@@ -33,16 +33,16 @@ def main(
     pass
 
 
-@app.command()
-def info() -> None:
+@app.command("info")
+def _info() -> None:
     """Versions, devices, what was built, and which backends can run here (and why not)."""
     from effnet_ops.cli.info import run
 
     run()
 
 
-@app.command()
-def check(
+@app.command("check")
+def _check(
     backend: Backend = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float64, bfloat16 or float16 only.")] = None,
 ) -> None:
@@ -52,8 +52,8 @@ def check(
     run(backend, dtype)
 
 
-@app.command()
-def classify(
+@app.command("classify")
+def _classify(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files of any kind.")],
     top: Annotated[int, typer.Option(min=1, max=1000, help="How many classes to list.")] = 5,
     backend: Backend = None,
@@ -64,8 +64,8 @@ def classify(
     run(images, top, backend)
 
 
-@app.command()
-def summary(
+@app.command("summary")
+def _summary(
     model: Annotated[str, typer.Argument(help="A name such as efficientnet_b0.")],
     resolution: Annotated[int | None, typer.Option(min=1, help="Height and width of the input, in pixels.")] = None,
 ) -> None:
@@ -75,8 +75,8 @@ def summary(
     run(model, resolution)
 
 
-@app.command()
-def demo(
+@app.command("demo")
+def _demo(
     output: Annotated[Path, typer.Option(help="Where to save the picture of the photographs.")] = Path("demo.png"),
     seconds: Annotated[float, typer.Option(min=0.0, help="Time for each row of the speed table; 0: no table.")] = 9.0,
 ) -> None:

@@ -13,7 +13,6 @@ from effnet_ops import _native
 from effnet_ops.cli.console import console
 
 PACKAGES = (
-    "torch",
     "triton",
     "timm",
     "torchvision",
@@ -40,7 +39,7 @@ def _table(title: str, rows: dict[str, object]) -> Table:
 
 
 def _versions() -> dict[str, object]:
-    rows = {"effnet_ops": effnet_ops.__version__, "Python": platform.python_version()}
+    rows = {"effnet_ops": effnet_ops.__version__, "Python": platform.python_version(), "torch": torch.__version__}
     for package in PACKAGES:
         try:
             rows[package] = importlib.metadata.version(package)

@@ -1,0 +1,29 @@
+"""The code in README.md runs as it stands, and each block on its own."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    "block", BLOCKS, ids=lambda block: next(line for line in reversed(block.splitlines()) if line)[:40]
+)
+def test_code_in_readme_runs_and_prints_what_it_says(block: str, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(block, "README.md", "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
+    for promised in re.findall(r"print\(.*\)  # (.*)", block):
+        assert promised in printed
+
+
+def test_readme_begins_with_the_commands_that_the_makefile_has() -> None:
+    commands = re.findall(r"^ {4}make (\S+)", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert commands == ["demo", "test"]
+    for command in commands:
+        subprocess.run(["make", "--dry-run", command], cwd=ROOT, check=True, capture_output=True)
