@@ -213,15 +213,14 @@ def mbconv(
     return y
 
 
-@torch.compiler.assume_constant_result
-def _has_autocast(kind: str) -> bool:
-    return torch.amp.is_autocast_available(kind)
+# Asked once: torch.compile does not trace the question, and torch.compiler's decorators import it, which takes seconds.
+_AUTOCAST_DEVICES = [kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(kind)]
 
 
 def _run_reference(function: Callable[..., Any], x: Tensor, *args: Any, **keywords: Any) -> Any:
     """The reference on x, cast as autocast would cast it for a convolution; parameters keep their precision."""
     kind = x.device.type
-    if not (_has_autocast(kind) and torch.is_autocast_enabled(kind)):
+    if kind not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(kind):
         return function(x, *args, **keywords)
     if x.dtype == torch.float32:
         x = x.to(torch.get_autocast_dtype(kind))

@@ -104,8 +104,8 @@ def check(
 ) -> None:
     """Output and gradients of ``function`` in ``dtype`` against the reference in fp64 on the same, rounded, inputs.
 
-    A gradient that (nearly) vanishes by symmetry, as that of a shift before a normalisation, is measured against a
-    hundredth of the median gradient's norm, in half precision a tenth: its error is that of the terms that cancel.
+    A gradient that (nearly) vanishes, by symmetry as that of a shift before a normalisation, or by chance as that of
+    a single number, is measured against a tenth of the median gradient's norm: its error is that of terms that cancel.
     """
     inputs = prepared(tensors, dtype, layout, parameter_dtype)
     exact_inputs = {name: value if value is None else value.double() for name, value in inputs.items()}
@@ -120,7 +120,7 @@ def check(
     assert out.dtype == x.dtype
     assert relative_error(out, exact) <= (forward_tolerance or FORWARD_TOLERANCE[dtype])
     norms = sorted(value.norm().item() for value in exact_grads.values())
-    floor = (1e-1 if dtype in HALF else 1e-2) * norms[len(norms) // 2]
+    floor = 0.1 * norms[len(norms) // 2]
     bound = gradient_tolerance or GRADIENT_TOLERANCE[dtype]
     errors = {name: relative_error(grads[name], value, floor) for name, value in exact_grads.items()}
     assert all(error <= bound for error in errors.values()), errors
@@ -141,12 +141,13 @@ def mbconv_tolerance(case: MBConvCase, dtype: torch.dtype) -> float:
 
     Three activations and the gradients of three are rounded on the way, each by as much as a whole operator's output:
     three times its bound. Where the activation has corners, rounding moves a share of about u of all elements across
-    one, which changes their derivative entirely: a relative error of sqrt(u) in the norm, from each of two activations.
+    one, which changes their derivative entirely: a relative error of sqrt(u) in the norm from each corner of each
+    activation, and there are two of two.
     """
     if dtype not in HALF:
         return gate_tolerance(case.gate if case.reduced else "sigmoid", dtype)
     if case.activation in ("relu", "relu6", "hardswish"):
-        return 2 * torch.finfo(dtype).eps ** 0.5
+        return 4 * torch.finfo(dtype).eps ** 0.5
     return 3 * GRADIENT_TOLERANCE[dtype]
 
 
