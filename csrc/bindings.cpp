@@ -66,15 +66,24 @@ bool is_dense_nhwc(const Tensor& x) {
     return true;
 }
 
+Tensor empty_nhwc(const Ints& size, ScalarType type) {
+    return torch::stable::empty(size, type, std::nullopt, std::nullopt, std::nullopt, MemoryFormat::ChannelsLast);
+}
+
 Tensor nhwc(const Tensor& x) {
     STD_TORCH_CHECK(x.dim() == 4, "activations must be (N, C, H, W), got ", x.dim(), " axes");
-    return x.numel() == 0 || is_dense_nhwc(x) ? x : torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
+    if (x.numel() == 0 || is_dense_nhwc(x)) return x;
+    if (!x.is_contiguous()) return torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
+    const Tensor to = empty_nhwc({x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type());
+    cpu::kernels(kernel_dtype(x.scalar_type()))
+        .transpose(x.size(0), x.size(1), x.size(2) * x.size(3), x.const_data_ptr(), to.mutable_data_ptr());
+    return to;
 }
 
 Tensor as_dtype(const Tensor& t, ScalarType type) { return t.scalar_type() == type ? t : torch::stable::to(t, type); }
 
-// The gradient of an output: its layout is whatever came from above.
-Tensor gradient(const Tensor& grad, const Tensor& x) { return nhwc(as_dtype(grad, x.scalar_type())); }
+// A tensor that belongs to x's output, a gradient or a residual: dense NHWC in the dtype of x.
+Tensor like_output(const Tensor& t, const Tensor& x) { return nhwc(as_dtype(t, x.scalar_type())); }
 
 Tensor nothing(const Tensor& x) { return torch::stable::empty({0}, x.scalar_type()); }
 
@@ -86,18 +95,25 @@ bool keeps_channels_last(const Tensor& x) { return x.size(1) > 1 && x.stride(1) 
 // that finish() copies.
 class Output {
   public:
-    Output(const Tensor& like, const Ints& size) : like_(like) {
+    Output(const Tensor& like, const Ints& size) : size_(size), type_(like.scalar_type()) {
         const bool same_memory = size[1] == 1 || size[2] * size[3] == 1;
-        direct_ = keeps_channels_last(like) || same_memory;
-        const bool last = keeps_channels_last(like) || !same_memory;
-        memory_ = torch::stable::empty(size, like.scalar_type(), std::nullopt, std::nullopt, std::nullopt,
-                                       last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+        const bool last = keeps_channels_last(like);
+        direct_ = last || same_memory;
+        memory_ = direct_ && !last ? torch::stable::empty(size, type_) : empty_nhwc(size, type_);
     }
     void* data() const { return memory_.mutable_data_ptr(); }
-    Tensor finish() const { return direct_ ? memory_ : torch::stable::contiguous(memory_, MemoryFormat::Contiguous); }
+    Tensor finish() const {
+        if (direct_ || memory_.numel() == 0) return direct_ ? memory_ : torch::stable::empty(size_, type_);
+        const Tensor to = torch::stable::empty(size_, type_);
+        cpu::kernels(kernel_dtype(type_))
+            .transpose(size_[0], size_[2] * size_[3], size_[1], memory_.const_data_ptr(), to.mutable_data_ptr());
+        return to;
+    }
 
   private:
-    Tensor like_, memory_{nullptr};
+    Ints size_;
+    ScalarType type_;
+    Tensor memory_{nullptr};
     bool direct_;
 };
 
@@ -209,7 +225,7 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(const Tensor& grad,
     if (needs[0]) grad_x.emplace(x, Ints{s.batch, s.channels, s.height, s.width});
     if (s.batch != 0) {
         Parameters parameter(x);
-        const Tensor input = nhwc(x), above = gradient(grad, x);
+        const Tensor input = nhwc(x), above = like_output(grad, x);
         cpu::kernels(kernel_dtype(x.scalar_type()))
             .depthwise_backward(s, above.const_data_ptr(), input.const_data_ptr(),
                                 parameter(weight, weight.numel(), "weight"), parameter(bias, s.channels, "bias"),
@@ -224,22 +240,35 @@ cpu::PointwiseShape pointwise_shape(const Tensor& x, const Tensor& weight) {
     return {x.size(0), x.size(2) * x.size(3), x.size(1), weight.size(0)};
 }
 
+// Contiguous images are multiplied as they are where they have pixels enough to fill the vectors.
+bool multiplies_contiguous(const Tensor& x, const std::optional<Tensor>& residual, const cpu::PointwiseShape& s) {
+    return s.pixels >= 128 && x.is_contiguous() && (!residual.has_value() || residual->is_contiguous()) &&
+           cpu::kernels(kernel_dtype(x.scalar_type())).pointwise_contiguous != nullptr;
+}
+
 Tensor pointwise_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                         const std::optional<Tensor>& residual, const std::string& activation) {
     const cpu::PointwiseShape s = pointwise_shape(x, weight);
-    const Output y(x, {s.batch, s.out, x.size(2), x.size(3)});
-    if (s.batch == 0) return y.finish();
+    const cpu::Kernels& kernels = cpu::kernels(kernel_dtype(x.scalar_type()));
+    const Ints size{s.batch, s.out, x.size(2), x.size(3)};
+    STD_TORCH_CHECK(!residual.has_value() || residual->numel() == s.batch * s.pixels * s.out,
+                    "residual does not have the output's size");
     Parameters parameter(x);
-    const Tensor input = nhwc(x);
-    std::optional<Tensor> added;
-    if (residual.has_value()) {
-        STD_TORCH_CHECK(residual->numel() == s.batch * s.pixels * s.out, "residual does not have the output's size");
-        added = gradient(*residual, x);
+    const void *const weights = parameter(weight, weight.numel(), "weight"), *const shift =
+                                                                                 parameter(bias, s.out, "bias");
+    if (s.batch != 0 && multiplies_contiguous(x, residual, s)) {
+        const Tensor y = torch::stable::empty(size, x.scalar_type());
+        const Tensor added = residual.has_value() ? as_dtype(*residual, x.scalar_type()) : nothing(x);
+        kernels.pointwise_contiguous(s, x.const_data_ptr(), weights, shift,
+                                     residual.has_value() ? added.const_data_ptr() : nullptr, activation_of(activation),
+                                     y.mutable_data_ptr());
+        return y;
     }
-    cpu::kernels(kernel_dtype(x.scalar_type()))
-        .pointwise(s, input.const_data_ptr(), parameter(weight, weight.numel(), "weight"),
-                   parameter(bias, s.out, "bias"), added ? added->const_data_ptr() : nullptr, activation_of(activation),
-                   y.data());
+    const Output y(x, size);
+    if (s.batch == 0) return y.finish();
+    const Tensor input = nhwc(x), added = residual.has_value() ? like_output(*residual, x) : nothing(x);
+    kernels.pointwise(s, input.const_data_ptr(), weights, shift,
+                      residual.has_value() ? added.const_data_ptr() : nullptr, activation_of(activation), y.data());
     return y.finish();
 }
 
@@ -255,7 +284,7 @@ std::tuple<Tensor, Tensor, Tensor> pointwise_conv2d_backward(const Tensor& grad,
     if (needs[0]) grad_x.emplace(x, Ints{s.batch, s.in, x.size(2), x.size(3)});
     if (s.batch != 0) {
         Parameters parameter(x);
-        const Tensor input = nhwc(x), above = gradient(grad, x);
+        const Tensor input = nhwc(x), above = like_output(grad, x);
         cpu::kernels(kernel_dtype(x.scalar_type()))
             .pointwise_backward(s, above.const_data_ptr(), input.const_data_ptr(),
                                 parameter(weight, weight.numel(), "weight"), parameter(bias, s.out, "bias"),
@@ -311,7 +340,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> squeeze_excite_backward(
     if (needs[0]) grad_x.emplace(x, Ints{s.batch, s.channels, x.size(2), x.size(3)});
     if (s.batch != 0) {
         Parameters parameter(x);
-        const Tensor input = nhwc(x), above = gradient(grad, x);
+        const Tensor input = nhwc(x), above = like_output(grad, x);
         const void* mean = parameter(pooled, s.batch * s.channels, "pooled");
         const auto params = squeeze_excite_params(parameter, s.channels, s.reduced, reduce_weight, reduce_bias,
                                                   expand_weight, expand_bias, activation, gate);
@@ -429,8 +458,7 @@ TrainingResult mbconv_training(EFFNET_BLOCK_ARGUMENTS, bool save_expanded) {
     const cpu::DepthwiseShape& s = arguments.shape();
     const ScalarType type = x.scalar_type();
     const auto channels_last = [&](int64_t channels, int64_t height, int64_t width) {
-        return torch::stable::empty({s.batch, channels, height, width}, type, std::nullopt, std::nullopt, std::nullopt,
-                                    MemoryFormat::ChannelsLast);
+        return empty_nhwc({s.batch, channels, height, width}, type);
     };
     const auto vector = [&](const OptionalTensor& gamma, const OptionalTensor& mean, int64_t channels) {
         const Tensor v =
@@ -483,7 +511,7 @@ BackwardResult mbconv_backward(const Tensor& grad, EFFNET_BLOCK_ARGUMENTS, const
     std::optional<Output> grad_x;
     if (needs[0]) grad_x.emplace(x, Ints{s.batch, block.in, s.height, s.width});
     if (s.batch != 0) {
-        const Tensor above = gradient(grad, x);
+        const Tensor above = like_output(grad, x);
         const Stages stages{expanded.numel() == 0 ? expanded : nhwc(expanded),
                             nhwc(convolved),
                             nhwc(projected),

@@ -24,7 +24,8 @@ struct RowLayout {
     int64_t out_step;
 };
 
-// Outputs [first, first + N) of a row, one vector of channels: sum over row pairs and kx of row[o * stride + kx] * weight[kx].
+// Outputs [first, first + N) of a row, one vector of channels: sum over row pairs and kx of row[o * stride + kx] *
+// weight[kx].
 template <int KW, int STRIDE, int N, class A>
 inline void convolve_outputs(const RowPairs<A>& pairs, const RowLayout<A>& at, int64_t first, int64_t lane) {
     constexpr int S = slab<A>;
@@ -60,8 +61,8 @@ inline void convolve_row_fixed(const RowPairs<A>& pairs, const RowLayout<A>& at,
 
 // Outputs [begin, end) by any filter; taps outside [0, width) pixels of the rows are skipped.
 template <class A>
-inline void convolve_row_any(const RowPairs<A>& pairs, const RowLayout<A>& at, int64_t kernel_w, int64_t stride, int64_t dilation,
-                             int64_t first_pixel, int64_t last_pixel, int64_t begin, int64_t end) {
+inline void convolve_row_any(const RowPairs<A>& pairs, const RowLayout<A>& at, int64_t kernel_w, int64_t stride,
+                             int64_t dilation, int64_t first_pixel, int64_t last_pixel, int64_t begin, int64_t end) {
     for (int64_t lane = 0; lane < at.channels; lane += lanes<A>)
         for (int64_t o = begin; o < end; ++o) {
             Vec<A> sum = {};
@@ -81,13 +82,18 @@ inline bool is_fixed_filter(int64_t kernel_w, int64_t stride, int64_t dilation) 
 
 // Outputs [begin, end) of a row whose windows lie within the rows.
 template <class A>
-inline void convolve_row(const RowPairs<A>& pairs, const RowLayout<A>& at, int64_t kernel_w, int64_t stride, int64_t dilation, int64_t begin,
-                         int64_t end) {
+inline void convolve_row(const RowPairs<A>& pairs, const RowLayout<A>& at, int64_t kernel_w, int64_t stride,
+                         int64_t dilation, int64_t begin, int64_t end) {
     if (!is_fixed_filter(kernel_w, stride, dilation))
         return convolve_row_any(pairs, at, kernel_w, stride, dilation, 0, INT64_MAX, begin, end);
-    if (kernel_w == 3) return stride == 1 ? convolve_row_fixed<3, 1>(pairs, at, begin, end) : convolve_row_fixed<3, 2>(pairs, at, begin, end);
-    if (kernel_w == 5) return stride == 1 ? convolve_row_fixed<5, 1>(pairs, at, begin, end) : convolve_row_fixed<5, 2>(pairs, at, begin, end);
-    return stride == 1 ? convolve_row_fixed<7, 1>(pairs, at, begin, end) : convolve_row_fixed<7, 2>(pairs, at, begin, end);
+    if (kernel_w == 3)
+        return stride == 1 ? convolve_row_fixed<3, 1>(pairs, at, begin, end)
+                           : convolve_row_fixed<3, 2>(pairs, at, begin, end);
+    if (kernel_w == 5)
+        return stride == 1 ? convolve_row_fixed<5, 1>(pairs, at, begin, end)
+                           : convolve_row_fixed<5, 2>(pairs, at, begin, end);
+    return stride == 1 ? convolve_row_fixed<7, 1>(pairs, at, begin, end)
+                       : convolve_row_fixed<7, 2>(pairs, at, begin, end);
 }
 
 // [C][kh * kw] to [slabs][kh * kw][slab], zeros behind the last channel; mirrored along kx for the input gradient.
@@ -173,7 +179,8 @@ struct StageStored {
     }
 };
 
-// Without a prologue nothing needs staging: rows are read where they lie, and only the outputs at the left and right edge look at bounds.
+// Without a prologue nothing needs staging: rows are read where they lie, and only the outputs at the left and right
+// edge look at bounds.
 template <class A, class O>
 inline void depthwise_in_place(const DepthwiseShape& s, const A* x, const A* weight, const Epilogue<O>& epilogue) {
     constexpr int S = slab<A>;
@@ -211,15 +218,17 @@ inline void depthwise_in_place(const DepthwiseShape& s, const A* x, const A* wei
 }
 
 template <class T, class O>
-inline void depthwise_forward(const DepthwiseShape& s, const Source<T>& x, const Compute<T>* weight, const Epilogue<O>& epilogue) {
+inline void depthwise_forward(const DepthwiseShape& s, const Source<T>& x, const Compute<T>* weight,
+                              const Epilogue<O>& epilogue) {
     using A = Compute<T>;
     // Staging costs a copy of the input, the edges cost checks: with few columns the edges are most of the image.
     const bool in_place = x.direct() && s.channels % lanes<A> == 0 && s.out_width >= 12 && s.dilation_h == 1 &&
                           is_fixed_filter(s.kernel_w, s.stride_w, s.dilation_w);
     if (in_place) return depthwise_in_place(s, reinterpret_cast<const A*>(x.data), weight, epilogue);
-    depthwise_rows<A>(s, weight, StageStored<T>{x, s}, [&](int64_t image, int64_t row, int64_t c, int64_t n, const A* values) {
-        epilogue((image * s.out_height + row) * s.out_width, s.out_width, c, n, values, slab<A>);
-    });
+    depthwise_rows<A>(s, weight, StageStored<T>{x, s},
+                      [&](int64_t image, int64_t row, int64_t c, int64_t n, const A* values) {
+                          epilogue((image * s.out_height + row) * s.out_width, s.out_width, c, n, values, slab<A>);
+                      });
 }
 
 // sum[kx] += sum over o of grad[o] * row[o * stride + kx * dilation], one filter row, all channels of a slab.

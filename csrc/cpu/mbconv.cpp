@@ -127,8 +127,8 @@ void mbconv_inference(const Block& block, const void* x, void* y) {
                                      activate_expanded};
         depthwise_rows<A>(shape, steps.weights(block.depthwise), stage,
                           [&](int64_t image, int64_t row, int64_t c, int64_t n, const A* values) {
-                              activate_convolved((image * shape.out_height + row) * shape.out_width, shape.out_width, c, n, values,
-                                                 slab<A>);
+                              activate_convolved((image * shape.out_height + row) * shape.out_width, shape.out_width, c,
+                                                 n, values, slab<A>);
                           });
     } else {
         depthwise_forward(shape, input, steps.weights(block.depthwise), activate_convolved);

@@ -21,7 +21,8 @@ inline void for_each_image(int64_t first, int64_t count, int64_t image_pixels, c
     }
 }
 
-// A typed Operand: the value at (pixel, channel) is activation((data - mean) * scale + shift) * gate[image of the pixel].
+// A typed Operand: the value at (pixel, channel) is activation((data - mean) * scale + shift) * gate[image of the
+// pixel].
 template <class T>
 struct Source {
     using A = Compute<T>;
@@ -49,7 +50,8 @@ struct Source {
         return mean == nullptr ? v : (v - load(mean + c, n)) * load(scale + c, n) + load(shift + c, n);
     }
 
-    // Channels [c, c + n) of `count` pixels, `step` values from one pixel to the next, zeros up to each pixel's next whole vector.
+    // Channels [c, c + n) of `count` pixels, `step` values from one pixel to the next, zeros up to each pixel's next
+    // whole vector.
     void stage(int64_t first, int64_t count, int64_t c, int64_t n, A* to, int64_t step) const {
         constexpr int L = lanes<A>;
         if (plain()) {
@@ -61,8 +63,9 @@ struct Source {
         }
         for_each_image(first, count, image_pixels, [&](int64_t image, int64_t begin, int64_t pixels) {
             for (int64_t i = 0; i < n; i += L)
-                stage_vector(begin, pixels, c + i, int(smaller(n - i, L)), gate == nullptr ? nullptr : gate + image * channels,
-                             to + (begin - first) * step + i, step);
+                stage_vector(begin, pixels, c + i, int(smaller(n - i, L)),
+                             gate == nullptr ? nullptr : gate + image * channels, to + (begin - first) * step + i,
+                             step);
         });
     }
 
@@ -70,15 +73,16 @@ struct Source {
     void stage_vector(int64_t first, int64_t count, int64_t c, int n, const A* image_gate, A* to, int64_t step) const {
         const Vec<A> zero = {}, one = broadcast(A(1));
         const Vec<A> m = mean == nullptr ? zero : load(mean + c, n), k = mean == nullptr ? one : load(scale + c, n);
-        const Vec<A> b = mean == nullptr ? zero : load(shift + c, n), g = image_gate == nullptr ? one : load(image_gate + c, n);
+        const Vec<A> b = mean == nullptr ? zero : load(shift + c, n),
+                     g = image_gate == nullptr ? one : load(image_gate + c, n);
         const T* from = data + first * channels + c;
         for (int64_t p = 0; p < count; ++p)
             store(to + p * step, activate<A>((load(from + p * channels, n) - m) * k + b, activation) * g);
     }
 };
 
-// What happens to a convolution's result on its way to memory: activation((v - mean) * scale + shift), times the image's scale, plus a
-// residual. Null pointers leave their step out.
+// What happens to a convolution's result on its way to memory: activation((v - mean) * scale + shift), times the
+// image's scale, plus a residual. Null pointers leave their step out.
 template <class O>
 struct Epilogue {
     using A = Compute<O>;
@@ -91,8 +95,8 @@ struct Epilogue {
 
     // Nothing to apply and nothing to convert: results may be written to memory as they are.
     bool direct() const {
-        return sizeof(O) == sizeof(A) && mean == nullptr && shift == nullptr && activation == Activation::none && image_scale == nullptr &&
-               residual == nullptr;
+        return sizeof(O) == sizeof(A) && mean == nullptr && shift == nullptr && activation == Activation::none &&
+               image_scale == nullptr && residual == nullptr;
     }
 
     // Channels [c, c + n) of `count` pixels from values [count][step].

@@ -16,6 +16,46 @@ void pointwise(const PointwiseShape& s, const void* x, const void* weight, const
     product(s.batch * s.pixels, Source<T>({x}, s.in, s.pixels), packed, s.out, epilogue);
 }
 
+// The product with its sides exchanged: the weights are the rows, and a panel of neighbouring pixels the columns, so
+// that neither needs packing and the result is contiguous.
+template <class T>
+void pointwise_contiguous(const PointwiseShape& s, const void* x, const void* weight, const void* bias,
+                          const void* residual, Activation activation, void* y) {
+    constexpr int S = slab<T>;
+    const T *const w = static_cast<const T*>(weight), *const b = static_cast<const T*>(bias);
+    const int64_t panels = ceil_div(s.pixels, S);
+    const bool bare = b == nullptr && residual == nullptr && activation == Activation::none;
+    parallel(s.batch * panels, [&](int64_t begin, int64_t end) {
+        const Buffer<T> columns(s.in * S), rows(epilogue_rows * S);
+        for (int64_t task = begin; task < end; ++task) {
+            const int64_t image = task / panels, first = task % panels * S, n = smaller(S, s.pixels - first);
+            const T* from = static_cast<const T*>(x) + image * s.in * s.pixels + first;
+            for (int64_t k = 0; k < s.in; ++k)
+                for (int64_t i = 0; i < n; i += lanes<T>)
+                    store(columns + k * S + i, load(from + k * s.pixels + i, int(smaller(n - i, lanes<T>))));
+            const int64_t at = image * s.out * s.pixels + first;
+            T* const to = static_cast<T*>(y) + at;
+            if (bare && n % lanes<T> == 0) {
+                panel<false, T>(s.out, n, s.in, w, s.in, 1, columns, S, to, s.pixels);
+                continue;
+            }
+            for (int64_t m = 0; m < s.out; m += epilogue_rows) {
+                const int64_t count = smaller(epilogue_rows, s.out - m);
+                panel<false, T>(count, n, s.in, w + m * s.in, s.in, 1, columns, S, rows, S);
+                for (int64_t r = m; r < m + count; ++r)
+                    for (int64_t i = 0; i < n; i += lanes<T>) {
+                        const int valid = int(smaller(n - i, lanes<T>));
+                        Vec<T> v = load(rows + (r - m) * S + i) + (b == nullptr ? T(0) : b[r]);
+                        v = activate<T>(v, activation);
+                        if (residual != nullptr)
+                            v = v + load(static_cast<const T*>(residual) + at + r * s.pixels + i, valid);
+                        store(to + r * s.pixels + i, v, valid);
+                    }
+            }
+        }
+    });
+}
+
 template <class T>
 void pointwise_backward(const PointwiseShape& s, const void* grad, const void* x, const void* weight, const void* bias,
                         Activation activation, void* grad_x, void* grad_weight, void* grad_bias) {
@@ -53,5 +93,7 @@ void pointwise_backward(const PointwiseShape& s, const void* grad, const void* x
 
 EFFNET_INSTANTIATE(pointwise)
 EFFNET_INSTANTIATE(pointwise_backward)
+template decltype(pointwise_contiguous<float>) pointwise_contiguous<float>;
+template decltype(pointwise_contiguous<double>) pointwise_contiguous<double>;
 
 EFFNET_NAMESPACE_END

@@ -20,9 +20,11 @@ struct Size {
     static constexpr int value = N;
 };
 
-// to[m][:] (+)= sum over k of a(m, k) * b(k, :) for M rows and W vectors of columns; a(m, k) is a[m * a_row + k * a_step].
+// to[m][:] (+)= sum over k of a(m, k) * b(k, :) for M rows and W vectors of columns; a(m, k) is a[m * a_row + k *
+// a_step].
 template <int M, int W, bool ACCUMULATE, class A>
-inline void register_tile(int64_t depth, const A* a, int64_t a_row, int64_t a_step, const A* b, int64_t b_step, A* to, int64_t to_step) {
+inline void register_tile(int64_t depth, const A* a, int64_t a_row, int64_t a_step, const A* b, int64_t b_step, A* to,
+                          int64_t to_step) {
     constexpr int L = lanes<A>;
     Vec<A> sum[M][W] = {};
     for (int64_t k = 0; k < depth; ++k) {
@@ -46,10 +48,11 @@ inline void register_tile(int64_t depth, const A* a, int64_t a_row, int64_t a_st
 }
 
 template <int W, bool ACCUMULATE, class A>
-inline void panel_of(int64_t rows, int64_t depth, const A* a, int64_t a_row, int64_t a_step, const A* b, int64_t b_step, A* to,
-                     int64_t to_step) {
+inline void panel_of(int64_t rows, int64_t depth, const A* a, int64_t a_row, int64_t a_step, const A* b, int64_t b_step,
+                     A* to, int64_t to_step) {
     const auto tile = [&](auto size, int64_t m) {
-        register_tile<decltype(size)::value, W, ACCUMULATE>(depth, a + m * a_row, a_row, a_step, b, b_step, to + m * to_step, to_step);
+        register_tile<decltype(size)::value, W, ACCUMULATE>(depth, a + m * a_row, a_row, a_step, b, b_step,
+                                                            to + m * to_step, to_step);
     };
     int64_t m = 0;
     for (; m + tile_rows <= rows; m += tile_rows) tile(Size<tile_rows>{}, m);
@@ -63,13 +66,14 @@ inline void panel_of(int64_t rows, int64_t depth, const A* a, int64_t a_row, int
 
 // The same for any number of rows and up to `slab` columns, of which at least `columns` are written: whole vectors.
 template <bool ACCUMULATE = false, class A>
-inline void panel(int64_t rows, int64_t columns, int64_t depth, const A* a, int64_t a_row, int64_t a_step, const A* b, int64_t b_step, A* to,
-                  int64_t to_step) {
+inline void panel(int64_t rows, int64_t columns, int64_t depth, const A* a, int64_t a_row, int64_t a_step, const A* b,
+                  int64_t b_step, A* to, int64_t to_step) {
     if (columns <= lanes<A>) return panel_of<1, ACCUMULATE>(rows, depth, a, a_row, a_step, b, b_step, to, to_step);
     panel_of<2, ACCUMULATE>(rows, depth, a, a_row, a_step, b, b_step, to, to_step);
 }
 
-// B(k, n) = w[n * w_n + k * w_k], where one of the two steps is 1, in panels [n / slab][depth][slab], zeros behind the last column.
+// B(k, n) = w[n * w_n + k * w_k], where one of the two steps is 1, in panels [n / slab][depth][slab], zeros behind the
+// last column.
 template <class A>
 inline Buffer<A> pack(const A* w, int64_t w_n, int64_t w_k, int64_t columns, int64_t depth) {
     constexpr int S = slab<A>;
@@ -108,12 +112,13 @@ constexpr int64_t epilogue_rows = 4 * tile_rows;
 
 // One panel of `count` rows of A, through the epilogue to pixels [first, first + count).
 template <class A, class O>
-inline void product_panel(int64_t first, int64_t count, int64_t depth, const A* a, int64_t a_row, const A* packed, int64_t c, int64_t n,
-                          const Epilogue<O>& epilogue) {
+inline void product_panel(int64_t first, int64_t count, int64_t depth, const A* a, int64_t a_row, const A* packed,
+                          int64_t c, int64_t n, const Epilogue<O>& epilogue) {
     constexpr int S = slab<A>;
     if constexpr (sizeof(O) == sizeof(A)) {
         if (epilogue.direct() && n % lanes<A> == 0) {
-            panel(count, n, depth, a, a_row, 1, packed, S, epilogue.out + first * epilogue.channels + c, epilogue.channels);
+            panel(count, n, depth, a, a_row, 1, packed, S, epilogue.out + first * epilogue.channels + c,
+                  epilogue.channels);
             return;
         }
     }
@@ -127,7 +132,8 @@ inline void product_panel(int64_t first, int64_t count, int64_t depth, const A* 
 
 // out(pixel, :) = epilogue(x(pixel, :) * B) for all pixels; B is packed with `depth` = x.channels.
 template <class T, class O>
-inline void product(int64_t pixels, const Source<T>& x, const Compute<T>* packed, int64_t columns, const Epilogue<O>& epilogue) {
+inline void product(int64_t pixels, const Source<T>& x, const Compute<T>* packed, int64_t columns,
+                    const Epilogue<O>& epilogue) {
     using A = Compute<T>;
     constexpr int S = slab<A>;
     const int64_t depth = x.channels, panels = ceil_div(columns, S);
@@ -148,7 +154,8 @@ inline void product(int64_t pixels, const Source<T>& x, const Compute<T>* packed
                 staged_block = block;
             }
             for (int64_t p = panels * group / groups; p < panels * (group + 1) / groups; ++p)
-                product_panel(first, count, depth, a, a_row, packed + p * depth * S, p * S, smaller(S, columns - p * S), epilogue);
+                product_panel(first, count, depth, a, a_row, packed + p * depth * S, p * S, smaller(S, columns - p * S),
+                              epilogue);
         }
     });
 }
@@ -182,8 +189,8 @@ inline void weight_gradient(int64_t pixels, const Compute<T>* grad, int64_t out,
                     b = staged;
                 }
                 for (int64_t p = 0; p < p1 - p0; ++p)
-                    panel<true>(out, smaller(S, valid - p * S), count, grad + first * out, 1, out, b + p * S, direct ? in : width,
-                                sum + p * S, padded);
+                    panel<true>(out, smaller(S, valid - p * S), count, grad + first * out, 1, out, b + p * S,
+                                direct ? in : width, sum + p * S, padded);
             }
         }
     });

@@ -6,21 +6,24 @@ namespace {
 
 // to = from * scale[image][channel] + shift[image][channel]; shift may be null.
 template <class T>
-void scale_and_shift(const SqueezeExciteShape& s, const T* from, const Compute<T>* scale, const Compute<T>* shift, T* to) {
+void scale_and_shift(const SqueezeExciteShape& s, const T* from, const Compute<T>* scale, const Compute<T>* shift,
+                     T* to) {
     using A = Compute<T>;
     const int64_t pixels = s.batch * s.pixels, rows = 32;
     parallel(ceil_div(pixels, rows), [&](int64_t begin, int64_t end) {
         const int64_t first = begin * rows;
-        for_each_image(first, smaller(pixels, end * rows) - first, s.pixels, [&](int64_t image, int64_t p0, int64_t count) {
-            const A *factor = scale + image * s.channels, *term = shift == nullptr ? nullptr : shift + image * s.channels;
-            for (int64_t at = p0 * s.channels; at < (p0 + count) * s.channels; at += s.channels)
-                for (int64_t c = 0; c < s.channels; c += lanes<A>) {
-                    const int n = int(smaller(lanes<A>, s.channels - c));
-                    Vec<A> v = load(from + at + c, n) * load(factor + c, n);
-                    if (term != nullptr) v = v + load(term + c, n);
-                    store(to + at + c, v, n);
-                }
-        });
+        for_each_image(first, smaller(pixels, end * rows) - first, s.pixels,
+                       [&](int64_t image, int64_t p0, int64_t count) {
+                           const A *factor = scale + image * s.channels,
+                                   *term = shift == nullptr ? nullptr : shift + image * s.channels;
+                           for (int64_t at = p0 * s.channels; at < (p0 + count) * s.channels; at += s.channels)
+                               for (int64_t c = 0; c < s.channels; c += lanes<A>) {
+                                   const int n = int(smaller(lanes<A>, s.channels - c));
+                                   Vec<A> v = load(from + at + c, n) * load(factor + c, n);
+                                   if (term != nullptr) v = v + load(term + c, n);
+                                   store(to + at + c, v, n);
+                               }
+                       });
     });
 }
 
@@ -33,7 +36,8 @@ void squeeze_excite(const SqueezeExciteShape& s, const void* x, const SqueezeExc
     A* const mean = static_cast<A*>(pooled);
     pool(s.batch, s.pixels, Source<T>({x}, s.channels, s.pixels), mean);
     const Excitation<A> excitation(s, params, mean);
-    scale_and_shift(s, static_cast<const T*>(x), static_cast<const A*>(excitation.gate), static_cast<const A*>(nullptr), static_cast<T*>(y));
+    scale_and_shift(s, static_cast<const T*>(x), static_cast<const A*>(excitation.gate), static_cast<const A*>(nullptr),
+                    static_cast<T*>(y));
 }
 
 template <class T>
@@ -50,7 +54,8 @@ void squeeze_excite_backward(const SqueezeExciteShape& s, const void* grad, cons
     });
     excitation_backward<A>(s, params, mean, excitation, gate_gradient, pool_gradient, grads);
     if (grad_x == nullptr) return;
-    scale_and_shift(s, g, static_cast<const A*>(excitation.gate), static_cast<const A*>(pool_gradient), static_cast<T*>(grad_x));
+    scale_and_shift(s, g, static_cast<const A*>(excitation.gate), static_cast<const A*>(pool_gradient),
+                    static_cast<T*>(grad_x));
 }
 
 EFFNET_INSTANTIATE(squeeze_excite)

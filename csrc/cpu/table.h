@@ -9,6 +9,8 @@
 EFFNET_NAMESPACE_BEGIN
 
 template <class T>
+void transpose_images(int64_t images, int64_t rows, int64_t columns, const void* from, void* to);
+template <class T>
 void depthwise(const DepthwiseShape&, const void* x, const void* weight, const void* bias, Activation, void* y);
 template <class T>
 void depthwise_backward(const DepthwiseShape&, const void* grad, const void* x, const void* weight, const void* bias,
@@ -16,6 +18,9 @@ void depthwise_backward(const DepthwiseShape&, const void* grad, const void* x, 
 template <class T>
 void pointwise(const PointwiseShape&, const void* x, const void* weight, const void* bias, const void* residual,
                Activation, void* y);
+template <class T>
+void pointwise_contiguous(const PointwiseShape&, const void* x, const void* weight, const void* bias,
+                          const void* residual, Activation, void* y);
 template <class T>
 void pointwise_backward(const PointwiseShape&, const void* grad, const void* x, const void* weight, const void* bias,
                         Activation, void* grad_x, void* grad_weight, void* grad_bias);
