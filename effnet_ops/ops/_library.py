@@ -42,6 +42,14 @@ def define(schema: str, fallback: Callable[..., Any], fake: Callable[..., Any]) 
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
+def call(operator: OpOverload, *args: Any) -> Any:
+    """Call the operator, past its autograd kernel where gradients are off: that is Python, and half of the overhead."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return operator(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*args)
+
+
 def register_autocast(operator: OpOverload, activations: Sequence[int]) -> None:
     """Under autocast, cast the fp32 arguments at the positions ``activations``; parameters keep their precision."""
 

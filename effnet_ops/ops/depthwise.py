@@ -111,4 +111,4 @@ def depthwise_conv2d(
     activation: str,
 ) -> Tensor:
     """`effnet_ops.depthwise_conv2d` without checks; ``padding`` is (top, bottom, left, right), or () for SAME."""
-    return _operator(x, weight, bias, stride, padding, dilation, activation)
+    return _library.call(_operator, x, weight, bias, stride, padding, dilation, activation)

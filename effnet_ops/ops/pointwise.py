@@ -88,4 +88,4 @@ def pointwise_conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str
 ) -> Tensor:
     """`effnet_ops.pointwise_conv2d` without checks."""
-    return _operator(x, weight, bias, residual, activation)
+    return _library.call(_operator, x, weight, bias, residual, activation)

@@ -116,4 +116,4 @@ def squeeze_excite(
     gate: str,
 ) -> Tensor:
     """`effnet_ops.squeeze_excite` without checks."""
-    return _operator(x, reduce_weight, reduce_bias, expand_weight, expand_bias, activation, gate)[0]
+    return _library.call(_operator, x, reduce_weight, reduce_bias, expand_weight, expand_bias, activation, gate)[0]
