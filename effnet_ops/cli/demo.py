@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.resources
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -63,10 +64,9 @@ def run(output: Path, seconds: float) -> None:
     photographs = _photographs()
     images = torch.cat([preprocess(image) for image in photographs.values()])
     comparisons = []
-    with _progress() as progress:
-        task = progress.add_task("", total=None)
+    with _steps() as step:
         for name, build in _models().items():
-            progress.update(task, description=f"{name}: logits before and after replace_layers")
+            step(f"{name}: logits before and after replace_layers")
             comparisons.append(_compare(name, build(), images, calibrate=bool(comparisons)))
     _show_labels(list(photographs), comparisons[0])
     _save_picture(photographs, comparisons[0], output)
@@ -79,9 +79,16 @@ def run(output: Path, seconds: float) -> None:
         raise typer.Exit(1)
 
 
-def _progress() -> Progress:
+@contextlib.contextmanager
+def _steps() -> Iterator[Callable[[str], None]]:
+    """A function that says what is being done: on one line with a clock, or a line each where there is no terminal."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    return Progress(*columns, console=console, transient=True)
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=None)
+        if console.is_terminal:
+            yield lambda text: progress.update(task, description=text)
+        else:
+            yield lambda text: console.print(text, highlight=False, soft_wrap=True)
 
 
 def _photographs() -> dict[str, Image.Image]:
@@ -170,10 +177,9 @@ def _show_speed(comparisons: list[Comparison], seconds: float) -> None:
     )
     for heading in ("", "inference, batch 1", f"training step, batch {BATCH}"):
         table.add_column(heading)
-    with _progress() as progress:
-        task = progress.add_task("", total=None)
+    with _steps() as step:
         for comparison in comparisons:
-            progress.update(task, description=f"timing {comparison.name}")
+            step(f"timing {comparison.name}, about {1.3 * seconds:.0f} s or more")
             inference = interleave(_variants(comparison.model, _inference), 0.3 * seconds)
             training = interleave(_variants(comparison.model, _training), seconds, warmup=1)
             table.add_row(f"[bold]{comparison.name}[/bold]")
