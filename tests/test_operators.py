@@ -458,3 +458,16 @@ def test_two_runs_are_equal_bit_for_bit(name: str) -> None:
     args = arguments(name, "channels_last", torch.float32)
     first, second = (as_list(getattr(OPERATORS, name)(*args)) for _ in range(2))
     assert all(map(torch.equal, first, second))
+
+
+def test_training_flops_of_b0() -> None:
+    """Forward, and backward of everything but the image: 2.29 GFLOP (PyTorch's own formula, without groups: 32.2)."""
+    with FakeTensorMode():
+        model = effnet_ops.create_model("efficientnet_b0")
+        x = torch.empty(1, 3, 224, 224)
+        forward = flops(lambda: model(x))
+        training = flops(lambda: model.train()(x).sum().backward())
+    stem = 2 * 112 * 112 * 27 * 32
+    assert round(forward / 2e9, 4) == 0.3858
+    assert training == 3 * forward - stem
+    assert round(training / 1e9, 2) == 2.29
