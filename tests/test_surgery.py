@@ -499,6 +499,32 @@ def test_norm_that_stops_tracking(x: Tensor) -> None:
     assert_same_results(block, stock, x)
 
 
+def test_frozen_parameters(x: Tensor) -> None:
+    block = timm_block().train()
+    for name, p in block.named_parameters():
+        p.requires_grad_("conv_pwl" in name or "bn2" in name)
+    stock = copy.deepcopy(block)
+    replace_layers(block)
+    for module in (block, stock):
+        module(x).square().sum().backward()
+    for (name, p), expected in zip(block.named_parameters(), stock.parameters(), strict=True):
+        assert (p.grad is None) == (expected.grad is None) == (not p.requires_grad), name
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, expected.grad, msg=name)
+
+
+def test_statistics_are_collected_without_gradients(x: Tensor) -> None:
+    block = timm_block().train()
+    stock = copy.deepcopy(block)
+    replace_layers(block)
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), stock(x))
+    for (name, buffer), expected in zip(block.named_buffers(), stock.buffers(), strict=True):
+        torch.testing.assert_close(buffer, expected, msg=name)
+    with torch.inference_mode():
+        torch.testing.assert_close(block.eval()(x), stock.eval()(x))
+
+
 def test_hooks_on_the_block_itself(x: Tensor) -> None:
     block = timm_block()
     calls: list[str] = []
@@ -522,6 +548,20 @@ def test_parametrized_single_layer_can_be_restored(x: Tensor) -> None:
     torch.testing.assert_close(conv(x), fused)
     nn.utils.parametrize.remove_parametrizations(conv, "weight")
     assert type(conv) is nn.Conv2d
+
+
+def test_class_on_top_of_several_replaced_modules(x: Tensor) -> None:
+    """FSDP makes one subclass for all modules of a class."""
+    model = nn.Sequential(timm_block(), timm_block())
+    before = model(x)
+    replace_layers(model)
+    on_top = type("Sharded", (type(model[0]),), {})
+    for block in model:
+        block.__class__ = on_top
+    torch.testing.assert_close(model(x), before)
+    restore_layers(model)
+    assert torch.equal(model(x), before)
+    assert not any(isinstance(block, FusedLayer) or "_effnet_ops_plan" in block.__dict__ for block in model)
 
 
 # Copies

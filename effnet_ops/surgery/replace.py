@@ -63,7 +63,8 @@ def replace_layers(model: nn.Module) -> ReplacementReport:
     MBConv is skipped, and what is inside it is replaced layer by layer. Modules, parameters, buffers and their names
     stay; a module's stock forward runs whenever something changes later that the fused one would miss (a hook on a
     child, a child of another class, BatchNorm modes that differ within a block, tracing). Hooks on a replaced module
-    itself work. Calling it again replaces only what was added since. `restore_layers` undoes it.
+    itself work; one that is registered for all modules at once sees the block and not its children. Calling it again
+    replaces only what was added since. `restore_layers` undoes it.
 
     Args:
         model: any module; it is changed in place, all of it or, if an error is raised, nothing.
@@ -89,15 +90,14 @@ def restore_layers(model: nn.Module) -> None:
         TypeError: ``model`` is not a torch.nn.Module.
     """
     _check_module(model)
-    for module in model.modules():
-        if not isinstance(module, FusedLayer):
-            continue
-        fused = LAYERS[module.stock]
-        module.forget_plan()
+    # Listed first: a class on top of the fused one can belong to several modules, and changes for all of them at once.
+    fused_modules = [(module, LAYERS[module.stock]) for module in model.modules() if isinstance(module, FusedLayer)]
+    for module, fused in fused_modules:
+        FusedLayer.forget_plan(module)
         if type(module) is fused:
-            module.__class__ = module.stock
+            module.__class__ = fused.stock
         else:
-            # torch.nn.utils.parametrize has put a class of its own, made for this module, on top of the fused one.
+            # torch.nn.utils.parametrize and FSDP put a class of their own on top.
             type(module).__bases__ = tuple(fused.stock if base is fused else base for base in type(module).__bases__)
 
 
