@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 
 import effnet_ops
 from effnet_ops.cli import app, cases, check, demo, pictures
+from effnet_ops.cli.console import console
 from effnet_ops.cli.pictures import lite0, preprocess, read_image
 from effnet_ops.cli.timing import interleave
 
@@ -24,7 +25,12 @@ Save = Callable[..., Path]
 
 
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "width", 200)
 
 
 def photograph(name: str, package: str = "skimage.data") -> Path:
@@ -317,7 +323,7 @@ def test_speed_table_times_both_layouts_before_and_after(monkeypatch: pytest.Mon
     model = torch.nn.Sequential(*layers)
     report = effnet_ops.replace_layers(model)
     logits = torch.zeros(1)
-    with demo.console.capture() as captured:
+    with console.capture() as captured:
         demo._show_speed([demo.Comparison("toy", model, report, logits, logits)], 0.01)
     output = captured.get()
     assert output.count("stock") >= 2 and output.count("replaced") >= 2

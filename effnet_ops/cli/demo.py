@@ -145,12 +145,13 @@ def _label(logits: Tensor) -> str:
 
 
 def _show_agreement(comparison: Comparison) -> None:
-    console.print(f"[bold]{comparison.name}[/bold]\n{escape(str(comparison.report))}", highlight=False)
+    console.print(f"[bold]{comparison.name}[/bold]\n{escape(str(comparison.report))}", highlight=False, soft_wrap=True)
     verdict = "[green]the same[/green]" if comparison.agrees else "[red]not the same[/red]"
     console.print(
         f"largest difference of a logit {comparison.difference:.1e}, "
         f"{comparison.relative:.1e} of the largest logit: {verdict}\n",
         highlight=False,
+        soft_wrap=True,
     )
 
 
