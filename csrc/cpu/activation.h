@@ -9,7 +9,7 @@ EFFNET_NAMESPACE_BEGIN
 
 // exp in fp32: x = n ln 2 + r, |r| <= ln 2 / 2, a minimax polynomial in r (Cephes expf), scaled by 2^n. Relative error
 // below 2e-7 (tested over the whole range); infinite above 88.7228, zero below -87.3365, NaN stays NaN.
-inline Vec<float> exp(Vec<float> x) {
+EFFNET_INLINE Vec<float> exp(Vec<float> x) {
     const Vec<float> magic =
         broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
     const Vec<float> low = broadcast(-87.33654f), high = broadcast(88.722839f);
@@ -41,20 +41,20 @@ inline Vec<double> exp(Vec<double> x) {
 }
 
 template <class A>
-inline Vec<A> sigmoid(Vec<A> x) {
+EFFNET_INLINE Vec<A> sigmoid(Vec<A> x) {
     return A(1) / (exp(-x) + A(1));
 }
 
 // A comparison with NaN is false, so each of these selects keeps a NaN in x.
 template <class A>
-inline Vec<A> clamp(Vec<A> x, A low, A high) {
+EFFNET_INLINE Vec<A> clamp(Vec<A> x, A low, A high) {
     const Vec<A> a = broadcast(low), b = broadcast(high);
     x = x < a ? a : x;
     return x > b ? b : x;
 }
 
 template <class A>
-inline Vec<A> activate(Vec<A> x, Activation kind) {
+EFFNET_INLINE Vec<A> activate(Vec<A> x, Activation kind) {
     switch (kind) {
         case Activation::none:
             return x;
@@ -72,7 +72,7 @@ inline Vec<A> activate(Vec<A> x, Activation kind) {
 
 // d activate(x) / dx, with PyTorch's choice of subgradient at the corners.
 template <class A>
-inline Vec<A> activate_derivative(Vec<A> x, Activation kind) {
+EFFNET_INLINE Vec<A> activate_derivative(Vec<A> x, Activation kind) {
     const Vec<A> zero = {}, one = broadcast(A(1));
     switch (kind) {
         case Activation::none:
@@ -87,7 +87,7 @@ inline Vec<A> activate_derivative(Vec<A> x, Activation kind) {
         }
         case Activation::hardswish: {
             const Vec<A> middle = x / A(3) + A(0.5);
-            return x < broadcast(A(-3)) ? zero : (x <= broadcast(A(3)) ? middle : one);
+            return x <= broadcast(A(-3)) ? zero : (x < broadcast(A(3)) ? middle : one);
         }
     }
     return one;
@@ -104,6 +104,28 @@ inline Vec<A> gate_derivative(Vec<A> x, Vec<A> y, Gate kind) {
     if (kind == Gate::sigmoid) return y * (A(1) - y);
     const Vec<A> inside = broadcast(A(1) / A(6));
     return (x > broadcast(A(-3))) & (x < broadcast(A(3))) ? inside : Vec<A>{};
+}
+
+// body(constant) with the activation as a compile-time constant, constant.value: the loops inside hold no branch.
+template <Activation KIND>
+struct ActivationConstant {
+    static constexpr Activation value = KIND;
+};
+
+template <class Body>
+inline void with_activation(Activation kind, const Body& body) {
+    switch (kind) {
+        case Activation::none:
+            return body(ActivationConstant<Activation::none>{});
+        case Activation::relu:
+            return body(ActivationConstant<Activation::relu>{});
+        case Activation::relu6:
+            return body(ActivationConstant<Activation::relu6>{});
+        case Activation::silu:
+            return body(ActivationConstant<Activation::silu>{});
+        case Activation::hardswish:
+            return body(ActivationConstant<Activation::hardswish>{});
+    }
 }
 
 EFFNET_NAMESPACE_END

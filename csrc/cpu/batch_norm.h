@@ -145,15 +145,17 @@ inline void norm_backward_reduce(int64_t pixels, const Source<T>& x, const NormV
                 const int64_t in_image = image * channels + c;
                 const Vec<A> gate = x.gate == nullptr ? broadcast(A(1)) : load(x.gate + in_image, n);
                 const Vec<A> pool = pool_gradient == nullptr ? Vec<A>{} : load(pool_gradient + in_image, n);
-                for (int64_t p = begin; p < begin + pixels_here; ++p) {
-                    const Vec<A> centred = load(x.data + p * channels + c, n) - mean;
-                    A* at = d + p * channels + c;
-                    const Vec<A> t =
-                        (load(at, n) * gate + pool) * activate_derivative<A>(centred * scale + shift, x.activation);
-                    store(at, t, n);
-                    shift_sum += t;
-                    scale_sum += t * (centred * rstd);
-                }
+                with_activation(x.activation, [&](auto kind) {
+                    for (int64_t p = begin; p < begin + pixels_here; ++p) {
+                        const Vec<A> centred = load(x.data + p * channels + c, n) - mean;
+                        A* at = d + p * channels + c;
+                        const Vec<A> t =
+                            (load(at, n) * gate + pool) * activate_derivative<A>(centred * scale + shift, kind.value);
+                        store(at, t, n);
+                        shift_sum += t;
+                        scale_sum += t * (centred * rstd);
+                    }
+                });
             });
             A* to_shift = shifts + part * channels + c;
             A* to_scale = scales + part * channels + c;

@@ -25,3 +25,5 @@
     }                        \
     }                        \
     }
+
+#define EFFNET_INLINE inline __attribute__((always_inline))

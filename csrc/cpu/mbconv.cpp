@@ -257,9 +257,11 @@ void mbconv_backward(const Block& block, const void* grad, const void* x, const 
     const int64_t gate_values = block.reduced == 0 ? 0 : shape.batch * channels;
     const Buffer<A> gate_gradient(gate_values), pool_gradient(gate_values);
     if (block.reduced != 0) {
-        image_sums<A>(shape.batch, steps.image_out, channels, A(1), gate_gradient, [&](int64_t p, int64_t c, int n) {
-            return load(wide_gradient + p * channels + c, n) * activate<A>(gated.normalised(p, c, n), block.activation);
-        });
+        image_sums<A>(shape.batch, steps.image_out, channels, A(1), gate_gradient,
+                      [&](int64_t first, int64_t count, int64_t c, int n) {
+                          return gated.activated_sum(
+                              first, count, c, n, [&](int64_t p) { return load(wide_gradient + p * channels + c, n); });
+                      });
         excitation_backward<A>(excitation_shape, block.squeeze_excite, static_cast<const A*>(saved.pooled), excitation,
                                gate_gradient, pool_gradient, grads.squeeze_excite);
     }

@@ -45,11 +45,6 @@ struct Source {
     bool direct() const { return sizeof(T) == sizeof(A) && plain(); }
     bool plain() const { return mean == nullptr && gate == nullptr && activation == Activation::none; }
 
-    Vec<A> normalised(int64_t pixel, int64_t c, int n) const {
-        const Vec<A> v = load(data + pixel * channels + c, n);
-        return mean == nullptr ? v : (v - load(mean + c, n)) * load(scale + c, n) + load(shift + c, n);
-    }
-
     // Channels [c, c + n) of `count` pixels, `step` values from one pixel to the next, zeros up to each pixel's next
     // whole vector.
     void stage(int64_t first, int64_t count, int64_t c, int64_t n, A* to, int64_t step) const {
@@ -69,15 +64,39 @@ struct Source {
         });
     }
 
+    // sum over `count` pixels of activation(norm(data)) * other(pixel), one vector of channels, without the gate.
+    template <class Other>
+    Vec<A> activated_sum(int64_t first, int64_t count, int64_t c, int n, const Other& other) const {
+        const Column column(*this, c, n);
+        Vec<A> sum = {};
+        with_activation(activation, [&](auto kind) {
+            for (int64_t p = first; p < first + count; ++p)
+                sum += activate<A>(column(data + p * channels + c, n), kind.value) * other(p);
+        });
+        return sum;
+    }
+
   private:
+    // The normalisation of one vector of channels.
+    struct Column {
+        Vec<A> mean = {}, scale = broadcast(A(1)), shift = {};
+        Column(const Source& x, int64_t c, int n) {
+            if (x.mean == nullptr) return;
+            mean = load(x.mean + c, n);
+            scale = load(x.scale + c, n);
+            shift = load(x.shift + c, n);
+        }
+        EFFNET_INLINE Vec<A> operator()(const T* from, int n) const { return (load(from, n) - mean) * scale + shift; }
+    };
+
     void stage_vector(int64_t first, int64_t count, int64_t c, int n, const A* image_gate, A* to, int64_t step) const {
-        const Vec<A> zero = {}, one = broadcast(A(1));
-        const Vec<A> m = mean == nullptr ? zero : load(mean + c, n), k = mean == nullptr ? one : load(scale + c, n);
-        const Vec<A> b = mean == nullptr ? zero : load(shift + c, n),
-                     g = image_gate == nullptr ? one : load(image_gate + c, n);
+        const Column column(*this, c, n);
+        const Vec<A> g = image_gate == nullptr ? broadcast(A(1)) : load(image_gate + c, n);
         const T* from = data + first * channels + c;
-        for (int64_t p = 0; p < count; ++p)
-            store(to + p * step, activate<A>((load(from + p * channels, n) - m) * k + b, activation) * g);
+        with_activation(activation, [&](auto kind) {
+            for (int64_t p = 0; p < count; ++p)
+                store(to + p * step, activate<A>(column(from + p * channels, n), kind.value) * g);
+        });
     }
 };
 
@@ -101,24 +120,18 @@ struct Epilogue {
 
     // Channels [c, c + n) of `count` pixels from values [count][step].
     void operator()(int64_t first, int64_t count, int64_t c, int64_t n, const A* values, int64_t step) const {
-        for (int64_t i = 0; i < n; i += lanes<A>) {
-            const int valid = int(smaller(n - i, lanes<A>));
-            const Affine affine(*this, c + i, valid);
-            if (image_scale == nullptr && residual == nullptr) {
+        with_activation(activation, [&](auto kind) {
+            for (int64_t i = 0; i < n; i += lanes<A>) {
+                const int valid = int(smaller(n - i, lanes<A>));
+                const Affine<kind.value> affine(*this, c + i, valid);
+                if (image_scale != nullptr || residual != nullptr) {
+                    scale_and_add(affine, first, count, c + i, valid, values + i, step);
+                    continue;
+                }
                 for (int64_t p = 0; p < count; ++p)
                     store(out + (first + p) * channels + c + i, affine(load(values + p * step + i)), valid);
-                continue;
             }
-            for_each_image(first, count, image_pixels, [&](int64_t image, int64_t begin, int64_t pixels) {
-                const A factor = image_scale == nullptr ? A(1) : image_scale[image];
-                for (int64_t p = begin; p < begin + pixels; ++p) {
-                    const int64_t at = p * channels + c + i;
-                    Vec<A> v = affine(load(values + (p - first) * step + i)) * factor;
-                    if (residual != nullptr) v = v + load(residual + at, valid);
-                    store(out + at, v, valid);
-                }
-            });
-        }
+        });
     }
 
     // All channels of `count` pixels from stored values [count][channels], pixel by pixel.
@@ -137,26 +150,42 @@ struct Epilogue {
 
     // The same without leaving the compute type: values [count][step] are replaced.
     void in_place(int64_t count, int64_t c, int64_t n, A* values, int64_t step) const {
-        for (int64_t i = 0; i < n; i += lanes<A>) {
-            const Affine affine(*this, c + i, int(smaller(n - i, lanes<A>)));
-            for (int64_t p = 0; p < count; ++p) store(values + p * step + i, affine(load(values + p * step + i)));
-        }
+        with_activation(activation, [&](auto kind) {
+            for (int64_t i = 0; i < n; i += lanes<A>) {
+                const Affine<kind.value> affine(*this, c + i, int(smaller(n - i, lanes<A>)));
+                for (int64_t p = 0; p < count; ++p) store(values + p * step + i, affine(load(values + p * step + i)));
+            }
+        });
     }
 
   private:
     // Normalisation and activation of one vector of channels.
+    template <Activation KIND>
     struct Affine {
         Vec<A> mean = {}, scale = broadcast(A(1)), shift = {};
-        Activation activation;
-        Affine(const Epilogue& e, int64_t c, int n) : activation(e.activation) {
+        Affine(const Epilogue& e, int64_t c, int n) {
             if (e.mean != nullptr) {
                 mean = load(e.mean + c, n);
                 scale = load(e.scale + c, n);
             }
             if (e.shift != nullptr) shift = load(e.shift + c, n);
         }
-        Vec<A> operator()(Vec<A> v) const { return activate<A>((v - mean) * scale + shift, activation); }
+        EFFNET_INLINE Vec<A> operator()(Vec<A> v) const { return activate<A>((v - mean) * scale + shift, KIND); }
     };
+
+    template <class Column>
+    void scale_and_add(const Column& affine, int64_t first, int64_t count, int64_t c, int n, const A* values,
+                       int64_t step) const {
+        for_each_image(first, count, image_pixels, [&](int64_t image, int64_t begin, int64_t pixels) {
+            const A factor = image_scale == nullptr ? A(1) : image_scale[image];
+            for (int64_t p = begin; p < begin + pixels; ++p) {
+                const int64_t at = p * channels + c;
+                Vec<A> v = affine(load(values + (p - first) * step)) * factor;
+                if (residual != nullptr) v = v + load(residual + at, n);
+                store(out + at, v, n);
+            }
+        });
+    }
 };
 
 // Elements that one task of an elementwise pass takes.

@@ -46,12 +46,13 @@ void squeeze_excite_backward(const SqueezeExciteShape& s, const void* grad, cons
     using A = Compute<T>;
     const A* const mean = static_cast<const A*>(pooled);
     const T* const g = static_cast<const T*>(grad);
-    const T* const in = static_cast<const T*>(x);
     const Excitation<A> excitation(s, params, mean);
     const Buffer<A> gate_gradient(s.batch * s.channels), pool_gradient(s.batch * s.channels);
-    image_sums<A>(s.batch, s.pixels, s.channels, A(1), gate_gradient, [&](int64_t p, int64_t c, int n) {
-        return load(g + p * s.channels + c, n) * load(in + p * s.channels + c, n);
-    });
+    const Source<T> input({x}, s.channels, s.pixels);
+    image_sums<A>(
+        s.batch, s.pixels, s.channels, A(1), gate_gradient, [&](int64_t first, int64_t count, int64_t c, int n) {
+            return input.activated_sum(first, count, c, n, [&](int64_t p) { return load(g + p * s.channels + c, n); });
+        });
     excitation_backward<A>(s, params, mean, excitation, gate_gradient, pool_gradient, grads);
     if (grad_x == nullptr) return;
     scale_and_shift(s, g, static_cast<const A*>(excitation.gate), static_cast<const A*>(pool_gradient),

@@ -5,34 +5,31 @@
 
 EFFNET_NAMESPACE_BEGIN
 
-// Images and slabs of channels as independent tasks: body(image, first channel, channels).
-template <class A, class Body>
-inline void parallel_slabs(int64_t batch, int64_t channels, const Body& body) {
-    const int64_t slabs = ceil_div(channels, slab<A>);
-    parallel(batch * slabs, [&](int64_t begin, int64_t end) {
+// out[image][c] = factor * sum over the image's pixels of sum_of(first pixel, count, c, n), which sums a block of
+// pixels in registers. Parts of an image are summed apart, so that a single image keeps all threads busy; their number
+// depends on the shape alone.
+template <class A, class SumOf>
+inline void image_sums(int64_t batch, int64_t pixels, int64_t channels, A factor, A* out, const SumOf& sum_of) {
+    constexpr int64_t block = 16;
+    const int64_t parts = larger(1, smaller(ceil_div(8, larger(batch, 1)), pixels / (4 * block)));
+    const Buffer<A> partial = zeros<A>(batch * parts * channels);
+    parallel(batch * parts, [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task) {
-            const int64_t c = task % slabs * slab<A>;
-            body(task / slabs, c, smaller(slab<A>, channels - c));
+            const int64_t image = task / parts * pixels, last = image + pixels * (task % parts + 1) / parts;
+            A* const to = partial + task * channels;
+            for (int64_t first = image + pixels * (task % parts) / parts; first < last; first += block)
+                for (int64_t c = 0; c < channels; c += lanes<A>) {
+                    const int n = int(smaller(lanes<A>, channels - c));
+                    store(to + c, load(to + c, n) + sum_of(first, smaller(block, last - first), c, n), n);
+                }
         }
     });
-}
-
-// out[image][c] = factor * sum over the image's pixels of value(pixel, c, n), summed in blocks to bound the rounding
-// error.
-template <class A, class Value>
-inline void image_sums(int64_t batch, int64_t pixels, int64_t channels, A factor, A* out, const Value& value) {
-    parallel_slabs<A>(batch, channels, [&](int64_t image, int64_t c0, int64_t width) {
-        for (int64_t c = c0; c < c0 + width; c += lanes<A>) {
-            const int n = int(smaller(lanes<A>, c0 + width - c));
-            Vec<A> total = {};
-            for (int64_t first = 0; first < pixels; first += 64) {
-                Vec<A> sum = {};
-                for (int64_t p = first; p < smaller(pixels, first + 64); ++p) sum += value(image * pixels + p, c, n);
-                total += sum;
-            }
-            store(out + image * channels + c, total * factor, n);
+    for (int64_t image = 0; image < batch; ++image)
+        for (int64_t c = 0; c < channels; ++c) {
+            A sum = 0;
+            for (int64_t part = 0; part < parts; ++part) sum += partial[(image * parts + part) * channels + c];
+            out[image * channels + c] = sum * factor;
         }
-    });
 }
 
 // pooled[image][c] = mean over the image of x read through its normalisation and activation.
@@ -40,7 +37,9 @@ template <class T>
 inline void pool(int64_t batch, int64_t pixels, const Source<T>& x, Compute<T>* pooled) {
     using A = Compute<T>;
     image_sums<A>(batch, pixels, x.channels, A(1) / A(pixels), pooled,
-                  [&](int64_t p, int64_t c, int n) { return activate<A>(x.normalised(p, c, n), x.activation); });
+                  [&](int64_t first, int64_t count, int64_t c, int n) {
+                      return x.activated_sum(first, count, c, n, [](int64_t) { return broadcast(A(1)); });
+                  });
 }
 
 template <class A>
