@@ -131,9 +131,9 @@ def build_statements(plan: Plan, folder: Path, output: Path) -> str:
 
     torch_root = Path(torch.__file__).parent
     includes = [f"-I{torch_root / 'include'}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-    sanitize = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g"] * (
-        os.environ.get("EFFNET_OPS_SANITIZE") == "1"
-    )
+    sanitize = []
+    if os.environ.get("EFFNET_OPS_SANITIZE") == "1":
+        sanitize = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
     built = [f"-DEFFNET_BUILT_{isa.upper()}" for isa in plan.isas]
     major, minor = TORCH_TARGET
     target = f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000"

@@ -17,6 +17,7 @@ from effnet_ops import backends, checks, ops, reference
 from effnet_ops.params import BatchNormParams, ConvNormParams, SqueezeExciteParams
 
 Padding = int | str | Sequence[int]
+_TALLEST = 64
 
 
 def depthwise_conv2d(
@@ -58,8 +59,7 @@ def depthwise_conv2d(
     sides = checks.padding_sides(padding)
     checks.check_activation(activation)
     checks.check_window(x, weight.shape[2:], stride, sides, dilation)
-    uncovered = "" if weight.shape[0] == channels else f"weight {tuple(weight.shape)} has a channel multiplier"
-    if backends.select(x, uncovered) == "reference":
+    if backends.select(x, _uncovered_filter(weight, channels)) == "reference":
         resolved = checks.resolve_padding(sides, x.shape[2:], weight.shape[2:], stride, dilation)
         return _run_reference(reference.depthwise_conv2d, x, weight, bias, stride, resolved, dilation, activation)
     return ops.depthwise_conv2d(x, weight, bias, stride, sides, dilation, activation)
@@ -186,8 +186,9 @@ def mbconv(
     convs = [conv for conv in (expand, depthwise, project) if conv is not None]
     if training:
         _check_batch_size(convs, x, size)
-    biased = [conv for conv in convs if conv.bias is not None and conv.norm is not None]
-    uncovered = "a convolution has both a bias and a normalisation" if biased else ""
+    uncovered = _uncovered_filter(depthwise.weight, depthwise.weight.shape[0])
+    if any(conv.bias is not None and conv.norm is not None for conv in convs):
+        uncovered = "a convolution has both a bias and a normalisation"
     keywords = dict(stride=stride, activation=activation, gate=gate, residual=residual, drop_path=drop_path)
     if backends.select(x, uncovered) == "reference":
         padding = checks.resolve_padding(sides, x.shape[2:], depthwise.weight.shape[2:], stride, (1, 1))
@@ -226,6 +227,13 @@ def _run_reference(function: Callable[..., Any], x: Tensor, *args: Any, **keywor
         x = x.to(torch.get_autocast_dtype(kind))
     with torch.autocast(kind, enabled=False):
         return function(x, *args, **keywords)
+
+
+def _uncovered_filter(weight: Tensor, channels: int) -> str:
+    """Why the fused operators do not take this depthwise filter, or ""."""
+    if weight.shape[0] != channels:
+        return f"weight {tuple(weight.shape)} has a channel multiplier"
+    return "" if weight.shape[2] <= _TALLEST else f"weight {tuple(weight.shape)} is taller than {_TALLEST}"
 
 
 def _check_squeeze_excite(

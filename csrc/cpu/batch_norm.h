@@ -28,9 +28,10 @@ struct Reduction {
 // out[c] = sum over parts of partial[part][c].
 template <class A>
 inline void sum_parts(int64_t parts, int64_t channels, const A* partial, A* out) {
-    for (int64_t c = 0; c < channels; ++c) out[c] = 0;
+    const Buffer<double> sums = zeros<double>(channels);
     for (int64_t part = 0; part < parts; ++part)
-        for (int64_t c = 0; c < channels; ++c) out[c] += partial[part * channels + c];
+        for (int64_t c = 0; c < channels; ++c) sums[c] += double(partial[part * channels + c]);
+    for (int64_t c = 0; c < channels; ++c) out[c] = A(sums[c]);
 }
 
 template <class A>

@@ -11,7 +11,7 @@ EFFNET_NAMESPACE_BEGIN
 template <class A, class SumOf>
 inline void image_sums(int64_t batch, int64_t pixels, int64_t channels, A factor, A* out, const SumOf& sum_of) {
     constexpr int64_t block = 16;
-    const int64_t parts = larger(1, smaller(ceil_div(8, larger(batch, 1)), pixels / (4 * block)));
+    const int64_t parts = larger(ceil_div(pixels, 512), smaller(ceil_div(8, larger(batch, 1)), pixels / (4 * block)));
     const Buffer<A> partial = zeros<A>(batch * parts * channels);
     parallel(batch * parts, [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task) {
@@ -26,9 +26,9 @@ inline void image_sums(int64_t batch, int64_t pixels, int64_t channels, A factor
     });
     for (int64_t image = 0; image < batch; ++image)
         for (int64_t c = 0; c < channels; ++c) {
-            A sum = 0;
-            for (int64_t part = 0; part < parts; ++part) sum += partial[(image * parts + part) * channels + c];
-            out[image * channels + c] = sum * factor;
+            double sum = 0;
+            for (int64_t part = 0; part < parts; ++part) sum += double(partial[(image * parts + part) * channels + c]);
+            out[image * channels + c] = A(sum * double(factor));
         }
 }
 
