@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import pytest
 import torch
 from cases import MBConvCase
 from torch import Tensor
@@ -101,18 +104,20 @@ def check(
     parameter_dtype: torch.dtype | None = None,
     forward_tolerance: float | None = None,
     gradient_tolerance: float | None = None,
+    rounded_to: torch.dtype | None = None,
 ) -> None:
     """Output and gradients of ``function`` in ``dtype`` against the reference in fp64 on the same, rounded, inputs.
 
     A gradient that (nearly) vanishes, by symmetry as that of a shift before a normalisation, or by chance as that of
     a single number, is measured against a tenth of the median gradient's norm: its error is that of terms that cancel.
+    ``rounded_to`` is for `rounded_convolutions`.
     """
     inputs = prepared(tensors, dtype, layout, parameter_dtype)
     exact_inputs = {name: value if value is None else value.double() for name, value in inputs.items()}
     with effnet_ops.use_backend("reference"), torch.no_grad():
         shape = function(exact_inputs).shape
     grad = lay_out(normal(*shape).to(dtype), "contiguous" if layout == "sliced_channels_last" else "channels_last")
-    with effnet_ops.use_backend("reference"):
+    with effnet_ops.use_backend("reference"), rounded_convolutions(rounded_to):
         exact, exact_grads = run(function, exact_inputs, grad.double())
     out, grads = run(function, inputs, grad)
 
@@ -136,19 +141,38 @@ def gate_tolerance(gate: str, dtype: torch.dtype) -> float:
     return 1e-7 if gate == "hard_sigmoid" and dtype == torch.float64 else GRADIENT_TOLERANCE[dtype]
 
 
-def mbconv_tolerance(case: MBConvCase, dtype: torch.dtype) -> float:
-    """The bound for a block's gradients, where what training keeps is rounded to half precision of unit roundoff u.
+def mbconv_bounds(case: MBConvCase, dtype: torch.dtype) -> dict[str, Any]:
+    """How to judge a block's gradients, where what training keeps is rounded to half precision of unit roundoff u.
 
-    Three activations and the gradients of three are rounded on the way, each by as much as a whole operator's output:
-    three times its bound. Where the activation has corners, rounding moves a share of about u of all elements across
-    one, which changes their derivative entirely: a relative error of sqrt(u) in the norm from each corner of each
-    activation, and there are two of two.
+    The reference rounds at the same places, because that rounding moves a share of about u of all elements across the
+    corners of an activation, an error of sqrt(u) or more that says nothing of the kernels. What remains is the rounding
+    of three gradients on the way, each by as much as a whole operator's output: three times its bound.
     """
     if dtype not in HALF:
-        return gate_tolerance(case.gate if case.reduced else "sigmoid", dtype)
-    if case.activation in ("relu", "relu6", "hardswish"):
-        return 4 * torch.finfo(dtype).eps ** 0.5
-    return 3 * GRADIENT_TOLERANCE[dtype]
+        return {"gradient_tolerance": gate_tolerance(case.gate if case.reduced else "sigmoid", dtype)}
+    return {"gradient_tolerance": 3 * GRADIENT_TOLERANCE[dtype], "rounded_to": dtype}
+
+
+@contextlib.contextmanager
+def rounded_convolutions(dtype: torch.dtype | None) -> Iterator[None]:
+    """The reference block rounds its convolutions, before biases, to ``dtype``; gradients pass as if it did not."""
+    if dtype is None:
+        yield
+        return
+    block = sys.modules["effnet_ops.reference.mbconv"]
+
+    def rounded(convolution: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def function(x: Tensor, weight: Tensor, bias: Tensor | None, *config: Any) -> Tensor:
+            y = convolution(x, weight, None, *config)
+            y = y + (y.to(dtype).to(y.dtype) - y).detach()
+            return y if bias is None else y + bias[:, None, None]
+
+        return function
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("pointwise_conv2d", "depthwise_conv2d"):
+            patch.setattr(block, name, rounded(getattr(block, name)))
+        yield
 
 
 def mbconv_tensors(case: MBConvCase) -> Tensors:

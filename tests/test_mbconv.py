@@ -11,10 +11,10 @@ from helpers import (
     Tensors,
     check,
     is_activation,
+    mbconv_bounds,
     mbconv_function,
     mbconv_groups,
     mbconv_tensors,
-    mbconv_tolerance,
     names,
     normal,
     relative_error,
@@ -42,8 +42,7 @@ def test_fp32(case: MBConvCase, training: bool, layout: str) -> None:
 @by_mode
 @pytest.mark.parametrize("dtype", [torch.float64, *HALF], ids=str)
 def test_precisions(case: MBConvCase, training: bool, dtype: torch.dtype) -> None:
-    tolerance = mbconv_tolerance(case, dtype)
-    check(mbconv_function(case, training), mbconv_tensors(case), dtype, gradient_tolerance=tolerance)
+    check(mbconv_function(case, training), mbconv_tensors(case), dtype, **mbconv_bounds(case, dtype))
 
 
 @by_case
@@ -62,7 +61,7 @@ def test_half_parameters(dtype: torch.dtype, training: bool, backend: str) -> No
         mbconv_tensors(case),
         dtype,
         parameter_dtype=dtype,
-        gradient_tolerance=mbconv_tolerance(case, dtype),
+        **mbconv_bounds(case, dtype),
     )
 
 

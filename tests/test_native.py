@@ -18,7 +18,7 @@ from cases import (
     PointwiseCase,
     SqueezeExciteCase,
 )
-from helpers import HALF, check, mbconv_function, mbconv_tensors, mbconv_tolerance, names, relative_error, run
+from helpers import HALF, check, mbconv_bounds, mbconv_function, mbconv_tensors, names, relative_error, run
 from test_depthwise import problem as depthwise_problem
 from test_pointwise import problem as pointwise_problem
 from test_squeeze_excite import problem as squeeze_excite_problem
@@ -108,8 +108,7 @@ def test_isa_mbconv(isa: str, case: MBConvCase) -> None:
 @pytest.mark.parametrize("case", few(MBCONV), ids=names(few(MBCONV)))
 def test_isa_mbconv_precisions(isa: str, case: MBConvCase, dtype: torch.dtype) -> None:
     for training in (False, True):
-        tolerance = mbconv_tolerance(case, dtype)
-        check(mbconv_function(case, training), mbconv_tensors(case), dtype, gradient_tolerance=tolerance)
+        check(mbconv_function(case, training), mbconv_tensors(case), dtype, **mbconv_bounds(case, dtype))
 
 
 THREADED = [case for case in MBCONV if case.name in ("large", "residual", "b0_style", "one_pixel", "odd_channels")]

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from cases import ACTIVATIONS, MBConvCase
-from helpers import HALF, LAYOUTS, check, mbconv_function, mbconv_tensors, mbconv_tolerance, normal
+from helpers import HALF, LAYOUTS, check, mbconv_bounds, mbconv_function, mbconv_tensors, normal
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
@@ -107,7 +107,6 @@ def test_mbconv(data: st.DataObject) -> None:
     # With a handful of values a channel, batch statistics turn rounding into a difference of any size.
     assume(not training or batch * -(-height // stride) * -(-width // stride) >= 16 or batch == 0)
     dtype = data.draw(dtypes)
-    tolerance = mbconv_tolerance(case, dtype)
     check(
-        mbconv_function(case, training), mbconv_tensors(case), dtype, data.draw(layouts), gradient_tolerance=tolerance
+        mbconv_function(case, training), mbconv_tensors(case), dtype, data.draw(layouts), **mbconv_bounds(case, dtype)
     )
