@@ -200,13 +200,22 @@ Tensor depthwise_conv2d(const Tensor& x, const Tensor& weight, const std::option
                         const Ints& padding, const Ints& dilation, const std::string& activation) {
     const cpu::DepthwiseShape s = depthwise_shape(x, weight, stride, padding, dilation);
     STD_TORCH_CHECK(s.channels == x.size(1), "weight must have ", x.size(1), " filters, got ", s.channels);
-    const Output y(x, {s.batch, s.channels, s.out_height, s.out_width});
-    if (s.batch == 0) return y.finish();
+    const cpu::Kernels& kernels = cpu::kernels(kernel_dtype(x.scalar_type()));
+    const Ints size{s.batch, s.channels, s.out_height, s.out_width};
     Parameters parameter(x);
+    const void *const weights = parameter(weight, weight.numel(), "weight"), *const shift =
+                                                                                 parameter(bias, s.channels, "bias");
+    // Short rows fill few lanes of a row-wise transposition.
+    if (s.batch != 0 && kernels.depthwise_contiguous != nullptr && x.is_contiguous() && s.out_width >= 12) {
+        const Tensor y = torch::stable::empty(size, x.scalar_type());
+        kernels.depthwise_contiguous(s, x.const_data_ptr(), weights, shift, activation_of(activation),
+                                     y.mutable_data_ptr());
+        return y;
+    }
+    const Output y(x, size);
+    if (s.batch == 0) return y.finish();
     const Tensor input = nhwc(x);
-    cpu::kernels(kernel_dtype(x.scalar_type()))
-        .depthwise(s, input.const_data_ptr(), parameter(weight, weight.numel(), "weight"),
-                   parameter(bias, s.channels, "bias"), activation_of(activation), y.data());
+    kernels.depthwise(s, input.const_data_ptr(), weights, shift, activation_of(activation), y.data());
     return y.finish();
 }
 

@@ -1,4 +1,5 @@
 #include "table.h"
+#include "transpose.h"
 
 EFFNET_NAMESPACE_BEGIN
 
@@ -12,6 +13,31 @@ void depthwise(const DepthwiseShape& s, const void* x, const void* weight, const
     epilogue.shift = static_cast<const A*>(bias);
     epilogue.activation = activation;
     depthwise_forward(s, Source<T>({x}, s.channels, s.height * s.width), static_cast<const A*>(weight), epilogue);
+}
+
+// Rows of a slab are turned to channels-last as they are staged, and back as they leave: no tensor is converted as a
+// whole.
+template <class T>
+void depthwise_contiguous(const DepthwiseShape& s, const void* x, const void* weight, const void* bias,
+                          Activation activation, void* y) {
+    const T* const from = static_cast<const T*>(x);
+    T* const to = static_cast<T*>(y);
+    const int64_t plane_in = s.height * s.width, plane_out = s.out_height * s.out_width;
+    Epilogue<T> epilogue;
+    epilogue.shift = static_cast<const T*>(bias);
+    epilogue.activation = activation;
+    const bool bare = epilogue.direct();
+    depthwise_rows<T>(
+        s, static_cast<const T*>(weight),
+        [=](int64_t image, int64_t row, int64_t c, int64_t n, T* staged) {
+            transpose(n, s.width, from + (image * s.channels + c) * plane_in + row * s.width, plane_in, staged,
+                      slab<T>);
+        },
+        [=](int64_t image, int64_t row, int64_t c, int64_t n, T* values) {
+            if (!bare) epilogue.in_place(s.out_width, c, n, values, slab<T>);
+            transpose(s.out_width, n, values, slab<T>, to + (image * s.channels + c) * plane_out + row * s.out_width,
+                      plane_out);
+        });
 }
 
 template <class T>
@@ -43,5 +69,7 @@ void depthwise_backward(const DepthwiseShape& s, const void* grad, const void* x
 
 EFFNET_INSTANTIATE(depthwise)
 EFFNET_INSTANTIATE(depthwise_backward)
+template decltype(depthwise_contiguous<float>) depthwise_contiguous<float>;
+template decltype(depthwise_contiguous<double>) depthwise_contiguous<double>;
 
 EFFNET_NAMESPACE_END

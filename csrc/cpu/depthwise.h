@@ -163,7 +163,7 @@ inline void depthwise_rows(const DepthwiseShape& s, const A* weight, const Stage
                     pairs.weights[pairs.count++] = packed + (slab_index * s.kernel_h + ky) * s.kernel_w * S;
                 }
                 convolve_row<A>(pairs, {S, n, out, S}, s.kernel_w, s.stride_w, s.dilation_w, 0, s.out_width);
-                finish(image, oy, c, n, static_cast<const A*>(out));
+                finish(image, oy, c, n, static_cast<A*>(out));
             }
         }
     });
@@ -184,30 +184,31 @@ struct StageStored {
 template <class A, class O>
 inline void depthwise_in_place(const DepthwiseShape& s, const A* x, const A* weight, const Epilogue<O>& epilogue) {
     constexpr int S = slab<A>;
-    const int64_t slabs = ceil_div(s.channels, S), chunks = row_chunks(s.batch * slabs, s.out_height);
+    const int64_t slabs = ceil_div(s.channels, S), last_pixel = s.pad_left + s.width;
     const int64_t inner_begin = smaller(s.out_width, ceil_div(s.pad_left, s.stride_w));
-    const int64_t fits = s.width + s.pad_left - s.kernel_w;
+    const int64_t fits = last_pixel - s.kernel_w;
     const int64_t inner_end = larger(inner_begin, smaller(s.out_width, fits < 0 ? 0 : fits / s.stride_w + 1));
     const Buffer<A> packed = pack_depthwise(s, weight, false);
-    parallel(s.batch * slabs * chunks, [&](int64_t begin, int64_t end) {
+    // Rows outside, slabs inside: the memory is walked in order, and the rows that the next output row needs too stay
+    // in cache.
+    parallel(s.batch * s.out_height, [&](int64_t begin, int64_t end) {
         const Buffer<A> scratch(s.out_width * S);
-        for (int64_t task = begin; task < end; ++task) {
-            const int64_t image = task / (slabs * chunks), slab_index = task / chunks % slabs, chunk = task % chunks;
-            const int64_t c = slab_index * S, n = smaller(S, s.channels - c);
-            for (int64_t oy = s.out_height * chunk / chunks; oy < s.out_height * (chunk + 1) / chunks; ++oy) {
+        for (int64_t row = begin; row < end; ++row) {
+            const int64_t image = row / s.out_height, top = row % s.out_height * s.stride_h - s.pad_top;
+            const int64_t first = row * s.out_width;
+            for (int64_t slab_index = 0; slab_index < slabs; ++slab_index) {
+                const int64_t c = slab_index * S, n = smaller(S, s.channels - c);
                 RowPairs<A> pairs;
                 for (int64_t ky = 0; ky < s.kernel_h; ++ky) {
-                    const int64_t iy = oy * s.stride_h - s.pad_top + ky;
+                    const int64_t iy = top + ky;
                     if (iy < 0 || iy >= s.height) continue;
                     pairs.rows[pairs.count] = x + ((image * s.height + iy) * s.width - s.pad_left) * s.channels + c;
                     pairs.weights[pairs.count++] = packed + (slab_index * s.kernel_h + ky) * s.kernel_w * S;
                 }
-                const int64_t first = (image * s.out_height + oy) * s.out_width;
                 RowLayout<A> at{s.channels, n, scratch, S};
                 if constexpr (sizeof(O) == sizeof(A)) {
                     if (epilogue.direct()) at = {s.channels, n, epilogue.out + first * s.channels + c, s.channels};
                 }
-                const int64_t last_pixel = s.pad_left + s.width;
                 convolve_row_any(pairs, at, s.kernel_w, s.stride_w, 1, s.pad_left, last_pixel, 0, inner_begin);
                 convolve_row<A>(pairs, at, s.kernel_w, s.stride_w, 1, inner_begin, inner_end);
                 convolve_row_any(pairs, at, s.kernel_w, s.stride_w, 1, s.pad_left, last_pixel, inner_end, s.out_width);

@@ -119,6 +119,9 @@ struct Kernels {
     // [images][rows][columns] to [images][columns][rows]: NCHW to NHWC and back.
     void (*transpose)(int64_t images, int64_t rows, int64_t columns, const void* from, void* to);
     void (*depthwise)(const DepthwiseShape&, const void* x, const void* weight, const void* bias, Activation, void* y);
+    // The same on contiguous (NCHW) tensors; null for the dtypes that have no such kernel.
+    void (*depthwise_contiguous)(const DepthwiseShape&, const void* x, const void* weight, const void* bias, Activation,
+                                 void* y);
     void (*depthwise_backward)(const DepthwiseShape&, const void* grad, const void* x, const void* weight,
                                const void* bias, Activation, void* grad_x, void* grad_weight, void* grad_bias);
     void (*pointwise)(const PointwiseShape&, const void* x, const void* weight, const void* bias, const void* residual,

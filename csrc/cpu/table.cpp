@@ -3,15 +3,26 @@
 EFFNET_NAMESPACE_BEGIN
 
 template <class T>
-constexpr Kernels kernels_of(decltype(Kernels::pointwise_contiguous) contiguous) {
-    return {transpose_images<T>, depthwise<T>,          depthwise_backward<T>, pointwise<T>,
-            contiguous,          pointwise_backward<T>, squeeze_excite<T>,     squeeze_excite_backward<T>,
-            mbconv_inference<T>, mbconv_training<T>,    mbconv_backward<T>};
+constexpr Kernels kernels_of() {
+    Kernels kernels{};
+    kernels.transpose = transpose_images<T>;
+    kernels.depthwise = depthwise<T>;
+    kernels.depthwise_backward = depthwise_backward<T>;
+    kernels.pointwise = pointwise<T>;
+    kernels.pointwise_backward = pointwise_backward<T>;
+    kernels.squeeze_excite = squeeze_excite<T>;
+    kernels.squeeze_excite_backward = squeeze_excite_backward<T>;
+    kernels.mbconv_inference = mbconv_inference<T>;
+    kernels.mbconv_training = mbconv_training<T>;
+    kernels.mbconv_backward = mbconv_backward<T>;
+    if constexpr (sizeof(T) == sizeof(Compute<T>)) {
+        kernels.depthwise_contiguous = depthwise_contiguous<T>;
+        kernels.pointwise_contiguous = pointwise_contiguous<T>;
+    }
+    return kernels;
 }
 
 extern const Kernels table[4];
-const Kernels table[4] = {kernels_of<float>(pointwise_contiguous<float>),
-                          kernels_of<double>(pointwise_contiguous<double>), kernels_of<bfloat16>(nullptr),
-                          kernels_of<float16>(nullptr)};
+const Kernels table[4] = {kernels_of<float>(), kernels_of<double>(), kernels_of<bfloat16>(), kernels_of<float16>()};
 
 EFFNET_NAMESPACE_END

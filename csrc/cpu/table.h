@@ -13,6 +13,9 @@ void transpose_images(int64_t images, int64_t rows, int64_t columns, const void*
 template <class T>
 void depthwise(const DepthwiseShape&, const void* x, const void* weight, const void* bias, Activation, void* y);
 template <class T>
+void depthwise_contiguous(const DepthwiseShape&, const void* x, const void* weight, const void* bias, Activation,
+                          void* y);
+template <class T>
 void depthwise_backward(const DepthwiseShape&, const void* grad, const void* x, const void* weight, const void* bias,
                         Activation, void* grad_x, void* grad_weight, void* grad_bias);
 template <class T>

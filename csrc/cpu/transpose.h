@@ -76,10 +76,20 @@ inline void transpose_bits(int64_t rows, int64_t columns, const U* from, int64_t
     for (int64_t i = 0; i < rows; i += L)
         for (int64_t j = 0; j < columns; j += L) {
             const int m = int(smaller(L, rows - i)), n = int(smaller(L, columns - j));
+            const U* const corner = from + i * from_step + j;
+            U* const target = to + j * to_step + i;
             Vec<U> block[L];
-            for (int r = 0; r < L; ++r) block[r] = r < m ? load_bits(from + (i + r) * from_step + j, n) : Vec<U>{};
+            if (m == L && n == L) {
+#pragma GCC unroll 32
+                for (int r = 0; r < L; ++r) std::memcpy(&block[r], corner + r * from_step, sizeof(block[r]));
+                transpose_square<U>(block);
+#pragma GCC unroll 32
+                for (int r = 0; r < L; ++r) std::memcpy(target + r * to_step, &block[r], sizeof(block[r]));
+                continue;
+            }
+            for (int r = 0; r < L; ++r) block[r] = r < m ? load_bits(corner + r * from_step, n) : Vec<U>{};
             transpose_square<U>(block);
-            for (int r = 0; r < n; ++r) store_bits(to + (j + r) * to_step + i, block[r], m);
+            for (int r = 0; r < n; ++r) store_bits(target + r * to_step, block[r], m);
         }
 }
 
