@@ -205,8 +205,7 @@ Tensor depthwise_conv2d(const Tensor& x, const Tensor& weight, const std::option
     Parameters parameter(x);
     const void *const weights = parameter(weight, weight.numel(), "weight"), *const shift =
                                                                                  parameter(bias, s.channels, "bias");
-    // Short rows fill few lanes of a row-wise transposition.
-    if (s.batch != 0 && kernels.depthwise_contiguous != nullptr && x.is_contiguous() && s.out_width >= 12) {
+    if (s.batch != 0 && kernels.depthwise_contiguous != nullptr && x.is_contiguous()) {
         const Tensor y = torch::stable::empty(size, x.scalar_type());
         kernels.depthwise_contiguous(s, x.const_data_ptr(), weights, shift, activation_of(activation),
                                      y.mutable_data_ptr());
@@ -249,9 +248,10 @@ cpu::PointwiseShape pointwise_shape(const Tensor& x, const Tensor& weight) {
     return {x.size(0), x.size(2) * x.size(3), x.size(1), weight.size(0)};
 }
 
-// Contiguous images are multiplied as they are where they have pixels enough to fill the vectors.
+// Contiguous images are multiplied as they are where their pixels fill most lanes of the last vectors.
 bool multiplies_contiguous(const Tensor& x, const std::optional<Tensor>& residual, const cpu::PointwiseShape& s) {
-    return s.pixels >= 128 && x.is_contiguous() && (!residual.has_value() || residual->is_contiguous()) &&
+    const int64_t filled = (s.pixels + 31) / 32 * 32;
+    return s.pixels * 4 >= filled * 3 && x.is_contiguous() && (!residual.has_value() || residual->is_contiguous()) &&
            cpu::kernels(kernel_dtype(x.scalar_type())).pointwise_contiguous != nullptr;
 }
 

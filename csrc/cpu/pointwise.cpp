@@ -2,20 +2,6 @@
 
 EFFNET_NAMESPACE_BEGIN
 
-template <class T>
-void pointwise(const PointwiseShape& s, const void* x, const void* weight, const void* bias, const void* residual,
-               Activation activation, void* y) {
-    using A = Compute<T>;
-    const Buffer<A> packed = pack(static_cast<const A*>(weight), s.in, 1, s.out, s.in);
-    Epilogue<T> epilogue;
-    epilogue.out = static_cast<T*>(y);
-    epilogue.channels = s.out;
-    epilogue.shift = static_cast<const A*>(bias);
-    epilogue.activation = activation;
-    epilogue.residual = static_cast<const T*>(residual);
-    product(s.batch * s.pixels, Source<T>({x}, s.in, s.pixels), packed, s.out, epilogue);
-}
-
 // The product with its sides exchanged: the weights are the rows, and a panel of neighbouring pixels the columns, so
 // that neither needs packing and the result is contiguous.
 template <class T>
@@ -54,6 +40,35 @@ void pointwise_contiguous(const PointwiseShape& s, const void* x, const void* we
             }
         }
     });
+}
+
+// For few pixels it is cheaper to turn the pixels than to pack the weights.
+template <class T>
+void pointwise_turned(const PointwiseShape& s, const T* x, const void* weight, const void* bias, Activation activation,
+                      T* y) {
+    const int64_t pixels = s.batch * s.pixels;
+    const Buffer<T> from(pixels * s.in), to(pixels * s.out);
+    transpose(pixels, s.in, x, s.in, static_cast<T*>(from), pixels);
+    pointwise_contiguous<T>({1, pixels, s.in, s.out}, from, weight, bias, nullptr, activation, to);
+    transpose(s.out, pixels, static_cast<const T*>(to), pixels, y, s.out);
+}
+
+template <class T>
+void pointwise(const PointwiseShape& s, const void* x, const void* weight, const void* bias, const void* residual,
+               Activation activation, void* y) {
+    using A = Compute<T>;
+    if constexpr (sizeof(T) == sizeof(A)) {
+        if (s.batch * s.pixels <= 2 * slab<A> && residual == nullptr)
+            return pointwise_turned(s, static_cast<const T*>(x), weight, bias, activation, static_cast<T*>(y));
+    }
+    const Buffer<A> packed = pack(static_cast<const A*>(weight), s.in, 1, s.out, s.in);
+    Epilogue<T> epilogue;
+    epilogue.out = static_cast<T*>(y);
+    epilogue.channels = s.out;
+    epilogue.shift = static_cast<const A*>(bias);
+    epilogue.activation = activation;
+    epilogue.residual = static_cast<const T*>(residual);
+    product(s.batch * s.pixels, Source<T>({x}, s.in, s.pixels), packed, s.out, epilogue);
 }
 
 template <class T>

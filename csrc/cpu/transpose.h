@@ -70,6 +70,30 @@ inline void transpose_square(Vec<U> (&rows)[lanes<U>]) {
 #endif
 }
 
+// The values at even and at odd positions of a row of `count`.
+template <class T>
+inline void split_pairs(int64_t count, const T* row, T* even, T* odd) {
+    int64_t i = 0;
+#if defined(__GNUC__) && !defined(__clang__)
+    constexpr int L = lanes<T>;
+    using U = typename IntegerOf<sizeof(T)>::type;
+    Vec<U> evens, odds;
+    for (int j = 0; j < L; ++j) {
+        evens[j] = U(2 * j);
+        odds[j] = U(2 * j + 1);
+    }
+    for (; 2 * (i + L) <= count; i += L) {
+        const Vec<T> a = load(row + 2 * i), b = load(row + 2 * i + L);
+        store(even + i, __builtin_shuffle(a, b, evens));
+        store(odd + i, __builtin_shuffle(a, b, odds));
+    }
+#endif
+    for (; 2 * i < count; ++i) {
+        even[i] = row[2 * i];
+        if (2 * i + 1 < count) odd[i] = row[2 * i + 1];
+    }
+}
+
 template <class U>
 inline void transpose_bits(int64_t rows, int64_t columns, const U* from, int64_t from_step, U* to, int64_t to_step) {
     constexpr int L = lanes<U>;
