@@ -106,8 +106,10 @@ class NormVectors {
         const A *gamma = static_cast<const A*>(conv.gamma), *beta = static_cast<const A*>(conv.beta);
         for (int64_t c = 0; c < channels; ++c) {
             mean_[c] = normalises ? static_cast<const A*>(mean)[c] : A(0);
-            rstd_[c] = normalises ? A(1) / A(::sqrt(static_cast<const A*>(var)[c] + A(conv.eps))) : A(1);
-            scale_[c] = normalises ? gamma[c] * rstd_[c] : A(1);
+            // In fp64 and rounded once: an error here is the same for a whole channel and does not average out.
+            const double rstd = normalises ? 1 / ::sqrt(double(static_cast<const A*>(var)[c]) + conv.eps) : 1;
+            rstd_[c] = A(rstd);
+            scale_[c] = normalises ? A(double(gamma[c]) * rstd) : A(1);
             shift_[c] = beta == nullptr ? A(0) : beta[c];
         }
     }

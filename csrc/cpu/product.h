@@ -64,12 +64,30 @@ inline void panel_of(int64_t rows, int64_t depth, const A* a, int64_t a_row, int
     if (m < rows) tile(Size<1>{}, m);
 }
 
+// Products are summed in runs of this many terms: the rounding error of a sum grows with its length, and a run's start
+// costs little.
+constexpr int64_t run_length = 256;
+
 // The same for any number of rows and up to `slab` columns, of which at least `columns` are written: whole vectors.
 template <bool ACCUMULATE = false, class A>
 inline void panel(int64_t rows, int64_t columns, int64_t depth, const A* a, int64_t a_row, int64_t a_step, const A* b,
                   int64_t b_step, A* to, int64_t to_step) {
-    if (columns <= lanes<A>) return panel_of<1, ACCUMULATE>(rows, depth, a, a_row, a_step, b, b_step, to, to_step);
-    panel_of<2, ACCUMULATE>(rows, depth, a, a_row, a_step, b, b_step, to, to_step);
+    for (int64_t k = 0; k < depth; k += run_length) {
+        const int64_t run = smaller(run_length, depth - k);
+        const A *ak = a + k * a_step, *bk = b + k * b_step;
+        const bool narrow = columns <= lanes<A>;
+        if (ACCUMULATE || k > 0) {
+            if (narrow)
+                panel_of<1, true>(rows, run, ak, a_row, a_step, bk, b_step, to, to_step);
+            else
+                panel_of<2, true>(rows, run, ak, a_row, a_step, bk, b_step, to, to_step);
+        } else {
+            if (narrow)
+                panel_of<1, false>(rows, run, ak, a_row, a_step, bk, b_step, to, to_step);
+            else
+                panel_of<2, false>(rows, run, ak, a_row, a_step, bk, b_step, to, to_step);
+        }
+    }
 }
 
 // B(k, n) = w[n * w_n + k * w_k], where one of the two steps is 1, in panels [n / slab][depth][slab], zeros behind the
