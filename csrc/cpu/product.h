@@ -64,9 +64,9 @@ inline void panel_of(int64_t rows, int64_t depth, const A* a, int64_t a_row, int
     if (m < rows) tile(Size<1>{}, m);
 }
 
-// Products are summed in runs of this many terms: the rounding error of a sum grows with its length, and a run's start
-// costs little.
-constexpr int64_t run_length = 256;
+// Products are summed in runs of this many terms: a run of a packed panel stays in L1 while all rows pass, and the
+// rounding error of a sum grows with its length.
+constexpr int64_t run_length = 128;
 
 // The same for any number of rows and up to `slab` columns, of which at least `columns` are written: whole vectors.
 template <bool ACCUMULATE = false, class A>
