@@ -4,6 +4,7 @@
 #pragma once
 
 #include "operand.h"
+#include "transpose.h"
 
 EFFNET_NAMESPACE_BEGIN
 
@@ -16,18 +17,21 @@ struct RowPairs {
     int count = 0;
 };
 
-// Where a row's pixels lie and where its outputs go: values from one pixel to the next, and the channels of the slab.
+// Where a row's pixels lie and where its outputs go: values from one pixel to the next, the channels of the slab, and
+// which pixels exist (the rest is padding, and is not read).
 template <class A>
 struct RowLayout {
     int64_t step, channels;
     A* out;
     int64_t out_step;
+    int64_t first_pixel = 0, last_pixel = INT64_MAX;
 };
 
 // Outputs [first, first + N) of a row, one vector of channels: sum over row pairs and kx of row[o * stride + kx] *
-// weight[kx].
-template <int KW, int STRIDE, int N, class A>
-inline void convolve_outputs(const RowPairs<A>& pairs, const RowLayout<A>& at, int64_t first, int64_t lane) {
+// weight[kx]. EDGE: only pixels [begin, end) of those that the outputs see exist.
+template <int KW, int STRIDE, int N, bool EDGE, class A>
+inline void convolve_outputs(const RowPairs<A>& pairs, const RowLayout<A>& at, int64_t first, int64_t lane,
+                             int64_t begin, int64_t end) {
     constexpr int S = slab<A>;
     Vec<A> sum[N] = {};
     for (int r = 0; r < pairs.count; ++r) {
@@ -37,6 +41,7 @@ inline void convolve_outputs(const RowPairs<A>& pairs, const RowLayout<A>& at, i
         for (int kx = 0; kx < KW; ++kx) w[kx] = load(pairs.weights[r] + kx * S + lane);
 #pragma GCC unroll 32
         for (int j = 0; j < (N - 1) * STRIDE + KW; ++j) {
+            if (EDGE && (j < begin || j >= end)) continue;
             const Vec<A> v = load(row + j * at.step);
 #pragma GCC unroll 16
             for (int kx = 0; kx < KW; ++kx)
@@ -47,28 +52,35 @@ inline void convolve_outputs(const RowPairs<A>& pairs, const RowLayout<A>& at, i
     for (int o = 0; o < N; ++o) store(at.out + (first + o) * at.out_step + lane, sum[o]);
 }
 
+template <int KW, int STRIDE, int N, class A>
+inline void convolve_block(const RowPairs<A>& pairs, const RowLayout<A>& at, int64_t first, int64_t lane) {
+    constexpr int64_t seen = (N - 1) * STRIDE + KW;
+    const int64_t begin = at.first_pixel - first * STRIDE, end = at.last_pixel - first * STRIDE;
+    if (begin <= 0 && end >= seen) return convolve_outputs<KW, STRIDE, N, false>(pairs, at, first, lane, 0, seen);
+    convolve_outputs<KW, STRIDE, N, true>(pairs, at, first, lane, begin, end);
+}
+
 template <int KW, int STRIDE, class A>
-inline void convolve_row_fixed(const RowPairs<A>& pairs, const RowLayout<A>& at, int64_t begin, int64_t end) {
+inline void convolve_row_fixed(const RowPairs<A>& pairs, const RowLayout<A>& at, int64_t width) {
     constexpr int N = EFFNET_VECTOR_BYTES == 64 ? 8 : 6;
     for (int64_t lane = 0; lane < at.channels; lane += lanes<A>) {
-        int64_t o = begin;
-        for (; o + N <= end; o += N) convolve_outputs<KW, STRIDE, N>(pairs, at, o, lane);
-        if (o + 4 <= end) convolve_outputs<KW, STRIDE, 4>(pairs, at, o, lane), o += 4;
-        if (o + 2 <= end) convolve_outputs<KW, STRIDE, 2>(pairs, at, o, lane), o += 2;
-        for (; o < end; ++o) convolve_outputs<KW, STRIDE, 1>(pairs, at, o, lane);
+        int64_t o = 0;
+        for (; o + N <= width; o += N) convolve_block<KW, STRIDE, N>(pairs, at, o, lane);
+        if (o + 4 <= width) convolve_block<KW, STRIDE, 4>(pairs, at, o, lane), o += 4;
+        if (o + 2 <= width) convolve_block<KW, STRIDE, 2>(pairs, at, o, lane), o += 2;
+        for (; o < width; ++o) convolve_block<KW, STRIDE, 1>(pairs, at, o, lane);
     }
 }
 
-// Outputs [begin, end) by any filter; taps outside [0, width) pixels of the rows are skipped.
 template <class A>
 inline void convolve_row_any(const RowPairs<A>& pairs, const RowLayout<A>& at, int64_t kernel_w, int64_t stride,
-                             int64_t dilation, int64_t first_pixel, int64_t last_pixel, int64_t begin, int64_t end) {
+                             int64_t dilation, int64_t width) {
     for (int64_t lane = 0; lane < at.channels; lane += lanes<A>)
-        for (int64_t o = begin; o < end; ++o) {
+        for (int64_t o = 0; o < width; ++o) {
             Vec<A> sum = {};
             for (int64_t kx = 0; kx < kernel_w; ++kx) {
                 const int64_t pixel = o * stride + kx * dilation;
-                if (pixel < first_pixel || pixel >= last_pixel) continue;
+                if (pixel < at.first_pixel || pixel >= at.last_pixel) continue;
                 for (int r = 0; r < pairs.count; ++r)
                     sum += load(pairs.rows[r] + pixel * at.step + lane) * load(pairs.weights[r] + kx * slab<A> + lane);
             }
@@ -80,20 +92,17 @@ inline bool is_fixed_filter(int64_t kernel_w, int64_t stride, int64_t dilation) 
     return dilation == 1 && (stride == 1 || stride == 2) && (kernel_w == 3 || kernel_w == 5 || kernel_w == 7);
 }
 
-// Outputs [begin, end) of a row whose windows lie within the rows.
+// The `width` outputs of a row.
 template <class A>
 inline void convolve_row(const RowPairs<A>& pairs, const RowLayout<A>& at, int64_t kernel_w, int64_t stride,
-                         int64_t dilation, int64_t begin, int64_t end) {
+                         int64_t dilation, int64_t width) {
     if (!is_fixed_filter(kernel_w, stride, dilation))
-        return convolve_row_any(pairs, at, kernel_w, stride, dilation, 0, INT64_MAX, begin, end);
+        return convolve_row_any(pairs, at, kernel_w, stride, dilation, width);
     if (kernel_w == 3)
-        return stride == 1 ? convolve_row_fixed<3, 1>(pairs, at, begin, end)
-                           : convolve_row_fixed<3, 2>(pairs, at, begin, end);
+        return stride == 1 ? convolve_row_fixed<3, 1>(pairs, at, width) : convolve_row_fixed<3, 2>(pairs, at, width);
     if (kernel_w == 5)
-        return stride == 1 ? convolve_row_fixed<5, 1>(pairs, at, begin, end)
-                           : convolve_row_fixed<5, 2>(pairs, at, begin, end);
-    return stride == 1 ? convolve_row_fixed<7, 1>(pairs, at, begin, end)
-                       : convolve_row_fixed<7, 2>(pairs, at, begin, end);
+        return stride == 1 ? convolve_row_fixed<5, 1>(pairs, at, width) : convolve_row_fixed<5, 2>(pairs, at, width);
+    return stride == 1 ? convolve_row_fixed<7, 1>(pairs, at, width) : convolve_row_fixed<7, 2>(pairs, at, width);
 }
 
 // [C][kh * kw] to [slabs][kh * kw][slab], zeros behind the last channel; mirrored along kx for the input gradient.
@@ -102,12 +111,19 @@ inline Buffer<A> pack_depthwise(const DepthwiseShape& s, const A* weight, bool m
     constexpr int S = slab<A>;
     const int64_t taps = s.kernel_h * s.kernel_w;
     Buffer<A> packed = zeros<A>(ceil_div(s.channels, S) * taps * S);
-    for (int64_t c = 0; c < s.channels; ++c)
-        for (int64_t t = 0; t < taps; ++t) {
-            const int64_t kx = t % s.kernel_w;
-            const int64_t from = mirrored ? t - kx + s.kernel_w - 1 - kx : t;
-            packed[(c / S * taps + t) * S + c % S] = weight[c * taps + from];
-        }
+    for (int64_t c = 0; c < s.channels; c += S) {
+        A* const to = packed + c * taps;
+        transpose(smaller(S, s.channels - c), taps, weight + c * taps, taps, to, S);
+        for (int64_t ky = 0; ky < s.kernel_h && mirrored; ++ky)
+            for (int64_t left = 0, right = s.kernel_w - 1; left < right; ++left, --right) {
+                A *const one = to + (ky * s.kernel_w + left) * S, *const other = to + (ky * s.kernel_w + right) * S;
+                for (int i = 0; i < S; i += lanes<A>) {
+                    const Vec<A> kept = load(one + i);
+                    store(one + i, load(other + i));
+                    store(other + i, kept);
+                }
+            }
+    }
     return packed;
 }
 
@@ -162,7 +178,7 @@ inline void depthwise_rows(const DepthwiseShape& s, const A* weight, const Stage
                     pairs.rows[pairs.count] = ring.row(iy);
                     pairs.weights[pairs.count++] = packed + (slab_index * s.kernel_h + ky) * s.kernel_w * S;
                 }
-                convolve_row<A>(pairs, {S, n, out, S}, s.kernel_w, s.stride_w, s.dilation_w, 0, s.out_width);
+                convolve_row<A>(pairs, {S, n, out, S}, s.kernel_w, s.stride_w, s.dilation_w, s.out_width);
                 finish(image, oy, c, n, static_cast<A*>(out));
             }
         }
@@ -179,15 +195,11 @@ struct StageStored {
     }
 };
 
-// Without a prologue nothing needs staging: rows are read where they lie, and only the outputs at the left and right
-// edge look at bounds.
+// Without a prologue nothing needs staging: rows are read where they lie.
 template <class A, class O>
 inline void depthwise_in_place(const DepthwiseShape& s, const A* x, const A* weight, const Epilogue<O>& epilogue) {
     constexpr int S = slab<A>;
     const int64_t slabs = ceil_div(s.channels, S), last_pixel = s.pad_left + s.width;
-    const int64_t inner_begin = smaller(s.out_width, ceil_div(s.pad_left, s.stride_w));
-    const int64_t fits = last_pixel - s.kernel_w;
-    const int64_t inner_end = larger(inner_begin, smaller(s.out_width, fits < 0 ? 0 : fits / s.stride_w + 1));
     const Buffer<A> packed = pack_depthwise(s, weight, false);
     // Rows outside, slabs inside: the memory is walked in order, and the rows that the next output row needs too stay
     // in cache.
@@ -205,13 +217,11 @@ inline void depthwise_in_place(const DepthwiseShape& s, const A* x, const A* wei
                     pairs.rows[pairs.count] = x + ((image * s.height + iy) * s.width - s.pad_left) * s.channels + c;
                     pairs.weights[pairs.count++] = packed + (slab_index * s.kernel_h + ky) * s.kernel_w * S;
                 }
-                RowLayout<A> at{s.channels, n, scratch, S};
+                RowLayout<A> at{s.channels, n, scratch, S, s.pad_left, last_pixel};
                 if constexpr (sizeof(O) == sizeof(A)) {
-                    if (epilogue.direct()) at = {s.channels, n, epilogue.out + first * s.channels + c, s.channels};
+                    if (epilogue.direct()) at.out = epilogue.out + first * s.channels + c, at.out_step = s.channels;
                 }
-                convolve_row_any(pairs, at, s.kernel_w, s.stride_w, 1, s.pad_left, last_pixel, 0, inner_begin);
-                convolve_row<A>(pairs, at, s.kernel_w, s.stride_w, 1, inner_begin, inner_end);
-                convolve_row_any(pairs, at, s.kernel_w, s.stride_w, 1, s.pad_left, last_pixel, inner_end, s.out_width);
+                convolve_row<A>(pairs, at, s.kernel_w, s.stride_w, 1, s.out_width);
                 if (at.out == scratch) epilogue(first, s.out_width, c, n, scratch, S);
             }
         }
@@ -222,8 +232,7 @@ template <class T, class O>
 inline void depthwise_forward(const DepthwiseShape& s, const Source<T>& x, const Compute<T>* weight,
                               const Epilogue<O>& epilogue) {
     using A = Compute<T>;
-    // Staging costs a copy of the input, the edges cost checks: with few columns the edges are most of the image.
-    const bool in_place = x.direct() && s.channels % lanes<A> == 0 && s.out_width >= 12 && s.dilation_h == 1 &&
+    const bool in_place = x.direct() && s.channels % lanes<A> == 0 && s.dilation_h == 1 &&
                           is_fixed_filter(s.kernel_w, s.stride_w, s.dilation_w);
     if (in_place) return depthwise_in_place(s, reinterpret_cast<const A*>(x.data), weight, epilogue);
     depthwise_rows<A>(s, weight, StageStored<T>{x, s},
@@ -295,7 +304,7 @@ inline void input_gradient_row(const DepthwiseShape& s, const GradientRows& geom
         pairs.rows[pairs.count] = grads.row(scaled / s.stride_h);
         pairs.weights[pairs.count++] = mirrored + ky * s.kernel_w * slab<A>;
     }
-    convolve_row<A>(pairs, {slab<A>, slab<A>, out, slab<A>}, s.kernel_w, 1, s.dilation_w, 0, s.width);
+    convolve_row<A>(pairs, {slab<A>, slab<A>, out, slab<A>}, s.kernel_w, 1, s.dilation_w, s.width);
 }
 
 // Input and filter gradient in one walk over the rows. `grad` is [batch][out pixels][channels]; either result may be
@@ -361,13 +370,12 @@ inline void depthwise_gradients(const DepthwiseShape& s, const Compute<T>* grad,
         }
     });
     if (grad_weight == nullptr) return;
-    for (int64_t c = 0; c < s.channels; ++c)
-        for (int64_t t = 0; t < taps; ++t) {
-            A sum = 0;
-            for (int64_t part = 0; part < parts; ++part)
-                sum += partial[((part * slabs + c / S) * taps + t) * S + c % S];
-            grad_weight[c * taps + t] = sum;
-        }
+    const int64_t size = slabs * taps * S;
+    for (int64_t part = 1; part < parts; ++part)
+        for (int64_t i = 0; i < size; i += lanes<A>)
+            store(partial + i, load(partial + i) + load(partial + part * size + i));
+    for (int64_t c = 0; c < s.channels; c += S)
+        transpose(taps, smaller(S, s.channels - c), partial + c * taps, S, grad_weight + c * taps, taps);
 }
 
 EFFNET_NAMESPACE_END
