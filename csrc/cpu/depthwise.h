@@ -17,11 +17,11 @@ struct RowPairs {
     int count = 0;
 };
 
-// Where a row's pixels lie and where its outputs go: values from one pixel to the next, the channels of the slab, and
-// which pixels exist (the rest is padding, and is not read).
+// Where a row's pixels lie and where its outputs go: values from one pixel to the next, the channels, values from one
+// filter tap to the next, and which pixels exist (the rest is padding, and is not read).
 template <class A>
 struct RowLayout {
-    int64_t step, channels;
+    int64_t step, channels, weight_step;
     A* out;
     int64_t out_step;
     int64_t first_pixel = 0, last_pixel = INT64_MAX;
@@ -32,13 +32,12 @@ struct RowLayout {
 template <int KW, int STRIDE, int N, bool EDGE, class A>
 inline void convolve_outputs(const RowPairs<A>& pairs, const RowLayout<A>& at, int64_t first, int64_t lane,
                              int64_t begin, int64_t end) {
-    constexpr int S = slab<A>;
     Vec<A> sum[N] = {};
     for (int r = 0; r < pairs.count; ++r) {
         const A* row = pairs.rows[r] + first * STRIDE * at.step + lane;
         Vec<A> w[KW];
 #pragma GCC unroll 16
-        for (int kx = 0; kx < KW; ++kx) w[kx] = load(pairs.weights[r] + kx * S + lane);
+        for (int kx = 0; kx < KW; ++kx) w[kx] = load(pairs.weights[r] + kx * at.weight_step + lane);
 #pragma GCC unroll 32
         for (int j = 0; j < (N - 1) * STRIDE + KW; ++j) {
             if (EDGE && (j < begin || j >= end)) continue;
@@ -60,16 +59,19 @@ inline void convolve_block(const RowPairs<A>& pairs, const RowLayout<A>& at, int
     convolve_outputs<KW, STRIDE, N, true>(pairs, at, first, lane, begin, end);
 }
 
+// Blocks of outputs outside, channels inside: the pixels are walked as they lie in memory.
 template <int KW, int STRIDE, class A>
 inline void convolve_row_fixed(const RowPairs<A>& pairs, const RowLayout<A>& at, int64_t width) {
     constexpr int N = EFFNET_VECTOR_BYTES == 64 ? 8 : 6;
-    for (int64_t lane = 0; lane < at.channels; lane += lanes<A>) {
-        int64_t o = 0;
-        for (; o + N <= width; o += N) convolve_block<KW, STRIDE, N>(pairs, at, o, lane);
-        if (o + 4 <= width) convolve_block<KW, STRIDE, 4>(pairs, at, o, lane), o += 4;
-        if (o + 2 <= width) convolve_block<KW, STRIDE, 2>(pairs, at, o, lane), o += 2;
-        for (; o < width; ++o) convolve_block<KW, STRIDE, 1>(pairs, at, o, lane);
-    }
+    const auto channels = [&](auto size, int64_t o) {
+        for (int64_t lane = 0; lane < at.channels; lane += lanes<A>)
+            convolve_block<KW, STRIDE, decltype(size)::value>(pairs, at, o, lane);
+    };
+    int64_t o = 0;
+    for (; o + N <= width; o += N) channels(Size<N>{}, o);
+    if (o + 4 <= width) channels(Size<4>{}, o), o += 4;
+    if (o + 2 <= width) channels(Size<2>{}, o), o += 2;
+    for (; o < width; ++o) channels(Size<1>{}, o);
 }
 
 template <class A>
@@ -82,7 +84,8 @@ inline void convolve_row_any(const RowPairs<A>& pairs, const RowLayout<A>& at, i
                 const int64_t pixel = o * stride + kx * dilation;
                 if (pixel < at.first_pixel || pixel >= at.last_pixel) continue;
                 for (int r = 0; r < pairs.count; ++r)
-                    sum += load(pairs.rows[r] + pixel * at.step + lane) * load(pairs.weights[r] + kx * slab<A> + lane);
+                    sum += load(pairs.rows[r] + pixel * at.step + lane) *
+                           load(pairs.weights[r] + kx * at.weight_step + lane);
             }
             store(at.out + o * at.out_step + lane, sum);
         }
@@ -178,7 +181,7 @@ inline void depthwise_rows(const DepthwiseShape& s, const A* weight, const Stage
                     pairs.rows[pairs.count] = ring.row(iy);
                     pairs.weights[pairs.count++] = packed + (slab_index * s.kernel_h + ky) * s.kernel_w * S;
                 }
-                convolve_row<A>(pairs, {S, n, out, S}, s.kernel_w, s.stride_w, s.dilation_w, s.out_width);
+                convolve_row<A>(pairs, {S, n, S, out, S}, s.kernel_w, s.stride_w, s.dilation_w, s.out_width);
                 finish(image, oy, c, n, static_cast<A*>(out));
             }
         }
@@ -195,35 +198,30 @@ struct StageStored {
     }
 };
 
-// Without a prologue nothing needs staging: rows are read where they lie.
+// Without a prologue nothing needs staging: rows are read where they lie, all channels at once.
 template <class A, class O>
 inline void depthwise_in_place(const DepthwiseShape& s, const A* x, const A* weight, const Epilogue<O>& epilogue) {
-    constexpr int S = slab<A>;
-    const int64_t slabs = ceil_div(s.channels, S), last_pixel = s.pad_left + s.width;
-    const Buffer<A> packed = pack_depthwise(s, weight, false);
-    // Rows outside, slabs inside: the memory is walked in order, and the rows that the next output row needs too stay
-    // in cache.
+    const int64_t channels = s.channels, taps = s.kernel_h * s.kernel_w;
+    const Buffer<A> packed(taps * channels);
+    transpose(channels, taps, weight, taps, static_cast<A*>(packed), channels);
     parallel(s.batch * s.out_height, [&](int64_t begin, int64_t end) {
-        const Buffer<A> scratch(s.out_width * S);
+        const Buffer<A> scratch(s.out_width * channels);
         for (int64_t row = begin; row < end; ++row) {
             const int64_t image = row / s.out_height, top = row % s.out_height * s.stride_h - s.pad_top;
             const int64_t first = row * s.out_width;
-            for (int64_t slab_index = 0; slab_index < slabs; ++slab_index) {
-                const int64_t c = slab_index * S, n = smaller(S, s.channels - c);
-                RowPairs<A> pairs;
-                for (int64_t ky = 0; ky < s.kernel_h; ++ky) {
-                    const int64_t iy = top + ky;
-                    if (iy < 0 || iy >= s.height) continue;
-                    pairs.rows[pairs.count] = x + ((image * s.height + iy) * s.width - s.pad_left) * s.channels + c;
-                    pairs.weights[pairs.count++] = packed + (slab_index * s.kernel_h + ky) * s.kernel_w * S;
-                }
-                RowLayout<A> at{s.channels, n, scratch, S, s.pad_left, last_pixel};
-                if constexpr (sizeof(O) == sizeof(A)) {
-                    if (epilogue.direct()) at.out = epilogue.out + first * s.channels + c, at.out_step = s.channels;
-                }
-                convolve_row<A>(pairs, at, s.kernel_w, s.stride_w, 1, s.out_width);
-                if (at.out == scratch) epilogue(first, s.out_width, c, n, scratch, S);
+            RowPairs<A> pairs;
+            for (int64_t ky = 0; ky < s.kernel_h; ++ky) {
+                const int64_t iy = top + ky;
+                if (iy < 0 || iy >= s.height) continue;
+                pairs.rows[pairs.count] = x + ((image * s.height + iy) * s.width - s.pad_left) * channels;
+                pairs.weights[pairs.count++] = packed + ky * s.kernel_w * channels;
             }
+            RowLayout<A> at{channels, channels, channels, scratch, channels, s.pad_left, s.pad_left + s.width};
+            if constexpr (sizeof(O) == sizeof(A)) {
+                if (epilogue.direct()) at.out = epilogue.out + first * channels;
+            }
+            convolve_row<A>(pairs, at, s.kernel_w, s.stride_w, 1, s.out_width);
+            if (at.out == scratch) epilogue(first, s.out_width, 0, channels, scratch, channels);
         }
     });
 }
@@ -304,7 +302,7 @@ inline void input_gradient_row(const DepthwiseShape& s, const GradientRows& geom
         pairs.rows[pairs.count] = grads.row(scaled / s.stride_h);
         pairs.weights[pairs.count++] = mirrored + ky * s.kernel_w * slab<A>;
     }
-    convolve_row<A>(pairs, {slab<A>, slab<A>, out, slab<A>}, s.kernel_w, 1, s.dilation_w, s.width);
+    convolve_row<A>(pairs, {slab<A>, slab<A>, slab<A>, out, slab<A>}, s.kernel_w, 1, s.dilation_w, s.width);
 }
 
 // Input and filter gradient in one walk over the rows. `grad` is [batch][out pixels][channels]; either result may be

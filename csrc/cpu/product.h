@@ -15,11 +15,6 @@ constexpr int tile_rows = 12;
 constexpr int tile_rows = 6;
 #endif
 
-template <int N>
-struct Size {
-    static constexpr int value = N;
-};
-
 // to[m][:] (+)= sum over k of a(m, k) * b(k, :) for M rows and W vectors of columns; a(m, k) is a[m * a_row + k *
 // a_step].
 template <int M, int W, bool ACCUMULATE, class A>

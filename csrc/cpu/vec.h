@@ -179,4 +179,10 @@ inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+// A size as a compile-time constant.
+template <int N>
+struct Size {
+    static constexpr int value = N;
+};
+
 EFFNET_NAMESPACE_END

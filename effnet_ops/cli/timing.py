@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -21,17 +22,17 @@ class Timing(NamedTuple):
 def interleave(functions: Mapping[str, Callable[[], object]], seconds: float, warmup: int = 2) -> dict[str, Timing]:
     """Call the functions in turn for about ``seconds`` in total, at least three rounds, and return each one's times.
 
-    A machine that slows down hits all of them alike, and every round begins with another one, since the first
-    pays for the caches that the last round left behind.
+    A machine that slows down hits all of them alike, and every round has an order of its own (the same ones in each
+    run), since a function pays for the caches and the freed memory that the one before it left behind.
     """
     names = list(functions)
     for name in names * warmup:
         functions[name]()
     samples: dict[str, list[float]] = {name: [] for name in names}
+    order = random.Random(0)
     rounds, end = 0, time.perf_counter() + seconds
     while rounds < 3 or time.perf_counter() < end:
-        first = rounds % len(names)
-        for name in names[first:] + names[:first]:
+        for name in order.sample(names, len(names)):
             start = time.perf_counter()
             functions[name]()
             samples[name].append(time.perf_counter() - start)
