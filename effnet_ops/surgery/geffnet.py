@@ -43,6 +43,7 @@ ACTIVATIONS.update(
 CONVOLUTIONS[Conv2dSame] = lambda conv: "same"
 CHAINS.update(
     {
+        blocks.ConvBnAct: (("conv", "bn1", "act1"),),
         blocks.DepthwiseSeparableConv: (("conv_dw", "bn1", "act1"), ("conv_pw", "bn2")),
         blocks.InvertedResidual: (("conv_pw", "bn1", "act1"), ("conv_dw", "bn2", "act2"), ("conv_pwl", "bn3")),
         blocks.EdgeResidual: (("conv_exp", "bn1", "act1"), ("conv_pwl", "bn2")),
