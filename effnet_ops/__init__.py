@@ -6,13 +6,20 @@ from effnet_ops.functional import depthwise_conv2d, mbconv, pointwise_conv2d, sq
 from effnet_ops.models import convert_state_dict, create_model, list_models
 from effnet_ops.ops import set_recompute
 from effnet_ops.params import BatchNormParams, ConvNormParams, SqueezeExciteParams
-from effnet_ops.surgery import ReplacementReport, replace_layers, restore_layers
+from effnet_ops.surgery import (
+    OptimizationReport,
+    ReplacementReport,
+    optimize_for_inference,
+    replace_layers,
+    restore_layers,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BatchNormParams",
     "ConvNormParams",
+    "OptimizationReport",
     "ReplacementReport",
     "SqueezeExciteParams",
     "available_backends",
@@ -22,6 +29,7 @@ __all__ = [
     "layers",
     "list_models",
     "mbconv",
+    "optimize_for_inference",
     "pointwise_conv2d",
     "replace_layers",
     "restore_layers",

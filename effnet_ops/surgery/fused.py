@@ -101,10 +101,10 @@ class BlockPlan(NamedTuple):
         squeeze_excite = self.squeeze_excite
         y = functional.mbconv(
             x,
-            None if self.expand is None else _conv_norm_params(*self.expand),
-            _conv_norm_params(*self.depthwise),
+            None if self.expand is None else conv_norm_params(*self.expand),
+            conv_norm_params(*self.depthwise),
             None if squeeze_excite is None else squeeze_excite.params(),
-            _conv_norm_params(*self.project),
+            conv_norm_params(*self.project),
             stride=self.stride,
             padding=self.padding,
             activation=self.activation,
@@ -123,7 +123,7 @@ def parameter(module: nn.Module, name: str) -> Tensor | None:
     return registered[name] if name in registered else getattr(module, name)
 
 
-def _conv_norm_params(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> ConvNormParams:
+def conv_norm_params(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> ConvNormParams:
     tracks = norm.track_running_stats or not norm.training
     buffers = norm._buffers
     running = (buffers["running_mean"], buffers["running_var"]) if tracks else (None, None)
@@ -143,6 +143,8 @@ class FusedLayer(nn.Module):
     kind: ClassVar[str]
     attributes: ClassVar[tuple[str, ...]] = ()
     """Settings of the layer itself that `describe` reads and somebody could change later."""
+    folded: ClassVar[type[nn.Module] | None] = None
+    """The folded block, where the library calls its block with more than the input."""
 
     @classmethod
     def concerns(cls, module: nn.Module) -> bool:
@@ -206,6 +208,13 @@ NORMS: dict[type[nn.Module], Callable[[Any], list[Part]]] = {nn.BatchNorm2d: lam
 CONVOLUTIONS: dict[type[nn.Module], Callable[[Any], functional.Padding]] = {}
 """The padding of each convolution class, as `effnet_ops.depthwise_conv2d` takes it."""
 
+CHAINS: dict[type[nn.Module], tuple[tuple[str, ...], ...]] = {}
+"""Names of a convolution, the normalisation that the class's forward calls on its result, and the activation module on
+that, if there is one. The names may be missing, or be other modules, in some instances."""
+
+SEQUENCES: set[type[nn.Module]] = {nn.Sequential}
+"""Classes whose forward calls the children one after the other."""
+
 _Fused = TypeVar("_Fused", bound=type[FusedLayer])
 
 
@@ -258,7 +267,7 @@ def convolution_padding(part: Part) -> functional.Padding:
     return padding_of(part.module)
 
 
-def _check_pointwise(part: Part) -> nn.Conv2d:
+def check_pointwise(part: Part) -> nn.Conv2d:
     conv, padding = part.module, convolution_padding(part)
     settings = (("kernel_size", conv.kernel_size), ("stride", conv.stride))
     for name, value in settings:
@@ -313,12 +322,12 @@ def block_plan(
     norm, activation = _check_norm(depthwise)
     expanded = None
     if expand is not None:
-        pointwise = _check_pointwise(expand.conv)
+        pointwise = check_pointwise(expand.conv)
         expand_norm, expand_activation = _check_norm(expand)
         expanded = (pointwise, expand_norm)
         if expand_activation != activation:
             raise Unfit(f"its activations differ: {expand_activation} and {activation}")
-    projected = _check_pointwise(project.conv)
+    projected = check_pointwise(project.conv)
     project_norm, after = _check_norm(project)
     if residual and after != "none":
         raise Unfit(f"{project.norm.name} has an activation between the projection and the residual")
@@ -339,7 +348,7 @@ def block_plan(
 
 def squeeze_excite_plan(reduce: Part, activation: Part, expand: Part, gate: str) -> SqueezeExcitePlan:
     """The plan of a squeeze-and-excitation layer from its parts; raises `Unfit` where one does not fit."""
-    convs = _check_pointwise(reduce), _check_pointwise(expand)
+    convs = check_pointwise(reduce), check_pointwise(expand)
     return SqueezeExcitePlan(*convs, activation_name(activation), gate)
 
 
@@ -360,7 +369,7 @@ def describe(layer: type[FusedLayer], module: nn.Module) -> Any:
     """What ``layer`` runs instead of ``module``; raises `Unfit` also where somebody relies on a child being called."""
     for name, inner in module.named_modules():
         if inner is not module:
-            _check_untouched(name, inner)
+            check_untouched(name, inner)
     return layer.describe(module)
 
 
@@ -372,7 +381,7 @@ def describe_or_none(module: FusedLayer) -> Any:
         return None
 
 
-def _check_untouched(name: str, module: nn.Module) -> None:
+def check_untouched(name: str, module: nn.Module) -> None:
     """Raise `Unfit` where a child does more than its class says: its forward would not be called."""
     if isinstance(module, torch.jit.ScriptModule):
         raise Unfit(f"{name} is a TorchScript module")

@@ -7,11 +7,14 @@ from collections.abc import Callable
 from geffnet import efficientnet_builder as blocks
 from geffnet.activations import activations, activations_jit, activations_me
 from geffnet.conv2d_layers import Conv2dSame
+from geffnet.gen_efficientnet import GenEfficientNet
+from geffnet.mobilenetv3 import MobileNetV3
 from torch import Tensor, nn
 
 from effnet_ops.surgery.drop_path import uniform_scale
 from effnet_ops.surgery.fused import (
     ACTIVATIONS,
+    CHAINS,
     CONVOLUTIONS,
     UNSUPPORTED,
     BlockPlan,
@@ -38,6 +41,16 @@ ACTIVATIONS.update(
     }
 )
 CONVOLUTIONS[Conv2dSame] = lambda conv: "same"
+CHAINS.update(
+    {
+        blocks.ConvBnAct: (("conv", "bn1", "act1"),),
+        blocks.DepthwiseSeparableConv: (("conv_dw", "bn1", "act1"), ("conv_pw", "bn2")),
+        blocks.InvertedResidual: (("conv_pw", "bn1", "act1"), ("conv_dw", "bn2", "act2"), ("conv_pwl", "bn3")),
+        blocks.EdgeResidual: (("conv_exp", "bn1", "act1"), ("conv_pwl", "bn2")),
+        GenEfficientNet: (("conv_stem", "bn1", "act1"), ("conv_head", "bn2", "act2")),
+        MobileNetV3: (("conv_stem", "bn1", "act1"),),
+    }
+)
 _GATES: tuple[tuple[Callable[..., Tensor], str], ...] = (
     (activations.sigmoid, "sigmoid"),
     (activations.hard_sigmoid, "hard_sigmoid"),

@@ -46,14 +46,18 @@ class ReplacementReport:
             return "nothing to replace: no MBConv block, depthwise convolution or squeeze-and-excitation layer found"
         found, done = Counter(self.kinds.values()), Counter(self.kinds[name] for name in self.replaced)
         counts = [f"{done[kind]} of {found[kind]} {noun}" for kind, noun in _KINDS.items() if found[kind]]
-        lines = [f"{', '.join(counts) or 'nothing'} replaced"]
-        by_reason = defaultdict(list)
-        for name, reason in self.skipped.items():
-            by_reason[reason].append(name or "the model itself")
-        for reason, names in by_reason.items():
-            more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-            lines.append(f"  skipped {', '.join(names[:_NAMES_SHOWN])}{more}: {reason}")
-        return "\n".join(lines)
+        return "\n".join([f"{', '.join(counts) or 'nothing'} replaced", *reason_lines("skipped", self.skipped)])
+
+
+def reason_lines(verb: str, reasons: dict[str, str]) -> list[str]:
+    """A line for each reason, with the names of the first modules that it holds for."""
+    by_reason, lines = defaultdict(list), []
+    for name, reason in reasons.items():
+        by_reason[reason].append(name or "the model itself")
+    for reason, names in by_reason.items():
+        more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+        lines.append(f"  {verb} {', '.join(names[:_NAMES_SHOWN])}{more}: {reason}")
+    return lines
 
 
 def replace_layers(model: nn.Module) -> ReplacementReport:
@@ -75,7 +79,7 @@ def replace_layers(model: nn.Module) -> ReplacementReport:
     Raises:
         TypeError: ``model`` is not a torch.nn.Module.
     """
-    _check_module(model)
+    check_module(model)
     report = ReplacementReport()
     changes: list[tuple[nn.Module, type[nn.Module]]] = []
     _visit("", model, report, changes, set())
@@ -89,7 +93,7 @@ def restore_layers(model: nn.Module) -> None:
     Raises:
         TypeError: ``model`` is not a torch.nn.Module.
     """
-    _check_module(model)
+    check_module(model)
     # Listed first: a class on top of the fused one can belong to several modules, and changes for all of them at once.
     fused_modules = [(module, LAYERS[module.stock]) for module in model.modules() if isinstance(module, FusedLayer)]
     for module, fused in fused_modules:
@@ -101,7 +105,7 @@ def restore_layers(model: nn.Module) -> None:
             type(module).__bases__ = tuple(fused.stock if base is fused else base for base in type(module).__bases__)
 
 
-def _check_module(model: object) -> None:
+def check_module(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
@@ -117,7 +121,7 @@ def _visit(
     if id(module) in seen:
         return
     seen.add(id(module))
-    found = _classify(module)
+    found = classify(module)
     if found is not None:
         kind, result = found
         report.kinds[name] = kind
@@ -133,21 +137,21 @@ def _visit(
 
 def _closed(module: nn.Module) -> bool:
     """Whether what is inside a module must be left alone."""
-    return isinstance(module, (FusedLayer, torch.jit.ScriptModule, torch.fx.GraphModule)) or _own_kind(module) != ""
+    return isinstance(module, (FusedLayer, torch.jit.ScriptModule, torch.fx.GraphModule)) or own_kind(module) != ""
 
 
-def _own_kind(module: nn.Module) -> str:
+def own_kind(module: nn.Module) -> str:
     """The kind of a layer of `effnet_ops.layers`, "" for anything else."""
     return _OWN.get(type(module).__name__, "") if type(module).__module__ == "effnet_ops.layers" else ""
 
 
-def _classify(module: nn.Module) -> tuple[str, type[FusedLayer] | str] | None:
+def classify(module: nn.Module) -> tuple[str, type[FusedLayer] | str] | None:
     """A module's kind with its replacement class or the reason to skip it; None if it is none of our business."""
     if isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule)):
         return "other", "its code is compiled (TorchScript or torch.fx): replace the layers before that"
     if isinstance(module, FusedLayer):
         return module.kind, "it is fused already, by an earlier replace_layers"
-    if kind := _own_kind(module):
+    if kind := own_kind(module):
         return kind, f"it is fused already: effnet_ops.layers.{type(module).__name__}"
     adapter_error = _load_adapters(type(module))
     if type(module) in UNSUPPORTED:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from timm.layers import activations, activations_me
+from timm.layers import ConvNormAct, activations, activations_me
 from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.drop import DropPath
 from timm.layers.norm_act import BatchNormAct2d
 from timm.layers.squeeze_excite import SEModule
 from timm.models import _efficientnet_blocks as blocks
+from timm.models import efficientnet, mobilenetv3
 from torch import Tensor, nn
 
 from effnet_ops.surgery.drop_path import bernoulli_scale
 from effnet_ops.surgery.fused import (
     ACTIVATIONS,
+    CHAINS,
     CONVOLUTIONS,
     GATES,
     NORMS,
@@ -49,6 +51,19 @@ GATES.update(
 )
 NORMS[BatchNormAct2d] = lambda norm: [Part("drop", norm.drop), Part("act", norm.act)]
 CONVOLUTIONS[Conv2dSame] = lambda conv: "same"
+CHAINS.update(
+    {
+        ConvNormAct: (("conv", "bn"),),
+        blocks.ConvBnAct: (("conv", "bn1"),),
+        blocks.DepthwiseSeparableConv: (("conv_dw", "bn1"), ("conv_pw", "bn2")),
+        blocks.InvertedResidual: (("conv_pw", "bn1"), ("conv_dw", "bn2"), ("conv_pwl", "bn3")),
+        blocks.EdgeResidual: (("conv_exp", "bn1"), ("conv_pwl", "bn2")),
+        efficientnet.EfficientNet: (("conv_stem", "bn1"), ("conv_head", "bn2")),
+        efficientnet.EfficientNetFeatures: (("conv_stem", "bn1"),),
+        mobilenetv3.MobileNetV3: (("conv_stem", "bn1"), ("conv_head", "norm_head")),
+        mobilenetv3.MobileNetV3Features: (("conv_stem", "bn1"),),
+    }
+)
 
 UNSUPPORTED.update(
     {

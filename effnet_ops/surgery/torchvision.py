@@ -11,6 +11,7 @@ from torchvision.ops import Conv2dNormActivation, SqueezeExcitation, StochasticD
 
 from effnet_ops.surgery.drop_path import bernoulli_scale
 from effnet_ops.surgery.fused import (
+    SEQUENCES,
     UNSUPPORTED,
     BlockPlan,
     FusedLayer,
@@ -27,6 +28,7 @@ from effnet_ops.surgery.fused import (
 )
 from effnet_ops.surgery.generic import FusedSqueezeExcite
 
+SEQUENCES.add(Conv2dNormActivation)
 UNSUPPORTED[efficientnet.FusedMBConv] = "FusedMBConv is not fused as a block"
 
 
@@ -48,7 +50,7 @@ class FusedSqueezeExcitation(FusedSqueezeExcite, SqueezeExcitation):
 
 def _flatten(part: Part) -> Iterator[Part]:
     """The layers that a nest of nn.Sequential calls one after the other, with their names."""
-    if type(part.module) not in (nn.Sequential, Conv2dNormActivation):
+    if type(part.module) not in SEQUENCES:
         yield part
         return
     for name, child in part.module.named_children():

@@ -1,0 +1,278 @@
+"""optimize_for_inference: the numbers against stock models, what stays of the given model, and how the copy behaves."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+
+import efficientnet_pytorch
+import geffnet
+import pytest
+import timm
+import torch
+import torchvision
+from networks import photographs, relative_difference, timm_lite0, with_statistics
+from surgery_models import BLOCKS, CHANNELS
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import effnet_ops
+from effnet_ops import layers, optimize_for_inference, replace_layers
+
+SIZE = 64
+# As in test_surgery_networks: statistics of fewer pixels amplify rounding.
+STATISTICS_SIZE = 160
+
+NETWORKS: dict[str, tuple[int, int, Callable[[], nn.Module]]] = {
+    "timm efficientnet_b0": (49, 16, lambda: timm.create_model("efficientnet_b0")),
+    "timm tf_efficientnet_b0": (49, 16, lambda: timm.create_model("tf_efficientnet_b0")),
+    "timm mobilenetv2_100": (52, 17, lambda: timm.create_model("mobilenetv2_100")),
+    "torchvision efficientnet_b0": (49, 16, torchvision.models.efficientnet_b0),
+    "efficientnet_pytorch": (49, 16, lambda: efficientnet_pytorch.EfficientNet.from_name("efficientnet-b0")),
+    "geffnet efficientnet_b0": (49, 16, lambda: geffnet.create_model("efficientnet_b0")),
+    "ours, efficientnet_b0": (49, 16, lambda: effnet_ops.create_model("efficientnet_b0")),
+    "ours, tf_efficientnet_lite0": (49, 16, lambda: effnet_ops.create_model("tf_efficientnet_lite0")),
+}
+
+
+def norms(model: nn.Module) -> int:
+    return sum(isinstance(module, _BatchNorm) for module in model.modules())
+
+
+def small() -> nn.Module:
+    return with_statistics(timm.create_model("test_efficientnet"), SIZE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NETWORKS)
+def test_error_is_at_most_twice_the_stock_models(name: str) -> None:
+    count, blocks, build = NETWORKS[name]
+    model = with_statistics(build(), STATISTICS_SIZE)
+    before, x = copy.deepcopy(model.state_dict()), torch.randn(4, 3, SIZE, SIZE)
+    y = model(x)
+    exact = copy.deepcopy(model).double()(x.double())
+
+    optimized = optimize_for_inference(model)
+    report = optimized.optimization_report
+    assert (len(report.folded), len(report.blocks), report.left) == (count, blocks, {})
+    assert str(report) == f"{count} batch normalisations folded, {blocks} MBConv blocks fused"
+    assert norms(optimized) == 0
+    twin = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    allowed = [relative_difference(y, exact)]
+    allowed.append(relative_difference(twin(x.to(memory_format=torch.channels_last)), exact))
+    for images in (x, x.to(memory_format=torch.channels_last)):
+        assert relative_difference(optimized(images), exact) <= max(2e-6, 2 * max(allowed))
+
+    # A stock model in bfloat16 rounds after each operation, the fused one less often; both amplify that alike.
+    half = optimize_for_inference(model, dtype=torch.bfloat16)
+    rounded = copy.deepcopy(model).bfloat16()(x.bfloat16())
+    found = half(x)
+    assert found.dtype == torch.float32
+    assert relative_difference(found, exact) <= max(1e-2, 2 * relative_difference(rounded, exact))
+    assert half(x.bfloat16()).dtype == torch.bfloat16
+
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert torch.equal(model(x), y)
+
+
+@torch.inference_mode()
+def test_real_weights_on_real_photographs() -> None:
+    model, x = timm_lite0(), photographs()
+    before = model(x)
+    assert (optimize_for_inference(model)(x) - before).abs().max() < 1e-4
+    half = optimize_for_inference(model, dtype=torch.bfloat16)(x)
+    assert torch.equal(half.argmax(1), before.argmax(1))
+    assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks(name: str) -> None:
+    block, x = BLOCKS[name](), torch.randn(2, CHANNELS, 12, 12, dtype=torch.float64)
+    optimized = optimize_for_inference(block)
+    assert optimized.optimization_report.blocks == [""] and norms(optimized) == 0
+    torch.testing.assert_close(optimized(x), block(x), rtol=1e-9, atol=1e-9)
+
+
+def sequence() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Hardswish()),
+        *(nn.Conv2d(8, 16, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()),
+        *(nn.Conv2d(16, 16, 3, groups=16), nn.BatchNorm2d(16), nn.GELU()),
+        *(nn.Conv2d(16, 4, 1), nn.BatchNorm2d(4), nn.Tanh()),
+    )
+
+
+RELATIVES: dict[str, tuple[int, Callable[[], nn.Module]]] = {
+    "a sequence": (0, sequence),
+    "ConvNormAct": (
+        0,
+        lambda: nn.Sequential(layers.ConvNormAct(3, 8, 3, 2, padding="same"), layers.ConvNormAct(8, 4, 1)),
+    ),
+    "timm blur": (0, lambda: timm.create_model("efficientnet_blur_b0")),
+    "timm V2": (0, lambda: timm.create_model("test_efficientnet_gn", norm_layer=nn.BatchNorm2d)),
+    "timm MobileNetV3": (0, lambda: timm.create_model("mobilenetv3_small_050")),
+    "timm MixNet": (34, lambda: timm.create_model("mixnet_s")),
+    "torchvision MobileNetV3": (0, torchvision.models.mobilenet_v3_small),
+    "torchvision MNASNet": (0, torchvision.models.mnasnet0_5),
+    "geffnet MobileNetV3": (0, lambda: geffnet.create_model("mobilenetv3_small_100")),
+    "geffnet EdgeTPU": (0, lambda: geffnet.create_model("efficientnet_es")),
+    "torchvision ResNet, but for its downsampling": (17, torchvision.models.resnet18),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", RELATIVES)
+def test_relatives_and_what_is_left_of_them(name: str) -> None:
+    left, build = RELATIVES[name]
+    model, x = with_statistics(build(), SIZE).double(), torch.randn(2, 3, SIZE, SIZE, dtype=torch.float64)
+    optimized = optimize_for_inference(model)
+    report = optimized.optimization_report
+    assert norms(optimized) == left
+    assert len(report.folded) == norms(model) - left
+    assert {n for n, m in optimized.named_modules() if isinstance(m, _BatchNorm)} <= report.left.keys()
+    assert relative_difference(optimized(x), model(x)) <= 1e-9
+    half = optimize_for_inference(model, dtype=torch.bfloat16)(x)
+    assert half.dtype == torch.float64 and half.isfinite().all()
+
+
+def hook(module: nn.Module, *_: object) -> None:
+    """A hook that changes nothing; copies find it by its name."""
+
+
+def test_hooks_and_training_modes_of_the_given_model_stay() -> None:
+    model = small()
+    replace_layers(model)
+    model.train()
+    model.blocks[1].eval()
+    model.conv_head.register_forward_hook(hook)
+    model.blocks[2][0].register_forward_pre_hook(hook)
+    classes, modes = [type(m) for m in model.modules()], [m.training for m in model.modules()]
+    gradients = [p.requires_grad for p in model.parameters()]
+    optimized = optimize_for_inference(model)
+    assert [type(m) for m in model.modules()] == classes and [m.training for m in model.modules()] == modes
+    assert [p.requires_grad for p in model.parameters()] == gradients and all(gradients)
+    assert not any(m.training for m in optimized.modules()) and not any(p.requires_grad for p in optimized.parameters())
+    assert list(optimized.conv_head._forward_hooks.values()) == [hook]
+    assert list(optimized.blocks[2][0]._forward_pre_hooks.values()) == [hook]
+    assert optimized.optimization_report.left == {"bn2": "conv_head has a forward hook"}
+    x = torch.randn(2, 3, SIZE, SIZE)
+    torch.testing.assert_close(optimized(x), model.eval()(x), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16, torch.float64])
+def test_copies_pickles_and_moves(dtype: torch.dtype | None) -> None:
+    optimized, x = optimize_for_inference(small(), dtype=dtype), torch.randn(2, 3, SIZE, SIZE)
+    y = optimized(x)
+    assert y.dtype == torch.float32
+    stream = io.BytesIO()
+    torch.save(optimized, stream)
+    stream.seek(0)
+    saved = torch.load(stream, weights_only=False)
+    for twin in (copy.deepcopy(optimized), pickle.loads(pickle.dumps(optimized)), saved):
+        assert torch.equal(twin(x), y)
+        assert str(twin.optimization_report) == str(optimized.optimization_report)
+    twin = optimize_for_inference(small(), dtype=dtype)
+    twin.load_state_dict(optimized.state_dict())
+    assert torch.equal(twin(x), y)
+    moved = copy.deepcopy(optimized).double()
+    assert moved(x.double()).dtype == torch.float64
+    assert relative_difference(moved(x.double()), y) < (1e-4 if dtype in (None, torch.float64) else 0.2)
+    assert optimized.to("meta")(x.to("meta")).shape == y.shape
+
+
+def test_methods_and_feature_maps_keep_working() -> None:
+    model, x = small(), torch.randn(2, 3, SIZE, SIZE)
+    optimized, half = optimize_for_inference(model), optimize_for_inference(model, dtype=torch.bfloat16)
+    torch.testing.assert_close(optimized.forward_features(x), model.forward_features(x), rtol=1e-3, atol=1e-4)
+    assert half.forward_features(x).dtype == torch.bfloat16
+    for location, left in (("bottleneck", 0), ("expansion", 1)):
+        settings = {"features_only": True, "feature_location": location}
+        backbone = with_statistics(timm.create_model("test_efficientnet", **settings), SIZE)
+        optimized = optimize_for_inference(backbone)
+        assert (norms(optimized) > 0) == left
+        for found, expected in zip(optimized(x), backbone(x), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    own = with_statistics(effnet_ops.create_model("efficientnet_b0", features_only=True), SIZE)
+    half = optimize_for_inference(own, dtype=torch.bfloat16)
+    assert norms(half) == 0 and {feature.dtype for feature in half(x)} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_compiles_to_one_graph(dtype: torch.dtype | None) -> None:
+    model = with_statistics(timm.create_model("efficientnet_b0"), SIZE)
+    optimized, x = optimize_for_inference(model, dtype=dtype), torch.randn(1, 3, SIZE, SIZE)
+    torch._dynamo.reset()
+    with torch.inference_mode():
+        compiled = torch.compile(optimized, backend="aot_eager", fullgraph=True)
+        found, expected = compiled(x), optimized(x)
+    assert found.dtype == expected.dtype
+    assert relative_difference(found, expected) < (1e-4 if dtype is None else 0.1)
+
+
+def test_inputs_have_gradients() -> None:
+    model, x = small().double(), torch.randn(1, 3, 32, 32, dtype=torch.float64, requires_grad=True)
+    expected = torch.autograd.grad(model(x).square().sum(), x)[0]
+    found = torch.autograd.grad(optimize_for_inference(model)(x).square().sum(), x)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
+
+
+def test_training_is_an_error_and_optimizing_again_is_none() -> None:
+    optimized, x = optimize_for_inference(small()), torch.randn(1, 3, SIZE, SIZE)
+    y = optimized(x)
+    with pytest.raises(RuntimeError, match="cannot train"):
+        optimized.train()
+    assert torch.equal(optimized.eval()(x), y)
+    assert torch.equal(optimize_for_inference(optimized)(x), y)
+    with pytest.raises(RuntimeError, match="cannot train"):
+        optimize_for_inference(sequence()).train()
+
+
+def test_normalisation_without_weights_and_dead_channels() -> None:
+    norm = nn.BatchNorm2d(8, eps=1e-3, affine=False).eval()
+    norm.running_mean.normal_()
+    norm.running_var[:4] = torch.tensor([0.0, 1e-7, 30.0, 566.0])
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), norm).double(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    optimized = optimize_for_inference(model)
+    assert norms(optimized) == 0
+    torch.testing.assert_close(optimized(x), model(x), rtol=1e-12, atol=1e-10)
+
+
+def test_what_must_not_be_folded_is_left() -> None:
+    shared = nn.BatchNorm2d(4)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 4, 1), shared, nn.Conv2d(4, 4, 3), shared),
+        *(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)),
+        *(nn.Conv2d(4, 4, 1, dtype=torch.float32), nn.ReLU(), nn.BatchNorm2d(4)),
+    ).eval()
+    optimized, x = optimize_for_inference(model), torch.randn(2, 3, 8, 8)
+    assert optimized.optimization_report.folded == {}
+    assert list(optimized.optimization_report.left) == ["1", "3", "5", "8"]
+    assert torch.equal(optimized(x), model(x))
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got dict"):
+        optimize_for_inference({})
+    with pytest.raises(TypeError, match=r"dtype must be a torch.dtype or None, got 'bfloat16'"):
+        optimize_for_inference(nn.Identity(), dtype="bfloat16")
+    with pytest.raises(ValueError, match=r"got torch.int8"):
+        optimize_for_inference(nn.Identity(), dtype=torch.int8)
+    with pytest.raises(ValueError, match="TorchScript"):
+        optimize_for_inference(torch.jit.trace(nn.ReLU(), torch.ones(1)))
+
+
+def test_dictionaries_and_lists_come_back_in_the_callers_dtype() -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = sequence()
+
+        def forward(self, x: Tensor) -> dict[str, object]:
+            y = self.stem(x)
+            return {"maps": [y, (y,)], "index": y.flatten(1).argmax(1), "name": "stem"}
+
+    found = optimize_for_inference(Heads(), dtype=torch.float16)(torch.randn(1, 3, 8, 8))
+    assert found["maps"][0].dtype == found["maps"][1][0].dtype == torch.float32
+    assert found["index"].dtype == torch.int64 and found["name"] == "stem"
