@@ -330,10 +330,13 @@ def test_speed_table_times_both_layouts_before_and_after(monkeypatch: pytest.Mon
     assert "speed-up" in output
 
 
-def test_interleave_calls_in_turn_and_orders_percentiles() -> None:
+def test_interleave_calls_each_once_a_round_in_changing_order_and_orders_percentiles() -> None:
     calls: list[str] = []
-    times = interleave({name: lambda name=name: calls.append(name) for name in "ab"}, 0.0, warmup=1)
-    assert "".join(calls) == "ab" + "abbaab"
+    times = interleave({name: lambda name=name: calls.append(name) for name in "abcd"}, 0.0, warmup=1)
+    warmup, *rounds = ("".join(calls[i : i + 4]) for i in range(0, len(calls), 4))
+    assert warmup == "abcd"
+    assert ["".join(sorted(order)) for order in rounds] == ["abcd"] * 3
+    assert len(set(rounds)) > 1
     for timing in times.values():
         assert 0 <= timing.p20 <= timing.p50 <= timing.p80
         assert timing.repetitions == 3
