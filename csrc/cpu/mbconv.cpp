@@ -75,20 +75,24 @@ void norm_backward(int64_t pixels, const Source<T>& x, const NormVectors<Compute
     norm_backward_apply(pixels, x.data, norm, batch_statistics, sums.shift, sums.scale, d);
 }
 
-// Rows of the expanded tensor, made when the depthwise convolution asks for them: they never reach memory.
+// A normalisation with constant statistics as a scale of the weights before it and a shift.
 template <class A>
-struct StageExpanded {
-    const DepthwiseShape& shape;
-    const A* x;
-    int64_t in;
-    const A* packed;
-    const Epilogue<A>& finish;
-
-    void operator()(int64_t image, int64_t row, int64_t c, int64_t n, A* to) const {
-        const A* pixels = x + (image * shape.height + row) * shape.width * in;
-        panel(shape.width, n, in, pixels, in, 1, packed + c * in, slab<A>, to, slab<A>);
-        finish.in_place(shape.width, c, n, to, slab<A>);
+class FoldedNorm {
+  public:
+    FoldedNorm(int64_t channels, const ConvNorm& conv)
+        : normalises_(conv.gamma != nullptr), scale_(normalises_ ? channels : 0), shift_(channels) {
+        const NormVectors<A> norm(channels, conv, conv.mean, conv.var);
+        for (int64_t c = 0; c < channels; ++c) {
+            if (normalises_) scale_[c] = norm.scale()[c];
+            shift_[c] = A(double(norm.shift()[c]) - double(norm.mean()[c]) * double(norm.scale()[c]));
+        }
     }
+    const A* scale() const { return normalises_ ? static_cast<A*>(scale_) : nullptr; }
+    const A* shift() const { return shift_; }
+
+  private:
+    bool normalises_;
+    Scratch<A> scale_, shift_;
 };
 
 template <class A, class O>
@@ -110,44 +114,41 @@ Epilogue<O> normalising(const NormVectors<A>& norm, O* out, Activation activatio
 template <class T>
 void mbconv_inference(const Block& block, const void* x, void* y) {
     using A = Compute<T>;
-    const Steps<T> steps(block);
-    const DepthwiseShape& shape = steps.shape;
-    const NormVectors<A> norm2(steps.channels, block.depthwise, block.depthwise.mean, block.depthwise.var);
-    const NormVectors<A> norm3(block.out, block.project, block.project.mean, block.project.var);
-    const Buffer<T> convolved(steps.pixels_out * steps.channels);
-    const Epilogue<T> activate_convolved = normalising<A, T>(norm2, convolved, block.activation);
-    const Source<T> input = steps.input(x);
-    if (steps.expands) {
-        const NormVectors<A> norm1(steps.channels, block.expand, block.expand.mean, block.expand.var);
-        const Buffer<A> packed = pack(steps.weights(block.expand), block.in, 1, steps.channels, block.in);
-        const Buffer<A> wide(input.direct() ? 0 : steps.pixels_in * block.in);
-        if (!input.direct()) widen(steps.pixels_in * block.in, static_cast<const T*>(x), static_cast<A*>(wide));
-        const Epilogue<A> activate_expanded = normalising<A, A>(norm1, nullptr, block.activation);
-        const StageExpanded<A> stage{shape, input.direct() ? static_cast<const A*>(x) : wide, block.in, packed,
-                                     activate_expanded};
-        depthwise_rows<A>(shape, steps.weights(block.depthwise), stage,
-                          [&](int64_t image, int64_t row, int64_t c, int64_t n, const A* values) {
-                              activate_convolved((image * shape.out_height + row) * shape.out_width, shape.out_width, c,
-                                                 n, values, slab<A>);
-                          });
-    } else {
-        depthwise_forward(shape, input, steps.weights(block.depthwise), activate_convolved);
+    using E = Term<T>;
+    const DepthwiseShape& s = block.depthwise_shape;
+    const int64_t channels = s.channels, taps = s.kernel_h * s.kernel_w, reduced = block.reduced;
+    const bool expands = block.expand.weight != nullptr;
+    const FoldedNorm<A> norm1(expands ? channels : 0, block.expand), norm2(channels, block.depthwise),
+        norm3(block.out, block.project);
+    const Scratch<E> expand(expands ? Panels<E>::size(block.in, channels) : 0), project(Panels<E>::size(channels, block.out));
+    const Scratch<A> depthwise(taps * channels), reduce(Panels<A>::size(channels, reduced)),
+        excite(Panels<A>::size(reduced, channels));
+    if (expands) pack_panels<E, A>(static_cast<const A*>(block.expand.weight), block.in, channels, norm1.scale(), expand);
+    transpose(channels, taps, static_cast<const A*>(block.depthwise.weight), taps, static_cast<A*>(depthwise), channels);
+    for (int64_t i = 0; i < taps * channels && norm2.scale() != nullptr; ++i) depthwise[i] *= norm2.scale()[i % channels];
+    pack_panels<E, A>(static_cast<const A*>(block.project.weight), channels, block.out, norm3.scale(), project);
+    const SqueezeExciteParams& se = block.squeeze_excite;
+    if (reduced != 0) {
+        pack_panels<A, A>(static_cast<const A*>(se.reduce_weight), channels, reduced, nullptr, reduce);
+        pack_panels<A, A>(static_cast<const A*>(se.expand_weight), reduced, channels, nullptr, excite);
     }
-    Operand gated{convolved};
-    const Buffer<A> pooled(block.reduced == 0 ? 0 : shape.batch * steps.channels);
-    Buffer<A> gate;
-    if (block.reduced != 0) {
-        pool(shape.batch, steps.image_out, Source<T>(gated, steps.channels, steps.image_out), static_cast<A*>(pooled));
-        Excitation<A> excitation(steps.excitation_shape(), block.squeeze_excite, pooled);
-        gate.swap(excitation.gate);
-        gated.gate = gate;
-    }
-    const Buffer<A> packed = pack(steps.weights(block.project), steps.channels, 1, block.out, steps.channels);
-    Epilogue<T> epilogue = normalising<A, T>(norm3, static_cast<T*>(y), Activation::none);
-    epilogue.image_pixels = steps.image_out;
-    epilogue.image_scale = static_cast<const A*>(block.drop_path);
-    epilogue.residual = block.residual ? static_cast<const T*>(x) : nullptr;
-    product(steps.pixels_out, Source<T>(gated, steps.channels, steps.image_out), packed, block.out, epilogue);
+    PackedBlock packed{s, block.in, block.out, reduced};
+    if (expands) packed.expand = static_cast<E*>(expand);
+    packed.expand_bias = norm1.shift();
+    packed.depthwise = static_cast<A*>(depthwise);
+    packed.depthwise_bias = norm2.shift();
+    packed.reduce = static_cast<A*>(reduce);
+    packed.reduce_bias = se.reduce_bias;
+    packed.excite = static_cast<A*>(excite);
+    packed.excite_bias = se.expand_bias;
+    packed.project = static_cast<E*>(project);
+    packed.project_bias = norm3.shift();
+    packed.activation = block.activation;
+    packed.squeeze_activation = se.activation;
+    packed.gate = se.gate;
+    packed.residual = block.residual;
+    packed.drop_path = block.drop_path;
+    mbconv_packed<T>(packed, x, y);
 }
 
 template <class T>
