@@ -7,67 +7,65 @@
 
 EFFNET_NAMESPACE_BEGIN
 
-// exp(x) for x <= 0 in fp32: x = n ln 2 + r, |r| <= ln 2 / 2, and 2^n times a polynomial of degree 6 in r (minimax: its
-// own error is 3e-9). Relative error below 1.5e-7 where the result is a normal number, within a unit of the subnormal ones
-// below; NaN stays NaN.
-EFFNET_INLINE Vec<float> exp_negative(Vec<float> x) {
-    constexpr float low = -104.0f, log2e = 1.44269504f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+// x with its magnitude cut off at 89, in integers: those instructions have ports to spare. NaN becomes a number.
+EFFNET_INLINE Vec<float> within_exp(Vec<float> x) {
+    const U32 bits = bit_cast<U32>(x), magnitude = bits & 0x7fffffffu, most = bit_cast<U32>(broadcast(89.0f));
+    return bit_cast<Vec<float>>((magnitude < most ? magnitude : most) | (bits & 0x80000000u));
+}
+
+// exp(-x) in fp32, for a sum with 1: -x = n ln 2 + r and 2^n times a polynomial in r. Relative error below 1.5e-7 for
+// |x| < 87.3; infinite or zero (or subnormal) from 89 on.
+EFFNET_INLINE Vec<float> exp_minus(Vec<float> x) {
+    constexpr float log2e = 1.44269504f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+    const Vec<float> t = within_exp(x);
 #if defined(__AVX512F__)
-    // max gives its second operand where one is NaN.
-    const Vec<float> t = (Vec<float>)_mm512_max_ps(_mm512_set1_ps(low), (__m512)x);
-    const Vec<float> n =
-        (Vec<float>)_mm512_roundscale_ps((__m512)(t * log2e), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    // n in sixteenths, whose fractions have a table: a polynomial of degree 3 is enough. 1.5 * 2^19: adding it rounds to
+    // sixteenths, and leaves their number in the low mantissa bits.
+    alignas(64) static const float fractions[16] = {
+        1.0f,         1.044273782f, 1.090507733f, 1.138788635f, 1.189207115f, 1.241857812f, 1.296839555f, 1.354255547f,
+        1.414213562f, 1.476826146f, 1.542210825f, 1.610490332f, 1.681792831f, 1.756252160f, 1.834008086f, 1.915206561f};
+    const Vec<float> magic = broadcast(786432.0f), shifted = t * -log2e + magic, n = shifted - magic;
+    const Vec<float> r = n * ln2_low + (n * ln2_high + t);  // with its sign turned
+    Vec<float> p = r * -0.16666667f + 0.5f;
+    p = (p * r - 1.0f) * r;
+    const Vec<float> fraction = (Vec<float>)_mm512_permutexvar_ps(bit_cast<__m512i>(shifted), _mm512_load_ps(fractions));
+    return (Vec<float>)_mm512_scalef_ps((__m512)(fraction * p + fraction), (__m512)n);
 #else
-    // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits.
-    const Vec<float> magic = broadcast(12582912.0f);
-    const Vec<float> t = x < low ? broadcast(low) : x;
-    const Vec<float> shifted = t * log2e + magic, n = shifted - magic;
-#endif
-    const Vec<float> r = n * -ln2_low + (n * -ln2_high + t);
+    // |r| <= ln 2 / 2 and degree 6 (minimax: its own error is 3e-9). 1.5 * 2^23: adding it rounds to an integer in the low
+    // mantissa bits.
+    const Vec<float> magic = broadcast(12582912.0f), shifted = t * -log2e + magic, n = shifted - magic;
+    const Vec<float> r = n * ln2_low + (n * ln2_high + t);  // with its sign turned
     Vec<float> p = broadcast(1.381453269e-3f);
-    p = p * r + 8.368745067e-3f;
+    p = p * r - 8.368745067e-3f;
     p = p * r + 4.166839094e-2f;
-    p = p * r + 1.666652040e-1f;
+    p = p * r - 1.666652040e-1f;
     p = p * r + 4.999999343e-1f;
+    p = p * r - 1.0f;
     p = p * r + 1.0f;
-    p = p * r + 1.0f;
-#if defined(__AVX512F__)
-    return (Vec<float>)_mm512_scalef_ps((__m512)p, (__m512)n);
-#else
-    // 2^n in two factors: neither is subnormal where the result is.
+    // 2^n in two factors, since 2^128 is not a float.
     const I32 whole = bit_cast<I32>(shifted) - bit_cast<I32>(magic), half = whole >> 1;
     return p * bit_cast<Vec<float>>((half + 127) << 23) * bit_cast<Vec<float>>((whole - half + 127) << 23);
 #endif
 }
 
-EFFNET_INLINE Vec<double> exp_negative(Vec<double> x) {
+EFFNET_INLINE Vec<double> exp_minus(Vec<double> x) {
     Vec<double> y;
-    for (int i = 0; i < lanes<double>; ++i) y[i] = ::exp(x[i]);
+    for (int i = 0; i < lanes<double>; ++i) y[i] = ::exp(-x[i]);
     return y;
 }
 
-EFFNET_INLINE Vec<float> minus_magnitude(Vec<float> x) { return bit_cast<Vec<float>>(bit_cast<U32>(x) | 0x80000000u); }
-EFFNET_INLINE Vec<double> minus_magnitude(Vec<double> x) { return x > Vec<double>{} ? -x : x; }
-
-// Both forms take exp of -|x| alone, which never overflows: relative error below 2e-7, for results that are subnormal, too.
+// Relative error in fp32 below 2e-7, or at most two units in the last place, for x > -88.7; results below that, smaller than
+// 3e-37, are zero.
 template <class A>
 EFFNET_INLINE Vec<A> sigmoid(Vec<A> x) {
-    const Vec<A> e = exp_negative(minus_magnitude(x));
-    return (x < Vec<A>{} ? e : broadcast(A(1))) / (e + A(1));
+    const Vec<A> y = A(1) / (exp_minus(x) + A(1));
+    return x == x ? y : x;
 }
 
-// x or x e, whichever is larger, is the numerator: e <= 1. Both are NaN for x = NaN, and x e is for x = -inf, as in
-// PyTorch.
+// The same bounds. Minus infinity gives NaN, as in PyTorch.
 template <class A>
 EFFNET_INLINE Vec<A> silu(Vec<A> x) {
-    const Vec<A> e = exp_negative(minus_magnitude(x)), scaled = x * e;
-#if defined(__AVX512F__)
-    if constexpr (sizeof(A) == sizeof(float)) {
-        const __m512 larger = _mm512_max_ps((__m512)x, (__m512)scaled);
-        return (Vec<A>)larger / (e + A(1));
-    }
-#endif
-    return (x > scaled ? x : scaled) / (e + A(1));
+    return x / (exp_minus(x) + A(1));
 }
 
 // A comparison with NaN is false, so each of these selects keeps a NaN in x.

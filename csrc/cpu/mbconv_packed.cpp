@@ -8,25 +8,36 @@ namespace {
 
 // How step one is cut: slabs of `vectors` vectors of channels, and each image into chunks of output rows.
 struct Cut {
-    int vectors;
-    int64_t slabs, chunks;
+    int vectors = 1;
+    int64_t slabs = 1, chunks = 1;
 
-    // The cheapest cut, by what it wastes: threads that wait for the last task, channels that two slabs both compute, rows that two
-    // chunks both expand, rows that do not stay in L1, and tiles one vector wide, which load more than they multiply.
-    Cut(const DepthwiseShape& s, int64_t images, int64_t channel_vectors, int64_t row_bytes, int64_t threads) {
+    // The cut with the fewest estimated cycles, one vector being worked on in a cycle:
+    //   work: products, taps and activations, of the rows and channels that are computed (neighbouring chunks share rows of
+    //   the expanded tensor, and the last slab overlaps where the channels do not divide);
+    //   a factor for threads that wait for the last task, for rows that do not stay in L1, and for tiles one vector wide;
+    //   what the threads must fetch from each other's cache, unless a thread's rows are its own in the next step, too.
+    Cut(const PackedBlock& b, int64_t images, int64_t lanes, int64_t element, int64_t row_bytes, int64_t threads) {
+        const DepthwiseShape& s = b.depthwise_shape;
+        const double in_pixels = double(images * s.height * s.width), out_pixels = double(images * s.out_height * s.out_width);
+        const double expand = b.expand == nullptr ? copy : double(b.in) + activate;
+        const double convolve = load_taps * double(s.kernel_h * s.kernel_w) + activate;
+        const int64_t all = ceil_div(s.channels, lanes);
         double best = 0;
-        for (int w = 1; w <= smaller(3, channel_vectors); ++w)
-            for (int64_t n = 1; n <= 8; ++n) {
-                if (n > 1 && (threads == 1 || s.out_height < 4 * n)) continue;
-                const int64_t count = ceil_div(channel_vectors, w), tasks = images * count * n;
-                double cost = double(ceil_div(tasks, threads) * threads) / double(tasks);
-                cost *= double(count * w) / double(channel_vectors);
-                cost *= 1 + double((n - 1) * larger(0, s.kernel_h - s.stride_h)) / double(s.height);
-                cost *= s.kernel_h * row_bytes * w > l1_bytes ? 1.15 : 1;
-                cost *= w == 1 ? 1.05 : 1;
-                if (best == 0 || cost < best) best = cost, vectors = w, slabs = count, chunks = n;
+        for (int w = 1; w <= smaller(3, all); ++w)
+            for (int64_t n = 1; n <= 8 * threads && (n == 1 || (threads > 1 && s.out_height >= 2 * n)); ++n) {
+                const int64_t count = ceil_div(all, w), tasks = images * count * n;
+                const double again = double((n - 1) * larger(0, s.kernel_h - s.stride_h)) / double(s.height);
+                double cycles = (in_pixels * (1 + again) * expand + out_pixels * convolve) * double(count * w);
+                cycles *= double(ceil_div(tasks, threads) * threads) / double(tasks);
+                cycles *= (s.kernel_h * row_bytes * w > l1_bytes ? 1.1 : 1) * (w == 1 ? 1.05 : 1);
+                if (images * n % threads != 0)
+                    cycles += out_pixels * double(all * lanes * element) / fetched_bytes * double(threads - 1) / double(threads);
+                if (best == 0 || cycles < best) best = cycles, vectors = w, slabs = count, chunks = n;
             }
     }
+
+  private:
+    static constexpr double activate = 14, copy = 2, load_taps = 1.4, fetched_bytes = 4;
     static constexpr int64_t l1_bytes = 24 << 10;
 };
 
@@ -93,7 +104,7 @@ class PackedRun {
     void images(int64_t first, int64_t last, int64_t threads) const {
         const int64_t count = last - first;
         const int64_t width = larger(s_.pad_left + s_.width, (s_.out_width - 1) * s_.stride_w + s_.kernel_w);
-        const Cut cut(s_, count, ceil_div(channels_, L), width * L * int64_t(sizeof(A)), threads);
+        const Cut cut(b_, count, L, sizeof(T), width * L * int64_t(sizeof(A)), threads);
         const Scratch<T> convolved(count * image_out_ * channels_);
         const Scratch<A> sums(b_.reduced == 0 ? 0 : count * cut.chunks * padded_);
         const Images done{first, count, threads, cut.chunks, convolved, sums};

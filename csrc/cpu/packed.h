@@ -108,14 +108,15 @@ struct Left {
     int64_t last;  // terms of the last segment
 };
 
-// to[m][:] = start[:] + left(first + m, :) * W vectors of columns, for M rows.
+// to[m][:] = start[:] + left(first + m, :) * W vectors of columns, for M rows. Meanwhile a vector of columns that will be
+// needed next comes into the cache, from `ahead`: a network's weights come from far away, each once an image.
 template <int M, int W, class E, class A>
-__attribute__((noinline)) void multiply_tile(const Left<E>& left, int64_t first, const E* const* columns, const A* start,
-                                             A* to, int64_t to_step) {
+__attribute__((noinline)) void multiply_tile(const Left<E>& left, int64_t first, const E* const* columns, const E* ahead,
+                                             const A* start, A* to, int64_t to_step) {
     constexpr int L = lanes<A>;
     const E* b[W];
     Vec<A> sum[M][W];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int w = 0; w < W; ++w) {
         b[w] = columns[w];
 #pragma GCC unroll 16
@@ -127,19 +128,21 @@ __attribute__((noinline)) void multiply_tile(const Left<E>& left, int64_t first,
         const int64_t step = left.step, terms = s + 1 < left.segments ? left.terms : left.last;
         for (int64_t k = 0; k < terms; ++k) {
             decltype(load_terms(b[0])) right[W];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int w = 0; w < W; ++w) right[w] = load_terms(b[w] + k * panel_columns);
+            __builtin_prefetch(ahead + k * panel_columns);
 #pragma GCC unroll 16
             for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
                 for (int w = 0; w < W; ++w) multiply_add(sum[m][w], a[m * step + k], right[w]);
         }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int w = 0; w < W; ++w) b[w] += terms * panel_columns;
+        ahead += terms * panel_columns;
         if (!left.split && s + 1 < left.segments) continue;
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int w = 0; w < W; ++w) {
                 A* const at = to + m * to_step + w * L;
                 store(at, stored ? load(at) + sum[m][w] : sum[m][w]);
@@ -151,41 +154,53 @@ __attribute__((noinline)) void multiply_tile(const Left<E>& left, int64_t first,
 
 // Rows of a tile that is W vectors wide: sums, a vector of each column and a broadcast value fill the registers.
 template <int W>
-constexpr int tile_height = EFFNET_VECTOR_BYTES == 64 ? (W == 3 ? 9 : 14) : (W == 3 ? 4 : W == 2 ? 6 : 12);
+constexpr int tile_height =
+    W == 8 ? 1 : EFFNET_VECTOR_BYTES == 64 ? (W == 3 ? 9 : 14) : (W == 3 ? 4 : W == 2 ? 6 : 12);
 
 template <int W, class E, class A>
 struct Multiply {
     const Left<E>& left;
-    const E* columns[W];
+    const E *columns[W], *ahead[W];
     const A* start;
 
     Multiply(const Left<E>& left, const Panels<E>& panels, int64_t vector, const A* bias)
         : left(left), start(bias + vector * lanes<A>) {
-        for (int w = 0; w < W; ++w) columns[w] = panels.vector(vector + w);
-    }
-
-    // Tiles of equal height, but for one row.
-    void operator()(int64_t first, int64_t count, A* to, int64_t to_step) const {
-        const int64_t tiles = ceil_div(count, tile_height<W>);
-        for (int64_t t = 0; t < tiles; ++t) {
-            const int64_t begin = count * t / tiles, end = count * (t + 1) / tiles;
-            tile<tile_height<W>>(end - begin, first + begin, to + begin * to_step, to_step);
+        for (int w = 0; w < W; ++w) {
+            columns[w] = panels.vector(vector + w);
+            ahead[w] = panels.vector(smaller(vector + W + w, panels.vectors() - 1));
         }
     }
 
-  private:
+    // body(first row, rows, columns to fetch ahead) for tiles of equal height, but for one row.
+    template <class Body>
+    void each_tile(int64_t count, const Body& body) const {
+        const int64_t tiles = ceil_div(count, tile_height<W>);
+        for (int64_t t = 0; t < tiles; ++t) {
+            const int64_t row = count * t / tiles;
+            body(row, count * (t + 1) / tiles - row, ahead[smaller(t, W - 1)]);
+        }
+    }
+
+    void operator()(int64_t first, int64_t count, A* to, int64_t to_step) const {
+        each_tile(count, [&](int64_t row, int64_t rows, const E* next) {
+            tile<tile_height<W>>(rows, first + row, next, to + row * to_step, to_step);
+        });
+    }
+
     template <int M>
-    void tile(int64_t rows, int64_t first, A* to, int64_t to_step) const {
+    void tile(int64_t rows, int64_t first, const E* next, A* to, int64_t to_step) const {
         if constexpr (M > 1)
-            if (rows < M) return tile<M - 1>(rows, first, to, to_step);
-        multiply_tile<M, W>(left, first, columns, start, to, to_step);
+            if (rows < M) return tile<M - 1>(rows, first, next, to, to_step);
+        multiply_tile<M, W>(left, first, columns, next, start, to, to_step);
     }
 };
 
-// body(Size<W>, first vector) over all vectors: pairs, and one triple where their number is odd.
+// body(Size<W>, first vector) over all vectors: pairs, and one triple where their number is odd. A single row takes more
+// columns at a time, since the sums of one tile must outnumber the steps of an addition.
 template <class Body>
-inline void for_each_column_tile(int64_t begin, int64_t end, const Body& body) {
+inline void for_each_column_tile(int64_t begin, int64_t end, bool single_row, const Body& body) {
     int64_t v = begin;
+    for (; single_row && v + 8 <= end; v += 8) body(Size<8>{}, v);
     for (; v + 4 <= end || v + 2 == end; v += 2) body(Size<2>{}, v);
     if (v + 3 == end) body(Size<3>{}, v);
     if (v + 1 == end) body(Size<1>{}, v);
@@ -211,18 +226,31 @@ struct Finish {
     // Columns [column, column + width) of `count` rows.
     void operator()(int64_t first, int64_t count, int64_t column, int64_t width, const A* values, int64_t values_step) const {
         with_activation(activation, [&](auto kind) {
-            for (int64_t r = 0; r < count; ++r) {
-                const int64_t at = (first + r) * step + column;
-                const A scale = image_scale == nullptr ? A(1) : image_scale[(first + r) / image_pixels];
-                for (int64_t i = 0; i < width; i += lanes<A>) {
-                    const int n = int(smaller(lanes<A>, columns - column - i));
-                    if (n <= 0) break;
-                    Vec<A> v = activate<A>(load(values + r * values_step + i), kind.value) * scale;
-                    if (residual != nullptr) v += load(residual + at + i, n);
-                    store(out + at + i, v, n);
+            for (int64_t i = 0; i < width && column + i < columns; i += lanes<A>) {
+                const int n = int(smaller(lanes<A>, columns - column - i));
+                const int64_t at = first * step + column + i;
+                if (residual != nullptr || image_scale != nullptr) {
+                    scale_and_add<kind.value>(first, count, at, n, values + i, values_step);
+                } else if (n == lanes<A>) {
+                    for (int64_t r = 0; r < count; ++r)
+                        store(out + at + r * step, activate<A>(load(values + r * values_step + i), kind.value));
+                } else {
+                    for (int64_t r = 0; r < count; ++r)
+                        store(out + at + r * step, activate<A>(load(values + r * values_step + i), kind.value), n);
                 }
             }
         });
+    }
+
+  private:
+    template <Activation KIND>
+    void scale_and_add(int64_t first, int64_t count, int64_t at, int n, const A* values, int64_t values_step) const {
+        for (int64_t r = 0; r < count; ++r) {
+            Vec<A> v = activate<A>(load(values + r * values_step), KIND);
+            if (image_scale != nullptr) v *= image_scale[(first + r) / image_pixels];
+            if (residual != nullptr) v += load(residual + at + r * step, n);
+            store(out + at + r * step, v, n);
+        }
     }
 };
 
@@ -231,19 +259,17 @@ template <class E, class A, class O>
 inline void multiply_rows(const Left<E>& left, int64_t first, int64_t count, const Panels<E>& panels, int64_t begin,
                           int64_t end, const A* bias, const Finish<O>& finish) {
     constexpr int L = lanes<A>;
-    for_each_column_tile(begin, end, [&](auto size, int64_t v) {
+    for_each_column_tile(begin, end, count == 1, [&](auto size, int64_t v) {
         constexpr int W = decltype(size)::value;
         const Multiply<W, E, A> multiply(left, panels, v, bias);
         if constexpr (sizeof(O) == sizeof(A))
             if (finish.direct(v * L, W * L)) return multiply(0, count, finish.out + first * finish.step + v * L, finish.step);
         constexpr int height = tile_height<W>;
         alignas(64) A values[height * W * L];
-        const int64_t tiles = ceil_div(count, height);
-        for (int64_t t = 0; t < tiles; ++t) {
-            const int64_t row = count * t / tiles, rows = count * (t + 1) / tiles - row;
-            multiply(row, rows, values, W * L);
+        multiply.each_tile(count, [&](int64_t row, int64_t rows, const E* next) {
+            multiply.template tile<height>(rows, row, next, values, W * L);
             finish(first + row, rows, v * L, W * L, values, W * L);
-        }
+        });
     });
 }
 

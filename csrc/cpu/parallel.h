@@ -23,18 +23,34 @@ inline void parallel(int64_t count, const Body& body) {
         const_cast<void*>(static_cast<const void*>(&body)));
 }
 
-// body(task) for each task in [0, count): every thread takes the next one that is left, so that uneven tasks and
-// disturbed threads balance. `open()` runs once on each thread that takes part and makes what body(task, opened) works
-// with. Results must not depend on who runs a task.
+// body(task, opened) for each task in [0, count), where `open()` runs once on each thread that takes part. A thread begins
+// with the tasks that are its share, always the same ones, so that it finds in its cache what it wrote in the step before;
+// then it takes what others have left, so that uneven tasks and disturbed threads balance. Results must not depend on
+// who runs a task.
 template <class Open, class Body>
 inline void parallel_tasks(int64_t count, const Open& open, const Body& body) {
-    int64_t next = 0;
-    parallel(smaller(count, thread_count()), [&](int64_t, int64_t) {
+    constexpr int64_t most = 256;
+    struct alignas(64) Share {
+        int64_t next;
+    };
+    const int64_t shares = smaller(smaller(count, thread_count()), most);
+    if (shares <= 1) {
+        if (count <= 0) return;
         auto opened = open();
-        for (;;) {
-            const int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-            if (task >= count) return;
-            body(task, opened);
+        for (int64_t task = 0; task < count; ++task) body(task, opened);
+        return;
+    }
+    Share next[most];
+    for (int64_t s = 0; s < shares; ++s) next[s].next = count * s / shares;
+    parallel(shares, [&](int64_t begin, int64_t) {
+        auto opened = open();
+        for (int64_t turn = 0; turn < shares; ++turn) {
+            const int64_t share = (begin + turn) % shares, end = count * (share + 1) / shares;
+            for (;;) {
+                const int64_t task = __atomic_fetch_add(&next[share].next, 1, __ATOMIC_RELAXED);
+                if (task >= end) break;
+                body(task, opened);
+            }
         }
     });
 }
