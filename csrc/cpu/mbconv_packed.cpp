@@ -29,7 +29,7 @@ struct Cut {
                 const double again = double((n - 1) * larger(0, s.kernel_h - s.stride_h)) / double(s.height);
                 double cycles = (in_pixels * (1 + again) * expand + out_pixels * convolve) * double(count * w);
                 cycles *= double(ceil_div(tasks, threads) * threads) / double(tasks);
-                cycles *= (s.kernel_h * row_bytes * w > l1_bytes ? 1.1 : 1) * (w == 1 ? 1.05 : 1);
+                cycles *= w == 1 ? 1.1 : 1;
                 if (images * n % threads != 0)
                     cycles += out_pixels * double(all * lanes * element) / fetched_bytes * double(threads - 1) / double(threads);
                 if (best == 0 || cycles < best) best = cycles, vectors = w, slabs = count, chunks = n;
@@ -116,6 +116,7 @@ class PackedRun {
         parallel_tasks(
             parts * cut.slabs, [&] { return Rows(s_.kernel_h * width * slab, s_.out_width * slab); },
             [&](int64_t task, const Rows& rows) {
+                if (b_.reduced != 0) fetch_excitation(task, ceil_div(parts * cut.slabs, threads));
                 const int64_t part = weights_stay ? task % parts : task / cut.slabs;
                 const Piece piece{part / cut.chunks, part % cut.chunks, weights_stay ? task / parts : task % cut.slabs};
                 if (cut.vectors == 1) return convolve<1>(piece, done, input, width, rows);
@@ -123,6 +124,15 @@ class PackedRun {
                 convolve<3>(piece, done, input, width, rows);
             });
         project(done);
+    }
+
+    // Every thread will want the whole weights of the gate: a share of them for each of its `tasks` tasks.
+    void fetch_excitation(int64_t task, int64_t tasks) const {
+        const int64_t lines = padded_ * b_.reduced * int64_t(sizeof(A)) / 64, share = task % tasks;
+        for (int64_t at = lines * share / tasks * 64; at < lines * (share + 1) / tasks * 64; at += 64) {
+            __builtin_prefetch(static_cast<const char*>(b_.reduce) + at, 0, 2);
+            __builtin_prefetch(static_cast<const char*>(b_.excite) + at, 0, 2);
+        }
     }
 
     template <int W>
@@ -172,7 +182,7 @@ class PackedRun {
         const auto left = Left<E>::rows(input + pixel * terms, terms, terms);
         Multiply<W, E, A>(left, panels, c / L, expand_bias_)(0, s_.width, to, S);
         with_activation(b_.activation, [&](auto kind) {
-            for (int64_t i = 0; i < s_.width * S; i += L) store(to + i, activate<A>(load(to + i), kind.value));
+            for (int64_t i = 0; i < s_.width * S; i += L) store(to + i, activate_as<T>(load(to + i), kind.value));
         });
     }
 
@@ -184,7 +194,7 @@ class PackedRun {
                 const int n = int(smaller(L, channels_ - c - w * L));
                 Vec<A> total = {};
                 for (int64_t p = 0; p < s_.out_width; ++p) {
-                    const Vec<A> v = activate<A>(load(values + (p * W + w) * L), kind.value);
+                    const Vec<A> v = activate_as<T>(load(values + (p * W + w) * L), kind.value);
                     total += v;
                     store(to + p * channels_ + w * L, v, n);
                 }

@@ -55,6 +55,11 @@ EFFNET_INLINE U32 load_terms(const BFloat16Pair* p) {
     return v;
 }
 
+EFFNET_INLINE void store_pairs(Vec<float> first, Vec<float> second, BFloat16Pair* to) {
+    const U32 pairs = __builtin_convertvector(narrow_bf16(first), U32) | __builtin_convertvector(narrow_bf16(second), U32) << 16;
+    std::memcpy(to, &pairs, sizeof(pairs));
+}
+
 EFFNET_INLINE void multiply_add(Vec<float>& sum, float a, Vec<float> b) { sum += a * b; }
 EFFNET_INLINE void multiply_add(Vec<double>& sum, double a, Vec<double> b) { sum += a * b; }
 EFFNET_INLINE void multiply_add(Vec<float>& sum, BFloat16Pair a, U32 b) {
@@ -233,10 +238,10 @@ struct Finish {
                     scale_and_add<kind.value>(first, count, at, n, values + i, values_step);
                 } else if (n == lanes<A>) {
                     for (int64_t r = 0; r < count; ++r)
-                        store(out + at + r * step, activate<A>(load(values + r * values_step + i), kind.value));
+                        store(out + at + r * step, activate_as<O>(load(values + r * values_step + i), kind.value));
                 } else {
                     for (int64_t r = 0; r < count; ++r)
-                        store(out + at + r * step, activate<A>(load(values + r * values_step + i), kind.value), n);
+                        store(out + at + r * step, activate_as<O>(load(values + r * values_step + i), kind.value), n);
                 }
             }
         });
@@ -246,7 +251,7 @@ struct Finish {
     template <Activation KIND>
     void scale_and_add(int64_t first, int64_t count, int64_t at, int n, const A* values, int64_t values_step) const {
         for (int64_t r = 0; r < count; ++r) {
-            Vec<A> v = activate<A>(load(values + r * values_step), KIND);
+            Vec<A> v = activate_as<O>(load(values + r * values_step), KIND);
             if (image_scale != nullptr) v *= image_scale[(first + r) / image_pixels];
             if (residual != nullptr) v += load(residual + at + r * step, n);
             store(out + at + r * step, v, n);
@@ -393,25 +398,30 @@ inline void pack_panel(const float* weight, int64_t depth, int64_t valid, const 
         const int64_t run = smaller(step, depth - k);
         std::memset(wide, 0, sizeof(wide));
         transpose(valid, run, weight + k, depth, wide, panel_columns);
-        for (int64_t i = 0; i < term_count<BFloat16Pair>(run); ++i)
-            for (int n = 0; n < panel_columns; ++n) {
-                const float factor = scale == nullptr || n >= valid ? 1.0f : scale[n];
-                to[(k / 2 + i) * panel_columns + n] = {round_bf16(wide[2 * i * panel_columns + n] * factor),
-                                                       round_bf16(wide[(2 * i + 1) * panel_columns + n] * factor)};
+        for (int64_t i = 0; i < term_count<BFloat16Pair>(run); ++i) {
+            const float *even = wide + 2 * i * panel_columns, *odd = even + panel_columns;
+            for (int n = 0; n < panel_columns; n += lanes<float>) {
+                const int here = int(smaller(lanes<float>, larger(0, valid - n)));
+                const Vec<float> factor = scale == nullptr ? broadcast(1.0f) : load(scale + n, here);
+                store_pairs(load(even + n) * factor, load(odd + n) * factor, to + (k / 2 + i) * panel_columns + n);
             }
+        }
     }
+}
+
+// One panel of a weight [columns][depth].
+template <class E, class A>
+inline void pack_panel_of(int64_t panel, const A* weight, int64_t depth, int64_t columns, const A* scale, E* to) {
+    const int64_t c = panel * panel_columns;
+    pack_panel(weight + c * depth, depth, smaller(panel_columns, columns - c), scale == nullptr ? nullptr : scale + c,
+               to + c * term_count<E>(depth));
 }
 
 template <class E, class A>
 inline void pack_panels(const A* weight, int64_t depth, int64_t columns, const A* scale, E* to) {
-    const int64_t panels = ceil_div(columns, panel_columns);
-    parallel(panels, [=](int64_t begin, int64_t end) {
-        for (int64_t p = begin; p < end; ++p) {
-            const int64_t c = p * panel_columns;
-            pack_panel(weight + c * depth, depth, smaller(panel_columns, columns - c), scale == nullptr ? nullptr : scale + c,
-                       to + c * term_count<E>(depth));
-        }
-    });
+    parallel_tasks(
+        ceil_div(columns, panel_columns), [] { return 0; },
+        [=](int64_t panel, int) { pack_panel_of(panel, weight, depth, columns, scale, to); });
 }
 
 EFFNET_NAMESPACE_END

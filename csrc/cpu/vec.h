@@ -95,11 +95,6 @@ inline U16 narrow_bf16(Vec<float> v) {
 #endif
 }
 
-inline uint16_t round_bf16(float f) {
-    const uint32_t bits = bit_cast<uint32_t>(f);
-    return f == f ? uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16) : uint16_t(0x7fc0);
-}
-
 inline Vec<float> load(const float* p) {
     Vec<float> v;
     std::memcpy(&v, p, sizeof(v));

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from effnet_ops import backends, functional, packing
-from effnet_ops.checks import check_input, check_window, padding_sides
+from effnet_ops.checks import check_input, padding_sides
 from effnet_ops.ops import packed
 from effnet_ops.params import ConvNormParams, SqueezeExciteParams
 from effnet_ops.reference import activate, compute_dtype
@@ -155,7 +155,6 @@ class FoldedConvolution(Folded, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         x = self.cast(x)
         run = packed.convolution if self.runs_packed(x, self.in_channels) else packed.reference_convolution
-        check_window(x, self.kernel_size, self.stride, self.sides, (1, 1))
         weight, bias = parameter(self, "weight"), parameter(self, "bias")
         return run(x, weight, bias, self.kernel_size, self.stride, self.sides, self.activation)
 
@@ -251,10 +250,13 @@ class FoldedMBConv(Folded):
     def forward(self, x: Tensor) -> Tensor:
         x = self.cast(x)
         run = packed.mbconv if self.runs_packed(x, self.in_channels) else packed.reference_mbconv
-        check_window(x, self.depthwise_weight.shape[:2], self.stride, self.padding, (1, 1))
+        tensors = list(self._parameters.values())
+        if len(tensors) != len(_TENSORS):
+            # A replica of nn.DataParallel has plain attributes instead.
+            tensors = [getattr(self, name) for name in _TENSORS]
         y = run(
             x,
-            *(parameter(self, name) for name in _TENSORS),
+            *tensors,
             self.stride,
             self.padding,
             self.residual,
