@@ -73,7 +73,7 @@ def reference_mbconv(
 
 def _mbconv_fake(x: Tensor, *args: Any) -> Tensor:
     depthwise_weight, project_bias, stride, padding = args[2], args[9], args[10], args[11]
-    return _library.empty_result(x, (x.shape[0], project_bias.shape[0], *_size(x, depthwise_weight, stride, padding)))
+    return _library.empty_result(x, (x.shape[0], project_bias.shape[0], *_size(x, depthwise_weight.shape[:2], stride, padding)))
 
 
 def _size(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> tuple[int, int]:
