@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import effnet_ops
-from effnet_ops.cli.timing import interleave
+from effnet_ops.benchmark.timing import interleave
 
 FLOOR = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import effnet_ops
-from effnet_ops.cli.timing import interleave
+from effnet_ops.benchmark.timing import interleave
 
 OURS, CONTIGUOUS, CHANNELS_LAST = "effnet_ops", "eager contiguous", "eager channels_last"
 FORWARD_BOUND, GRADIENT_BOUND = 2e-6, 2e-5

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import effnet_ops
-from effnet_ops.cli.timing import interleave
+from effnet_ops.benchmark.timing import interleave
 
 VARIANTS = {
     "stock": (False, torch.contiguous_format),

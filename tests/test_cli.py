@@ -19,7 +19,7 @@ import effnet_ops
 from effnet_ops.cli import app, cases, check, demo, pictures
 from effnet_ops.cli.console import console
 from effnet_ops.cli.pictures import lite0, preprocess, read_image
-from effnet_ops.cli.timing import interleave
+from effnet_ops.benchmark.timing import interleave
 
 Save = Callable[..., Path]
 

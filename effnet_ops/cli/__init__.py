@@ -84,3 +84,29 @@ def _demo(
     from effnet_ops.cli.demo import run
 
     run(output, seconds)
+
+
+@app.command("bench")
+def _bench(
+    model: Annotated[
+        str, typer.Option(help="A timm model, or torchvision:NAME or effnet_ops:NAME.")
+    ] = "efficientnet_b0",
+    batch: Annotated[list[int], typer.Option(min=1, help="Images at once; repeat for several.")] = [1],  # noqa: B006
+    dtype: Annotated[list[str], typer.Option(help="float32 or bfloat16; repeat for both.")] = ["float32"],  # noqa: B006
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of every provider; PyTorch's default.")] = None,
+    resolution: Annotated[int | None, typer.Option(min=1, help="Height and width; by default the model's own.")] = None,
+    peers: Annotated[str | None, typer.Option(help="Only these, separated by commas, beside ours.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How often every provider has a turn.")] = 7,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Of each turn, at least.")] = 0.3,
+    json: Annotated[Path | None, typer.Option(help="Write the rows here, in place of older ones.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Also what the file has of this commit and machine.")] = False,
+) -> None:
+    """Compare inference with PyTorch, torch.compile, ONNX Runtime and OpenVINO; exit code 1 if an output is wrong."""
+    from effnet_ops.cli.bench import run, settings
+
+    run(
+        settings(model, batch, dtype, threads, resolution, rounds, seconds),
+        peers.split(",") if peers else None,
+        json,
+        fresh,
+    )
