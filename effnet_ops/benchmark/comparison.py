@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +138,7 @@ class _Entrant:
     error: float = 0.0
     choice: str = ""
     memory: int | None = None
-    rounds: list[Round] | None = None
+    rounds: list[Round] = field(default_factory=list)
 
     @contextlib.contextmanager
     def guarded(self) -> Iterator[None]:
@@ -201,22 +201,27 @@ def compare(
     with tempfile.TemporaryDirectory(prefix="effnet-ops-bench-") as folder:
         job = Job(Path(folder), settings.dtype, settings.threads)
         report("reference in fp64", 0, 1)
-        reference = _prepare(job, model, settings.batch, resolution)
+        reference = prepare(job, model, settings.batch, resolution)
         entrants = [_Entrant(provider) for provider in providers]
         try:
             _start(job, entrants, reference, report)
             with quiet():
                 _measure(entrants, settings, report)
-            _finish(entrants, reference)
+                _finish(entrants, reference)
         finally:
             for entrant in entrants:
                 entrant.close()
-    run = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    run = run_name()
     return [entrant.row(settings, resolution, run) for entrant in entrants]
 
 
-def _prepare(job: Job, model: nn.Module, batch: int, resolution: int) -> Reference:
-    """Write what the workers load."""
+def run_name() -> str:
+    """What rows that were measured together have in common: the time of day."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def prepare(job: Job, model: nn.Module, batch: int, resolution: int) -> Reference:
+    """Write what the workers load: the model with trained-like statistics, and fresh images."""
     model = models.with_statistics(model, resolution)
     inputs = [torch.randn(batch, 3, resolution, resolution) for _ in range(INPUTS)]
     torch.save(model, job.folder / "model.pt")
@@ -256,15 +261,19 @@ def _export(job: Job, entrants: list[_Entrant], report: Report) -> str:
 
 
 def _measure(entrants: list[_Entrant], settings: Settings, report: Report) -> None:
-    """Rounds in which every provider has one turn, in an order that changes."""
+    """Rounds in which every provider has one turn, in an order that changes; the first does not count.
+
+    A process that has waited for the others to load has lost its place in the caches, and perhaps in memory.
+    """
     order = random.Random()
-    for done in range(settings.rounds):
-        report("measuring", done, settings.rounds)
+    for done in range(-1, settings.rounds):
+        report("measuring" if done >= 0 else "warming up", max(done, 0), settings.rounds)
         running = [entrant for entrant in entrants if entrant.process]
         for entrant in order.sample(running, len(running)):
             with entrant.guarded():
                 turn = entrant.process.ask("round", settings.seconds)
-                entrant.rounds = [*(entrant.rounds or []), turn]
+                if done >= 0:
+                    entrant.rounds.append(turn)
     report("measuring", settings.rounds, settings.rounds)
 
 

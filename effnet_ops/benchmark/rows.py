@@ -27,8 +27,9 @@ class Row:
     """One measurement of one provider, or why there is none.
 
     Attributes:
-        operation: the model or layer.
-        shape: of the input, as NxCxHxW.
+        operation: the model, or the kind of layer.
+        layer: of a layer, the model and its name there.
+        shape: of the input, as NxCxHxW, and of a layer's output.
         mode: forward, backward, forward+backward or step.
         p20, p50, p80: milliseconds of one call.
         round_medians: milliseconds, one for each round; rounds of rows with the same ``run`` happened together.
@@ -46,6 +47,7 @@ class Row:
     dtype: str
     device: str = "cpu"
     mode: str = "forward"
+    layer: str | None = None
     threads: int | None = None
     run: str | None = None
     p20: float | None = None
@@ -69,7 +71,8 @@ class Row:
     @property
     def key(self) -> tuple:
         """What a later measurement of the same thing replaces."""
-        return self.operation, self.provider, self.shape, self.dtype, self.device, self.mode, self.threads
+        what = self.operation, self.layer, self.shape
+        return *what, self.provider, self.dtype, self.device, self.mode, self.threads
 
 
 def environment() -> dict[str, Any]:
