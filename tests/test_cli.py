@@ -16,10 +16,10 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 import effnet_ops
+from effnet_ops.benchmark.timing import interleave
 from effnet_ops.cli import app, cases, check, demo, pictures
 from effnet_ops.cli.console import console
 from effnet_ops.cli.pictures import lite0, preprocess, read_image
-from effnet_ops.benchmark.timing import interleave
 
 Save = Callable[..., Path]
 

@@ -46,15 +46,19 @@ class Settings:
     rounds: int = 7
     seconds: float = 0.3
 
-    def row(self, provider: str, resolution: int, **fields: Any) -> Row:
-        return Row(
-            operation=self.model,
-            provider=provider,
-            shape=f"{self.batch}x3x{resolution}x{resolution}",
-            dtype=self.dtype,
-            threads=self.threads,
-            **fields,
-        )
+    @property
+    def size(self) -> tuple[int, int, int, int]:
+        """Of the images, as (N, 3, H, W)."""
+        side = self.resolution or models.default_resolution(self.model)
+        return self.batch, 3, side, side
+
+    @property
+    def shape(self) -> str:
+        return "x".join(map(str, self.size))
+
+    def row(self, provider: str, **fields: Any) -> Row:
+        what = {"operation": self.model, "shape": self.shape, "dtype": self.dtype, "threads": self.threads}
+        return Row(provider=provider, **what, **fields)
 
 
 class Process:
@@ -154,15 +158,14 @@ class _Entrant:
             self.process.close()
             self.process = None
 
-    def row(self, settings: Settings, resolution: int, run: str) -> Row:
+    def row(self, settings: Settings, run: str) -> Row:
         choice = self.choice or None
         if self.problem:
-            return settings.row(self.provider.name, resolution, run=run, problem=self.problem, choice=choice)
+            return settings.row(self.provider.name, run=run, problem=self.problem, choice=choice)
         times = [1e3 * second for turn in self.rounds for second in turn.seconds]
         p20, p50, p80 = percentiles(times)
         return settings.row(
             self.provider.name,
-            resolution,
             run=run,
             choice=choice,
             p20=p20,
@@ -197,11 +200,10 @@ def compare(
         ValueError: the model is unknown, or does not take images of the resolution.
     """
     model = models.build(settings.model)
-    resolution = settings.resolution or models.default_resolution(settings.model, model)
     with tempfile.TemporaryDirectory(prefix="effnet-ops-bench-") as folder:
         job = Job(Path(folder), settings.dtype, settings.threads)
         report("reference in fp64", 0, 1)
-        reference = prepare(job, model, settings.batch, resolution)
+        reference = prepare(job, model, settings.size)
         entrants = [_Entrant(provider) for provider in providers]
         try:
             _start(job, entrants, reference, report)
@@ -212,7 +214,7 @@ def compare(
             for entrant in entrants:
                 entrant.close()
     run = run_name()
-    return [entrant.row(settings, resolution, run) for entrant in entrants]
+    return [entrant.row(settings, run) for entrant in entrants]
 
 
 def run_name() -> str:
@@ -220,10 +222,10 @@ def run_name() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
-def prepare(job: Job, model: nn.Module, batch: int, resolution: int) -> Reference:
+def prepare(job: Job, model: nn.Module, size: tuple[int, ...]) -> Reference:
     """Write what the workers load: the model with trained-like statistics, and fresh images."""
-    model = models.with_statistics(model, resolution)
-    inputs = [torch.randn(batch, 3, resolution, resolution) for _ in range(INPUTS)]
+    model = models.with_statistics(model, size[-1])
+    inputs = [torch.randn(size) for _ in range(INPUTS)]
     torch.save(model, job.folder / "model.pt")
     torch.save(inputs, job.folder / "inputs.pt")
     return Reference(model, inputs, job.dtype)

@@ -113,7 +113,10 @@ class Network:
         found = [Measurement(work, NETWORK) for work in self._works]
         ends = self._works[0].shape.split(" -> ")[0], self._works[-1].shape.split(" -> ")[-1]
         whole = Work("", "network", " -> ".join(ends), sum(work.flops for work in self._works), 0)
-        total, outside = Measurement(whole, NETWORK), Measurement(whole._replace(operation="dispatch", flops=0), NETWORK)
+        total, outside = (
+            Measurement(whole, NETWORK),
+            Measurement(whole._replace(operation="dispatch", flops=0), NETWORK),
+        )
         for _ in range(WARM_UP):
             self._run(self._inputs[0])
         end, passes = time.perf_counter() + seconds, 0
@@ -344,12 +347,11 @@ def profile(
         ValueError: the model is unknown.
     """
     model = models.build(settings.model)
-    resolution = settings.resolution or models.default_resolution(settings.model, model)
     seconds = settings.rounds * settings.seconds
     with tempfile.TemporaryDirectory(prefix="effnet-ops-bench-") as folder:
         job = Job(Path(folder), settings.dtype, settings.threads)
         report("reference in fp64", 0, 4)
-        reference = prepare(job, model, settings.batch, resolution)
+        reference = prepare(job, model, settings.size)
         report("loading the layers", 1, 4)
         process = Process(Layers, (job,), job.folder / "layers.log")
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,34 +23,41 @@ def split(name: str) -> tuple[str, str]:
     return library, model
 
 
-def build(name: str) -> nn.Module:
-    """The stock model in evaluation mode, with random weights.
-
-    Raises:
-        ValueError: an unknown library or model.
-        ImportError: the library is not installed.
-    """
+def check(name: str) -> None:
+    """Raise ValueError for an unknown library or model, ImportError where the library is not installed."""
     library, model = split(name)
+    package = importlib.import_module(library)
     if library == "effnet_ops":
-        return importlib.import_module("effnet_ops").create_model(model).eval()
+        known = package.list_models()
+    elif library == "torchvision":
+        known = package.models.list_models(module=package.models)
+    else:
+        known = [model] if package.is_model(model) else package.list_models()
+    if model not in known:
+        raise unknown_name(f"{library} model", model, known)
+
+
+def build(name: str) -> nn.Module:
+    """The stock model in evaluation mode, with random weights; errors as `check`."""
+    check(name)
+    library, model = split(name)
+    package = importlib.import_module(library)
     if library == "torchvision":
-        models = importlib.import_module("torchvision.models")
-        if model not in (known := models.list_models(module=models)):
-            raise unknown_name("torchvision model", model, known)
-        return models.get_model(model, weights=None).eval()
-    timm = importlib.import_module("timm")
-    if not timm.is_model(model):
-        raise unknown_name("timm model", model, timm.list_models())
-    return timm.create_model(model).eval()
+        return package.models.get_model(model, weights=None).eval()
+    return package.create_model(model).eval()
 
 
-def default_resolution(name: str, model: nn.Module) -> int:
+def default_resolution(name: str) -> int:
     """The published resolution of an EfficientNet, else the one that timm has for the model, else 224."""
-    member = split(name)[1].removeprefix("tf_").removeprefix("efficientnet_")
+    library, model = split(name)
+    member = model.removeprefix("tf_").removeprefix("efficientnet_")
     if member in MEMBERS:
         return MEMBERS[member].resolution
-    configuration: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-    return configuration.get("input_size", (3, 224, 224))[-1]
+    if library == "timm":
+        configuration = importlib.import_module("timm").get_pretrained_cfg(model)
+        if configuration is not None:
+            return configuration.input_size[-1]
+    return 224
 
 
 @torch.no_grad()

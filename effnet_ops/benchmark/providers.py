@@ -182,9 +182,7 @@ PROVIDERS = {
         Provider("compile", _compile),
         Provider("compile_freezing", _compile_freezing),
         Provider("compile_max_autotune", _compile_max_autotune),
-        Provider(
-            "onnxruntime", _onnxruntime, ("onnx", "onnxruntime"), dtypes=("float32",), exports=True, heap=False
-        ),
+        Provider("onnxruntime", _onnxruntime, ("onnx", "onnxruntime"), dtypes=("float32",), exports=True, heap=False),
         Provider("openvino", _openvino, ("onnx", "openvino"), exports=True, heap=False),
         Provider("replace_layers", _replace_layers, ours=True),
         Provider("optimize_for_inference", _optimize_for_inference, ours=True),

@@ -151,7 +151,7 @@ class Results:
         return [row for row, _ in self._rows.values()]
 
     def fresh(self, here: dict[str, Any]) -> list[Row]:
-        """The rows that were measured with the same commit, machine and versions; none where changes are uncommitted."""
+        """The rows of the same commit, machine and versions; none where changes are uncommitted."""
         if here["uncommitted_changes"]:
             return []
         same = {

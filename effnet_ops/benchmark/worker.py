@@ -6,7 +6,6 @@ import ctypes
 import pickle
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
