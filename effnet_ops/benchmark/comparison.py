@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from effnet_ops.benchmark import models, worker
+from effnet_ops.benchmark.gate import Failed, gate, relative_error
 from effnet_ops.benchmark.providers import DTYPES, Job, Provider, export_onnx
 from effnet_ops.benchmark.rows import Row
 from effnet_ops.benchmark.timing import percentiles
-from effnet_ops.benchmark.worker import Failed, Measured, Round
+from effnet_ops.benchmark.worker import Measured, Round
 
 INPUTS = 3
 FLOOR = {"float32": 2e-6, "bfloat16": 1e-2}
@@ -122,14 +123,11 @@ class Reference:
         """The worst relative error; infinite where the shapes are not the reference's."""
         if [tuple(y.shape) for y in logits] != [tuple(y.shape) for y in self.logits]:
             return float("inf")
-        return max(models.relative_error(y, exact) for y, exact in zip(logits, self.logits, strict=True))
+        return max(relative_error(y, exact) for y, exact in zip(logits, self.logits, strict=True))
 
     def check(self, logits: Sequence[Tensor]) -> float:
-        """The error; `Failed` where it is beyond what is allowed, or no number."""
-        error = self.error(logits)
-        if not error <= self.allowed:
-            raise Failed(f"wrong result: error {error:.1e} where {self.allowed:.1e} is allowed")
-        return error
+        """The error; `Failed` where it is beyond what is allowed."""
+        return gate("the logits", self.error(logits), self.allowed)
 
 
 @dataclass

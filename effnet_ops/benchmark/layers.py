@@ -23,10 +23,11 @@ import effnet_ops
 from effnet_ops.benchmark import models
 from effnet_ops.benchmark.calibration import Peaks, measure_peaks
 from effnet_ops.benchmark.comparison import Process, Report, Settings, prepare, run_name
+from effnet_ops.benchmark.gate import gate, relative_error
 from effnet_ops.benchmark.providers import DTYPES, Job
 from effnet_ops.benchmark.rows import Row
 from effnet_ops.benchmark.timing import percentiles
-from effnet_ops.benchmark.worker import LEAST, WARM_UP, Failed
+from effnet_ops.benchmark.worker import LEAST, WARM_UP
 from effnet_ops.params import ConvNormParams
 from effnet_ops.surgery.folded import fold
 from effnet_ops.surgery.fused import BlockPlan, FusedLayer, Unfit, conv_norm_params, describe
@@ -298,9 +299,7 @@ def _call(name: str, part: _Part, dtype: torch.dtype) -> Call:
     with effnet_ops.use_backend("reference"), FlopCounterMode(display=False) as counter:
         exact = part.function(exact_tensors)
     run = torch.inference_mode()(lambda: part.function(tensors))
-    error, allowed = models.relative_error(run(), exact), BOUNDS[str(dtype).removeprefix("torch.")]
-    if not error <= allowed:
-        raise Failed(f"wrong result of {name}: error {error:.1e} where {allowed:.1e} is allowed")
+    error = gate(name, relative_error(run(), exact), BOUNDS[str(dtype).removeprefix("torch.")])
     elements = exact.numel() + sum(value.numel() for value in tensors.values())
     shape = f"{_size(tuple(tensors['x'].shape))} -> {_size(tuple(exact.shape))}"
     if part.operation == "depthwise":

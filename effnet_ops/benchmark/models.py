@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from effnet_ops.checks import unknown_name
 from effnet_ops.models.family import MEMBERS
@@ -77,8 +77,3 @@ def with_statistics(model: nn.Module, resolution: int) -> nn.Module:
         norm.running_var.mul_(torch.empty_like(norm.running_var).uniform_(0.6, 1.6))
         norm.running_mean.add_(torch.randn_like(norm.running_mean) * norm.running_var.sqrt() * 0.1)
     return model.eval()
-
-
-def relative_error(out: Tensor, ref: Tensor) -> float:
-    """||out - ref|| / ||ref||, in fp64."""
-    return ((out.double() - ref.double()).norm() / ref.double().norm().clamp_min(1e-30)).item()

@@ -28,10 +28,6 @@ class Round:
     idle_load: float
 
 
-class Failed(RuntimeError):
-    """What went wrong inside a worker, as one line."""
-
-
 def send(connection: Connection, value: Any) -> None:
     """Send by plain pickle: PyTorch makes ``Connection.send`` share tensors, which needs common ancestors."""
     connection.send_bytes(pickle.dumps(value))

@@ -15,11 +15,11 @@ from rich.table import Table
 from effnet_ops.benchmark import models
 from effnet_ops.benchmark.calibration import Peaks
 from effnet_ops.benchmark.comparison import Report, Settings, compare
+from effnet_ops.benchmark.gate import Failed
 from effnet_ops.benchmark.layers import NETWORK, profile
 from effnet_ops.benchmark.providers import DTYPES, PROVIDERS, Provider
 from effnet_ops.benchmark.rows import Results, Row, cpu_model, environment
 from effnet_ops.benchmark.timing import ratio
-from effnet_ops.benchmark.worker import Failed
 from effnet_ops.checks import unknown_name
 from effnet_ops.cli.console import console, fail, need
 
