@@ -28,9 +28,15 @@ class Peaks(NamedTuple):
     copy: float
 
     def of(self, dtype: str, isa: str | None = None) -> float:
-        """GFLOP/s that kernels in ``dtype`` could reach with an instruction set, by default the one in use."""
-        isa = isa or _native.module.isa()
-        return self.multiply_adds.get((isa, dtype)) or self.multiply_adds[isa, "float32"]
+        """GFLOP/s that kernels in ``dtype`` could reach with an instruction set, by default with the best for it.
+
+        float32's where there are no instructions for ``dtype``.
+        """
+        found = {
+            kind: [peak for (name, kind_), peak in self.multiply_adds.items() if kind_ == kind and isa in (None, name)]
+            for kind in (dtype, "float32")
+        }
+        return max(found[dtype] or found["float32"])
 
     def rows(self) -> list[Row]:
         rows = [

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import effnet_ops
 from effnet_ops.benchmark import models, worker
 from effnet_ops.benchmark.gate import Failed, gate, relative_error
 from effnet_ops.benchmark.providers import DTYPES, Job, Provider, export_onnx
@@ -114,7 +115,7 @@ class Reference:
     def __init__(self, model: nn.Module, inputs: Sequence[Tensor], dtype: str) -> None:
         exact_model = copy.deepcopy(model).double()
         rounded_model = copy.deepcopy(model).to(DTYPES[dtype])
-        with torch.inference_mode():
+        with torch.inference_mode(), effnet_ops.use_backend("reference"):
             self.logits = [exact_model(x.double()) for x in inputs]
             stock = [rounded_model(x.to(DTYPES[dtype])) for x in inputs]
         self.allowed = 2 * self.error(stock) + FLOOR[dtype]

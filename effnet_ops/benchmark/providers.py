@@ -7,6 +7,7 @@ the memory layout, both are built and the faster one is kept.
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+import effnet_ops
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -119,8 +122,6 @@ def _compile_max_autotune(job: Job) -> Iterator[Runner]:
 
 
 def _replace_layers(job: Job) -> Iterator[Runner]:
-    import effnet_ops
-
     for layout in LAYOUTS:
         model = _in_layout(job, layout)
         effnet_ops.replace_layers(model)
@@ -128,8 +129,6 @@ def _replace_layers(job: Job) -> Iterator[Runner]:
 
 
 def _optimize_for_inference(job: Job) -> Iterator[Runner]:
-    import effnet_ops
-
     dtype = None if job.dtype == "float32" else DTYPES[job.dtype]
     for layout in LAYOUTS:
         model = effnet_ops.optimize_for_inference(_in_layout_float32(job, layout), dtype=dtype)
@@ -192,9 +191,7 @@ PROVIDERS = {
 
 def export_onnx(job: Job) -> None:
     """Write the job's model as ONNX, with its BatchNorms folded by the exporter."""
-    import warnings
-
-    with warnings.catch_warnings(), torch.inference_mode():
+    with warnings.catch_warnings(), torch.inference_mode(), effnet_ops.use_backend("reference"):
         warnings.simplefilter("ignore")
         # The exporter behind torch.export needs one more package and gives the runtimes no faster graph.
         torch.onnx.export(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import pickle
 import time
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import effnet_ops
 from effnet_ops.benchmark.providers import Job, Provider, Runner
 from effnet_ops.benchmark.timing import interleave
 
@@ -63,6 +65,10 @@ class Measured:
 
     def __init__(self, provider: Provider, job: Job) -> None:
         torch.set_num_threads(job.threads)
+        self._backend = contextlib.ExitStack()
+        if not provider.ours:
+            # Peers run our own models as plain PyTorch, as everybody else's are.
+            self._backend.enter_context(effnet_ops.use_backend("reference"))
         self._inputs = job.inputs()
         self._runner = _fastest(list(provider.candidates(job)), self._inputs[0])
         self._prepared = [self._runner.prepare(x) for x in self._inputs]

@@ -16,7 +16,7 @@ from effnet_ops.benchmark import models
 from effnet_ops.benchmark.calibration import Peaks
 from effnet_ops.benchmark.comparison import Report, Settings, compare
 from effnet_ops.benchmark.gate import Failed
-from effnet_ops.benchmark.layers import NETWORK, profile
+from effnet_ops.benchmark.layers import FUNCTION, NETWORK, profile
 from effnet_ops.benchmark.providers import DTYPES, PROVIDERS, Provider
 from effnet_ops.benchmark.rows import Results, Row, cpu_model, environment
 from effnet_ops.benchmark.timing import ratio
@@ -167,7 +167,7 @@ def show(settings: Settings, rows: Sequence[Row]) -> None:
         caption="ms and ratios: median (20th to 80th percentile); a ratio says how many times as long it takes.",
     )
     for heading in ("", "ms", *(f"over {name}" for name in OURS), "peak MB", "error", ""):
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, overflow="fold", no_wrap=not table.columns)
     for row in sorted(rows, key=lambda row: row.p50 or float("inf")):
         memory = "" if row.peak_rss_bytes is None else f"{row.peak_rss_bytes / 1e6:.1f}"
         error = "" if row.error is None else f"{row.error:.1e}"
@@ -190,19 +190,26 @@ def _over(row: Row, rows: Sequence[Row], name: str) -> str:
 
 
 def show_layers(settings: Settings, peaks: Peaks, rows: Sequence[Row]) -> None:
-    """Each layer's time and rate; the bound is what its operations and bytes would take at the machine's peaks."""
+    """Each layer's time, and its rates beside the machine's peaks: first in the running network, then alone."""
     flops, copy = peaks.of(settings.dtype), peaks.copy
-    table = Table(
-        title=f"Layers of {_title(settings)}; peaks: {flops:.0f} GFLOP/s, copy {copy:.1f} GB/s",
-        title_justify="left",
-        caption=f"{NETWORK}: inside the running network. function: alone, its data in cache.",
-    )
-    for heading in ("", "layer", "kind", "shape", "ms", "GFLOP/s", "of peak", "GB/s", "of copy"):
-        table.add_column(heading, justify="right" if heading in ("GFLOP/s", "of peak", "GB/s", "of copy") else "left")
-    for row in rows:
-        name = (row.layer or "").removeprefix(settings.model).strip()
-        ms = f"{row.p50:.3f} ({row.p20:.3f} to {row.p80:.3f})"
-        compute = (f"{row.gflop_per_s:.1f}", f"{row.percent_of_fma_peak:.0f} %") if row.flops else ("", "")
-        moved = (f"{row.gb_per_s:.1f}", f"{row.percent_of_copy_peak:.0f} %") if row.bytes else ("", "")
-        table.add_row(row.provider, name, row.operation, row.shape, ms, *compute, *moved)
-    console.print(table)
+    headings = {NETWORK: f"inside {NETWORK}'s network", FUNCTION: "functions alone, their data in cache"}
+    for provider, heading in headings.items():
+        table = Table(
+            title=f"{_title(settings)}: {heading}; peaks: {flops:.0f} GFLOP/s, copy {copy:.1f} GB/s",
+            title_justify="left",
+        )
+        for name in ("layer", "kind", "shape"):
+            table.add_column(name, overflow="fold")
+        for name in ("ms", "GFLOP/s (of peak)", "GB/s (of copy)"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for row in rows:
+            if row.provider == provider:
+                table.add_row(row.layer.removeprefix(settings.model).strip(), row.operation, row.shape, *_rates(row))
+        if table.row_count:
+            console.print(table)
+
+
+def _rates(row: Row) -> tuple[str, str, str]:
+    compute = f"{row.gflop_per_s:.1f} ({row.percent_of_fma_peak:.0f} %)" if row.flops else ""
+    moved = f"{row.gb_per_s:.1f} ({row.percent_of_copy_peak:.0f} %)" if row.bytes else ""
+    return f"{row.p50:.3f}", compute, moved
