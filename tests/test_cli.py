@@ -55,7 +55,7 @@ def coffee() -> Image.Image:
 def test_version_and_help_name_every_command() -> None:
     assert run("--version").output.strip() == f"effnet-ops {effnet_ops.__version__}"
     help_text = run("--help").output
-    for command in ("info", "check", "classify", "summary", "demo"):
+    for command in ("info", "check", "classify", "summary", "demo", "bench"):
         assert command in help_text
 
 
