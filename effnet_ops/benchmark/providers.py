@@ -108,7 +108,8 @@ def _compile(job: Job, freezing: bool = False, mode: str | None = None) -> Itera
 
     torch._inductor.config.freezing = freezing
     for layout in LAYOUTS:
-        compiled = torch.compile(_in_layout(job, layout), mode=mode)
+        # Else the second layout would make the strides of both symbolic.
+        compiled = torch.compile(_in_layout(job, layout), mode=mode, dynamic=False)
         yield _torch_runner(compiled, layout, DTYPES[job.dtype], layout)
 
 
@@ -131,12 +132,8 @@ def _replace_layers(job: Job) -> Iterator[Runner]:
 def _optimize_for_inference(job: Job) -> Iterator[Runner]:
     dtype = None if job.dtype == "float32" else DTYPES[job.dtype]
     for layout in LAYOUTS:
-        model = effnet_ops.optimize_for_inference(_in_layout_float32(job, layout), dtype=dtype)
+        model = effnet_ops.optimize_for_inference(job.model().to(memory_format=LAYOUTS[layout]), dtype=dtype)
         yield _torch_runner(model, layout, torch.float32, layout)
-
-
-def _in_layout_float32(job: Job, layout: str) -> nn.Module:
-    return job.model().to(memory_format=LAYOUTS[layout])
 
 
 def _onnxruntime(job: Job) -> Iterator[Runner]:
@@ -193,7 +190,7 @@ def export_onnx(job: Job) -> None:
     """Write the job's model as ONNX, with its BatchNorms folded by the exporter."""
     with warnings.catch_warnings(), torch.inference_mode(), effnet_ops.use_backend("reference"):
         warnings.simplefilter("ignore")
-        # The exporter behind torch.export needs one more package and gives the runtimes no faster graph.
+        # By TorchScript: the exporter behind torch.export needs onnxscript beside onnx.
         torch.onnx.export(
             job.model(), (job.inputs()[0],), job.onnx, dynamo=False, input_names=["x"], output_names=["y"]
         )
