@@ -96,7 +96,7 @@ def _lines(
     """A line a provider; None where there are fewer than two values of x."""
     if len({x(row) for row in rows}) < 2:
         return None
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    figure = Figure(figsize=(8.0, 4.2), layout="constrained")
     axes = figure.subplots()
     for provider in _distinct(row.provider for row in rows):
         points = sorted((x(row), y(row)) for row in rows if row.provider == provider)
@@ -109,7 +109,7 @@ def _lines(
     axes.set_xlabel(labels[0])
     axes.set_ylabel(labels[1])
     axes.set_title(title)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8)
     return figure
 
 
@@ -139,7 +139,7 @@ def _models(rows: Sequence[Row]) -> Figure | None:
     models, providers = _distinct(row.operation for row in rows), _distinct(row.provider for row in rows)
     if len(models) < 2:
         return None
-    figure = Figure(figsize=(max(6.4, 1.6 * len(models)), 4.2), layout="constrained")
+    figure = Figure(figsize=(max(8.0, 2.0 * len(models)), 4.2), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(providers)
     for index, provider in enumerate(providers):
@@ -155,7 +155,7 @@ def _models(rows: Sequence[Row]) -> Figure | None:
     axes.set_xticks([at + 0.4 - width / 2 for at in range(len(models))], models, rotation=20, fontsize=8)
     axes.set_ylabel("time over the fastest peer's (cut at 4)")
     axes.set_title(f"batch 1, float32, {threads} threads")
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8)
     return figure
 
 
