@@ -108,8 +108,7 @@ def check_parameter(name: str, p: Tensor | None, shape: Sequence[int | None], x:
         raise TypeError(f"{name} must be a tensor, got {type(p).__name__}")
     size = p.shape
     if size != shape and (
-        len(size) != len(shape)
-        or any(want is not None and want != got for want, got in zip(shape, size, strict=True))
+        len(size) != len(shape) or any(want is not None and want != got for want, got in zip(shape, size, strict=True))
     ):
         wanted = ", ".join("any" if want is None else str(want) for want in shape)
         raise ValueError(f"{name} must have shape ({wanted}), got {tuple(p.shape)} for x of shape {tuple(x.shape)}")

@@ -1,7 +1,7 @@
 """Weights in the order in which the CPU kernels read them: packed once, multiplied often.
 
-A product's weight (columns, depth) becomes panels of 16 columns: (panels, depth, 16), with zeros behind the last column. For
-bfloat16, neighbouring terms lie beside each other, since one instruction multiplies and adds such pairs:
+A product's weight (columns, depth) becomes panels of 16 columns: (panels, depth, 16), with zeros behind the last column.
+For bfloat16, neighbouring terms lie beside each other, since one instruction multiplies and adds such pairs:
 (panels, ceil(depth / 2), 16, 2). The layout is the same for every processor.
 """
 

@@ -1,4 +1,4 @@
-"""Packed weights and the operators on them, on every instruction set that this machine has, against the fp64 reference."""
+"""Packed weights and the operators on them, on every instruction set of this machine, against the fp64 reference."""
 
 from __future__ import annotations
 
@@ -224,4 +224,6 @@ def test_silu_over_the_whole_range(isa: str) -> None:
     assert (error[inside] <= bound[inside]).all()
     assert (error[~inside] < 6e-37).all()
     special = silu_of(torch.tensor([torch.inf, torch.nan, -torch.inf, 0.0, -0.0]))
-    assert special[0] == torch.inf and special[1:3].isnan().all() and torch.equal(special[3:], torch.tensor([0.0, -0.0]))
+    assert (
+        special[0] == torch.inf and special[1:3].isnan().all() and torch.equal(special[3:], torch.tensor([0.0, -0.0]))
+    )

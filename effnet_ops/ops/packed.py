@@ -73,7 +73,9 @@ def reference_mbconv(
 
 def _mbconv_fake(x: Tensor, *args: Any) -> Tensor:
     depthwise_weight, project_bias, stride, padding = args[2], args[9], args[10], args[11]
-    return _library.empty_result(x, (x.shape[0], project_bias.shape[0], *_size(x, depthwise_weight.shape[:2], stride, padding)))
+    return _library.empty_result(
+        x, (x.shape[0], project_bias.shape[0], *_size(x, depthwise_weight.shape[:2], stride, padding))
+    )
 
 
 def _size(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> tuple[int, int]:
@@ -107,7 +109,13 @@ def reference_convolution(
 
 
 def _convolution_fake(
-    x: Tensor, weight: Tensor, bias: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], *_: Any
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    *_: Any,
 ) -> Tensor:
     size = (x.shape[0], bias.shape[0], *_size(x, kernel, stride, padding))
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
@@ -136,7 +144,9 @@ _mbconv_operator = _define(
     _mbconv_fake,
 )
 _pointwise_operator = _define(
-    "pointwise_packed(Tensor x, Tensor weight, Tensor bias, str activation) -> Tensor", reference_pointwise, _pointwise_fake
+    "pointwise_packed(Tensor x, Tensor weight, Tensor bias, str activation) -> Tensor",
+    reference_pointwise,
+    _pointwise_fake,
 )
 _convolution_operator = _define(
     "convolution_packed(Tensor x, Tensor weight, Tensor bias, int[] kernel, int[] stride, int[] padding, "
@@ -187,4 +197,8 @@ def pointwise(x: Tensor, *args: Any) -> Tensor:
 def convolution(x: Tensor, weight: Tensor, bias: Tensor, *args: Any) -> Tensor:
     """activation(conv(x) + b), channels_last; ``args`` are kernel, stride, padding and activation."""
     fit = weight.dtype is reference.compute_dtype(x.dtype)
-    return _library.call(_convolution_operator, x, weight, bias, *args) if fit else reference_convolution(x, weight, bias, *args)
+    return (
+        _library.call(_convolution_operator, x, weight, bias, *args)
+        if fit
+        else reference_convolution(x, weight, bias, *args)
+    )

@@ -13,7 +13,7 @@ from effnet_ops.reference.activation import activate, compute_dtype
 def convolution(
     x: Tensor, weight: Tensor, bias: Tensor, stride: Sequence[int], padding: Sequence[int], activation: str
 ) -> Tensor:
-    """activation(conv(x) + bias) for x (N, Cin, H, W), weight (Cout, Cin, kh, kw), padding (top, bottom, left, right)."""
+    """activation(conv(x) + bias), x (N, Cin, H, W), weight (Cout, Cin, kh, kw), padding (top, bottom, left, right)."""
     dtype = compute_dtype(x.dtype)
     top, bottom, left, right = padding
     x_padded = F.pad(x.to(dtype), (left, right, top, bottom))

@@ -1,12 +1,12 @@
 """What `optimize_for_inference` puts in the place of layers: the same computation with the normalisations folded in.
 
-Weights of products are packed (see `effnet_ops.packing`), for the dtype of the activations: bf16 in pairs, fp16 in fp32.
+Weights of products are packed (see `effnet_ops.packing`) for the dtype of the activations: bf16 in pairs, fp16 in fp32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -245,7 +245,9 @@ class FoldedMBConv(Folded):
 
     def _product_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
         """The gate is computed in fp32 (fp64 for fp64), as the pool is that it comes from."""
-        return compute_dtype(dtype) if name in ("reduce_weight", "excite_weight") else super()._product_dtype(name, dtype)
+        return (
+            compute_dtype(dtype) if name in ("reduce_weight", "excite_weight") else super()._product_dtype(name, dtype)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.cast(x)
