@@ -1,6 +1,6 @@
 """Weights in the order in which the CPU kernels read them: packed once, multiplied often.
 
-A product's weight (columns, depth) becomes panels of 16 columns: (panels, depth, 16), with zeros behind the last column.
+A product has a weight (columns, depth), in panels of 16 columns: (panels, depth, 16), zeros behind the last column.
 For bfloat16, neighbouring terms lie beside each other, since one instruction multiplies and adds such pairs:
 (panels, ceil(depth / 2), 16, 2). The layout is the same for every processor.
 """
