@@ -37,6 +37,7 @@ class _Trunk(nn.Module):
         layers.check_rate("drop_path_rate", drop_path_rate)
         self.spec = spec
         self.in_chans = _checked_count("in_chans", in_chans, minimum=1)
+        self.drop_path_rate = drop_path_rate
         self.grad_checkpointing = False
         padding = "same" if spec.convention.padding == "same" else 1
         self.conv_stem = layers.dense_conv(in_chans, spec.stem_channels, 3, 2, padding)

@@ -17,7 +17,7 @@ class Layer(NamedTuple):
     """One convolution (or the classifier, a product on one pixel) with the normalisation that follows it.
 
     ``stage`` is "stem", "stage 1" ..., "head". ``path`` is timm's name. ``on_path`` is False for
-    squeeze-and-excitation, which sees a pooled image.
+    squeeze-and-excitation, which sees a pooled image. ``residual``: the block's input is added to the layer's output.
     """
 
     stage: str
@@ -33,6 +33,7 @@ class Layer(NamedTuple):
     in_size: tuple[int, int]
     out_size: tuple[int, int]
     on_path: bool = True
+    residual: bool = False
 
     @property
     def parameters(self) -> int:
@@ -84,9 +85,8 @@ def walk(net: Network, resolution: int | tuple[int, int]) -> Iterator[Layer]:
     size = out
     for stage, blocks in enumerate(spec.stages()):
         for index, block in enumerate(blocks):
-            out = _conv_size(size, block.kernel_size, block.stride, padding)
-            yield from _block(f"stage {stage + 1}", f"blocks.{stage}.{index}", block, size, out)
-            size = out
+            yield from block_layers(f"stage {stage + 1}", f"blocks.{stage}.{index}", block, size, padding)
+            size = _conv_size(size, block.kernel_size, block.stride, padding)
     if net.num_classes is None:
         return
     head = spec.head_channels
@@ -95,7 +95,9 @@ def walk(net: Network, resolution: int | tuple[int, int]) -> Iterator[Layer]:
         yield Layer("head", "classifier", "linear", head, net.num_classes, 1, 1, 1, True, False, (1, 1), (1, 1))
 
 
-def _block(stage: str, path: str, block: BlockSpec, size: tuple[int, int], out: tuple[int, int]) -> Iterator[Layer]:
+def block_layers(stage: str, path: str, block: BlockSpec, size: tuple[int, int], padding: str) -> Iterator[Layer]:
+    """The layers of one block for an input map of ``size`` (height, width)."""
+    out = _conv_size(size, block.kernel_size, block.stride, padding)
     wide, k = block.expanded_channels, block.kernel_size
     if block.expands:
         yield _pointwise(stage, f"{path}.conv_pw", block.in_channels, wide, size)
@@ -106,7 +108,7 @@ def _block(stage: str, path: str, block: BlockSpec, size: tuple[int, int], out: 
                 stage, f"{path}.se.{name}", "squeeze_excite", *channels, 1, 1, 1, True, False, (1, 1), (1, 1), False
             )
     project = "conv_pwl" if block.expands else "conv_pw"
-    yield _pointwise(stage, f"{path}.{project}", wide, block.out_channels, out)
+    yield _pointwise(stage, f"{path}.{project}", wide, block.out_channels, out)._replace(residual=block.residual)
 
 
 def _pointwise(stage: str, path: str, in_channels: int, out_channels: int, size: tuple[int, int]) -> Layer:
