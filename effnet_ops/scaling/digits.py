@@ -15,12 +15,12 @@ from effnet_ops.scaling.objective import Score
 TINY = ScaledSpec(
     ArchitectureSpec(
         stages=(
-            StageSpec(repeats=1, kernel_size=3, stride=1, expand_ratio=1, out_channels=16),
-            StageSpec(repeats=2, kernel_size=3, stride=2, expand_ratio=3, out_channels=24),
-            StageSpec(repeats=2, kernel_size=3, stride=2, expand_ratio=3, out_channels=40),
+            StageSpec(repeats=1, kernel_size=3, stride=1, expand_ratio=1, out_channels=32),
+            StageSpec(repeats=2, kernel_size=3, stride=2, expand_ratio=2, out_channels=48),
+            StageSpec(repeats=2, kernel_size=3, stride=2, expand_ratio=2, out_channels=64),
         ),
-        stem_channels=16,
-        head_channels=96,
+        stem_channels=32,
+        head_channels=128,
     ),
     resolution=12,
     dropout=0.0,
@@ -54,12 +54,12 @@ class DigitsTraining:
         noise: standard deviation of the noise on training images and scored ones; the images have deviation 1.
     """
 
-    train: int = 300
+    train: int = 400
     test: int = 1000
-    epochs: int = 12
-    batch: int = 50
-    learning_rate: float = 4e-3
-    noise: float = 1.0
+    epochs: int = 10
+    batch: int = 25
+    learning_rate: float = 1e-2
+    noise: float = 0.5
 
     def __call__(self, spec: ScaledSpec, seed: int) -> Score:
         threads = torch.get_num_threads()
@@ -81,7 +81,7 @@ class DigitsTraining:
         model = create_model(spec, num_classes=10, in_chans=1).to(memory_format=torch.channels_last)
         optimizer = torch.optim.AdamW(model.parameters(), self.learning_rate, weight_decay=0.02)
         steps = self.epochs * -(-self.train // self.batch)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.learning_rate, total_steps=steps)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.learning_rate, steps, pct_start=0.15)
         curve = []
         for _ in range(self.epochs):
             model.train()

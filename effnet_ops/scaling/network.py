@@ -80,13 +80,13 @@ def walk(net: Network, resolution: int | tuple[int, int]) -> Iterator[Layer]:
     spec = net.spec
     size = (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
     padding, stem = spec.convention.padding, spec.stem_channels
-    out = _conv_size(size, 3, 2, padding)
+    out = conv_size(size, 3, 2, padding)
     yield Layer("stem", "conv_stem", "conv", net.in_chans, stem, 3, 2, 1, False, True, size, out)
     size = out
     for stage, blocks in enumerate(spec.stages()):
         for index, block in enumerate(blocks):
             yield from block_layers(f"stage {stage + 1}", f"blocks.{stage}.{index}", block, size, padding)
-            size = _conv_size(size, block.kernel_size, block.stride, padding)
+            size = conv_size(size, block.kernel_size, block.stride, padding)
     if net.num_classes is None:
         return
     head = spec.head_channels
@@ -97,7 +97,7 @@ def walk(net: Network, resolution: int | tuple[int, int]) -> Iterator[Layer]:
 
 def block_layers(stage: str, path: str, block: BlockSpec, size: tuple[int, int], padding: str) -> Iterator[Layer]:
     """The layers of one block for an input map of ``size`` (height, width)."""
-    out = _conv_size(size, block.kernel_size, block.stride, padding)
+    out = conv_size(size, block.kernel_size, block.stride, padding)
     wide, k = block.expanded_channels, block.kernel_size
     if block.expands:
         yield _pointwise(stage, f"{path}.conv_pw", block.in_channels, wide, size)
@@ -115,7 +115,8 @@ def _pointwise(stage: str, path: str, in_channels: int, out_channels: int, size:
     return Layer(stage, path, "pointwise", in_channels, out_channels, 1, 1, 1, False, True, size, size)
 
 
-def _conv_size(size: tuple[int, int], kernel: int, stride: int, padding: str) -> tuple[int, int]:
+def conv_size(size: tuple[int, int], kernel: int, stride: int, padding: str) -> tuple[int, int]:
+    """Height and width behind a convolution padded "symmetric" (half the kernel) or "same" (TensorFlow's)."""
     sides = () if padding == "same" else (kernel // 2,) * 4
     resolved = resolve_padding(sides, size, (kernel,) * 2, (stride,) * 2, (1, 1))
     return output_size(size, (kernel,) * 2, (stride,) * 2, resolved, (1, 1))
