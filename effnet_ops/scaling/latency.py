@@ -1,13 +1,14 @@
 """Milliseconds instead of multiply-adds: a table of this machine's times by layer, and predictions from it.
 
-A layer here is what users' models call as one module: the stem, a block, or the head. Each is timed inside the
-interleaved rounds of `measure_rounds`, on an input that was written just before, as in a network; nothing in here knows
-which kernels run.
+A layer here is what users' models call as one module: the stem, a block, or the head. Each is timed in the interleaved
+rounds of `measure_rounds`, on what the layer in front of it has just written: with caches and threads as a network
+leaves them. Nothing in here knows which kernels run.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import glob
 import hashlib
 import json
@@ -19,7 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -64,10 +65,10 @@ class Unit(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Something to time: ``prepare`` runs before each call and is not counted."""
+    """Something to time: ``call`` on what ``prepare`` gives, which is not counted."""
 
-    prepare: Callable[[], object]
-    call: Callable[[], object]
+    prepare: Callable[[], Any]
+    call: Callable[[Any], object]
 
 
 @dataclass(frozen=True)
@@ -200,15 +201,21 @@ class LatencyTable:
     ) -> Mapping[str, Timing]:
         steps: dict[str, Step] = {}
         for index, spec in enumerate(specs):
-            missing = {u.key: u for u in units(spec, resolution) if u.key not in self.entries and u.key not in steps}
+            path = units(spec, resolution)
+            missing = {unit.key for unit in path} - self.entries.keys() - steps.keys()
             if not missing and not networks:
                 continue
             model = self.build(spec)
-            for key, unit in missing.items():
-                steps[key] = self._step(_part(model, unit.name), unit.in_shape)
+            image = self._random(path[0].in_shape)
             if networks:
-                side = base_spec(spec).resolution if resolution is None else resolution
-                steps[f"network {index}"] = self._step(model, (3, side, side))
+                steps[f"network {index}"] = Step(image.clone, model)
+            prepare = image.clone
+            for before, unit in zip([None, *path], path, strict=False):
+                if before is not None:
+                    prepare = functools.partial(_part(model, before.name), self._random(before.in_shape))
+                if unit.key in missing:
+                    missing.discard(unit.key)
+                    steps[unit.key] = Step(prepare, _part(model, unit.name))
         with self._running():
             timings = measure_rounds(steps, self.rounds, self._synchronize)
         for key, timing in timings.items():
@@ -232,11 +239,9 @@ class LatencyTable:
             return optimize_for_inference(model, dtype=None if self.dtype == torch.float32 else self.dtype)
         return model.to(self.dtype)
 
-    def _step(self, call: Callable[[Tensor], object], shape: tuple[int, int, int]) -> Step:
-        source = torch.randn(self.batch, *shape, device=self.device, dtype=self.dtype)
-        source = source.to(memory_format=torch.channels_last)
-        x = torch.empty_like(source)
-        return Step(lambda: x.copy_(source), lambda: call(x))
+    def _random(self, shape: tuple[int, int, int]) -> Tensor:
+        values = torch.randn(self.batch, *shape, device=self.device, dtype=self.dtype)
+        return values.to(memory_format=torch.channels_last)
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
@@ -272,12 +277,12 @@ def measure_rounds(steps: Mapping[str, Step], rounds: int, synchronize: Callable
 
 
 def _call(step: Step, synchronize: Callable[[], None]) -> tuple[float, float]:
-    """Seconds of one call, and the seconds that its threads waited for a processor relative to that."""
-    step.prepare()
-    synchronize()
+    """Seconds of one call, and the seconds that threads waited for a processor since its preparation, relative to that."""
     waited = _waited()
+    x = step.prepare()  # last before the call: threads that have slept since then would have to wake up in it
+    synchronize()
     start = time.perf_counter()
-    step.call()
+    step.call(x)
     synchronize()
     seconds = time.perf_counter() - start
     return seconds, (_waited() - waited) / seconds
@@ -360,8 +365,8 @@ def machine_peaks(dtype: torch.dtype = torch.float32, device: str | torch.device
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     source, target = (torch.ones(elements, device=device) for _ in range(2))
     steps = {
-        "product": Step(lambda: None, lambda: torch.mm(a, b)),
-        "copy": Step(lambda: None, lambda: target.copy_(source)),
+        "product": Step(lambda: a, lambda a: torch.mm(a, b)),
+        "copy": Step(lambda: source, target.copy_),
     }
     best = dict.fromkeys(steps, math.inf)
 
