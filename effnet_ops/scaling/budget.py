@@ -20,6 +20,7 @@ UNITS: dict[str, tuple[str, float]] = {
 }
 """Each unit with what it measures and its size in multiply-adds, parameters, bytes or seconds."""
 
+_AMOUNT = re.compile(r"\s*([0-9.]+(?:[eE][-+]?[0-9]+)?)\s*([A-Za-z]+)\s*")
 _SHOWN = {"macs": "MACs", "parameters": "params", "memory": "B"}
 KINDS = ("macs", "parameters", "memory", "latency")
 
@@ -49,7 +50,7 @@ class Budget:
         """
         if isinstance(text, Budget):
             return text
-        found = re.fullmatch(r"\s*([0-9.]+(?:[eE][-+]?[0-9]+)?)\s*([A-Za-z]+)\s*", text) if isinstance(text, str) else None
+        found = _AMOUNT.fullmatch(text) if isinstance(text, str) else None
         if found is None:
             raise ValueError(f"a budget is a number and a unit, such as 2GMACs, 15ms or 20Mparams; got {text!r}")
         unit = found[2].replace("parameters", "params")

@@ -1,4 +1,4 @@
-"""A task that every machine has: the 1797 handwritten digits of scikit-learn, for small networks of the family's kind."""
+"""A task on every machine: the 1797 handwritten digits of scikit-learn, for small networks of the family's kind."""
 
 from __future__ import annotations
 

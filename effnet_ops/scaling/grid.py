@@ -7,7 +7,6 @@ import os
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from effnet_ops.models import ScaledSpec
@@ -94,7 +93,7 @@ def grid(
         raise ValueError(f"tolerance must lie in [0, 1), got {tolerance!r}")
     budget = None if budget is None else Budget.parse(budget)
     if budget is None:
-        if not 1.0 < target:
+        if not target > 1.0:
             raise ValueError(f"target must be larger than 1, got {target!r}")
         low, high = target * (1 - tolerance), target * (1 + tolerance)
     else:
@@ -192,5 +191,3 @@ def _checked_seeds(seeds: Sequence[int]) -> Sequence[int]:
 def _tags(point: GridPoint) -> dict[str, Any]:
     law = point.law
     return {"alpha": law.alpha, "beta": law.beta, "gamma": law.gamma}
-
-

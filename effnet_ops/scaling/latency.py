@@ -277,7 +277,7 @@ def measure_rounds(steps: Mapping[str, Step], rounds: int, synchronize: Callable
 
 
 def _call(step: Step, synchronize: Callable[[], None]) -> tuple[float, float]:
-    """Seconds of one call, and the seconds that threads waited for a processor since its preparation, relative to that."""
+    """Seconds of one call, and how long threads waited for a processor since its preparation, relative to that."""
     waited = _waited()
     x = step.prepare()  # last before the call: threads that have slept since then would have to wake up in it
     synchronize()

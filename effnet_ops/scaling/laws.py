@@ -182,7 +182,9 @@ def realised_axes(spec: str | ScaledSpec, base: str | ScaledSpec = "efficientnet
     spec, base = base_spec(spec), base_spec(base)
     stages, base_stages = spec.stages(), base_spec(base).stages()
     if len(stages) != len(base_stages):
-        raise ValueError(f"{spec.name} has {len(stages)} stages and {base.name} {len(base_stages)}: no axes relate them")
+        raise ValueError(
+            f"{spec.name} has {len(stages)} stages and {base.name} {len(base_stages)}: no axes relate them"
+        )
     depth = sum(map(len, stages)) / sum(map(len, base_stages))
     ratios = [a[-1].out_channels / b[-1].out_channels for a, b in zip(stages, base_stages, strict=True)]
     return Axes(depth, math.prod(ratios) ** (1 / len(ratios)), spec.resolution / base.resolution)

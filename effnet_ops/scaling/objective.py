@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from effnet_ops.models import ScaledSpec
@@ -13,7 +14,7 @@ class Score(NamedTuple):
     """How good a network is (larger is better), with what a results file shall keep beside it, as JSON takes it."""
 
     value: float
-    details: dict[str, Any] = {}
+    details: Mapping[str, Any] = MappingProxyType({})
 
 
 Objective = Callable[[ScaledSpec, int], float | Score]

@@ -159,7 +159,8 @@ def _gradients(model: EfficientNet | EfficientNetFeatures, side: int, channels: 
 
 
 def _effective(spec: ScaledSpec, name: str, gradient: Tensor, share: float) -> EffectiveField:
-    field = next(f for f in reversed(receptive_field(spec).layers) if f.name.startswith(f"{name}.") or _is_stem(f, name))
+    layers = receptive_field(spec).layers
+    field = layers[0] if name == "stem" else next(f for f in reversed(layers) if f.name.startswith(f"{name}."))
     center = _center(field, gradient.shape[0])
     positions = torch.arange(gradient.shape[0], dtype=torch.float64)
     distance = (positions - center).abs()
@@ -171,10 +172,6 @@ def _effective(spec: ScaledSpec, name: str, gradient: Tensor, share: float) -> E
     outside = (gradient[rings > (field.size - 1) / 2 + 0.5].sum() / total).item()
     size = min(int(2 * radius.item()) + 1, gradient.shape[0])
     return EffectiveField(name, field.stage, size, field.size, share, outside)
-
-
-def _is_stem(field: LayerReceptiveField, name: str) -> bool:
-    return name == "stem" and field.stage == "stem"
 
 
 def _center(field: LayerReceptiveField, side: int) -> float:

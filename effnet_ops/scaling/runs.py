@@ -8,15 +8,13 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from effnet_ops.models import ScaledSpec, spec_from_dict, spec_to_dict
 from effnet_ops.scaling.counters import count
@@ -123,7 +121,7 @@ def _run(job: Job, objective: Objective) -> Row:
         "macs": costs.macs,
         "parameters": costs.parameters,
         "score": score.value,
-        "details": score.details,
+        "details": dict(score.details),
         "seconds": round(time.perf_counter() - start, 2),
         "origin": origin(),
     }
@@ -131,11 +129,12 @@ def _run(job: Job, objective: Objective) -> Row:
 
 def _bar(rows: Iterator[Row], total: int, shown: bool) -> Iterator[Row]:
     """The rows, with a progress bar on stderr that knows the time left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
         task = bar.add_task("runs", total=total)
         for row in rows:
             yield row
             bar.update(task, advance=1, description=f"{row['seconds']:.1f} s a run")
-
-
