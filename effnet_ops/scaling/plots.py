@@ -88,6 +88,7 @@ def family() -> Figure:
         plot.set_xscale("log")
         _log_axis(plot.xaxis, (0.3, 1, 3, 10, 30))
         plot.set(xlabel="multiply-adds (billions)", ylabel="top-1 on ImageNet, published (%)")
+        plot.set_ylim(bottom=74)
         plot.legend(loc="lower right")
     return figure
 

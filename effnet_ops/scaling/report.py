@@ -216,8 +216,8 @@ def _balance() -> Section:
         "Published accuracies fit a curve on which each axis pays less the further it is turned: top-1 = "
         f"{fit.ceiling:.1f} - {fit.weights.depth:.2f} d^-{fit.power:.1f} - {fit.weights.width:.2f} w^-{fit.power:.1f} "
         f"- {fit.weights.resolution:.2f} r^-{fit.power:.1f}, with d, w, r relative to B0 after rounding. It misses its "
-        f"13 points by {fit.residual:.2f} % (root mean square). One axis alone cannot pass the ceiling that the other two "
-        "leave; turning all three raises it. It is a summary of ImageNet results, no law of nature."
+        f"13 points by {fit.residual:.2f} % (root mean square). One axis alone cannot pass the ceiling that the other "
+        "two leave; turning all three raises it. It is a summary of ImageNet results, no law of nature."
     )
     base = count("efficientnet_b0").macs
     rows = []
