@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from effnet_ops.checks import FLOAT_DTYPES, unknown_name
@@ -76,24 +77,18 @@ def measured(budget: str | Budget | None, measuring: Measuring) -> Iterator[Call
 
 
 def family() -> None:
-    table = Table(title="EfficientNets as released", title_justify="left")
-    for heading in ("", "width", "depth", "pixels", "blocks", "params (M)", "MACs (G)", "top-1 (%)"):
-        table.add_column(heading, justify="left" if heading == "" else "right")
-    for axis in Axes._fields:
-        table.add_column(f"phi of {axis}", justify="right")
+    table = Table(title="EfficientNets as released", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for heading in ("", "width", "depth", "pixels", "params (M)", "MACs (G)", "top-1", "phi d", "phi w", "phi r"):
+        table.add_column(heading, justify="left" if heading == "" else "right", no_wrap=True)
     for row in (*RELEASED, *LITE):
         spec, costs = row.spec, count(row.spec)
-        phis = implied_phi(spec)
-        blocks = sum(stage.blocks for stage in costs.stages)
         name = spec.name.removeprefix("efficientnet_")
-        cells = name, f"{spec.width:g}", f"{spec.depth:g}", str(spec.resolution), str(blocks)
-        costs_shown = f"{costs.parameters / 1e6:.2f}", f"{costs.macs / 1e9:.3f}", f"{row.top1:.1f}"
-        table.add_row(*cells, *costs_shown, *(f"{phi:.2f}" for phi in phis))
+        scaled = f"{spec.width:g}", f"{spec.depth:g}", str(spec.resolution)
+        figures = f"{costs.parameters / 1e6:.2f}", f"{costs.macs / 1e9:.3f}", f"{row.top1:.1f}"
+        table.add_row(name, *scaled, *figures, *(f"{phi:.2f}" for phi in implied_phi(spec)))
     console.print(table)
-    console.print(
-        "top-1: ImageNet, as published (arXiv 1905.11946; Lite: tensorflow/tpu). phi: log of an axis over the"
-    )
-    console.print("log of 1.2, 1.1 and 1.15; a network of the law would have three equal ones")
+    console.print("top-1: % of ImageNet, published (arXiv 1905.11946; Lite: tensorflow/tpu)")
+    console.print("phi d, w, r: where 1.2^phi, 1.1^phi, 1.15^phi are the depth, width, resolution")
 
 
 def plan(

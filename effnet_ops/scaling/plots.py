@@ -353,12 +353,13 @@ def scaled_candidates(
     return candidates
 
 
-def save(figure: Figure, folder: Path, name: str) -> None:
-    """Write ``name``.svg and ``name``.png (on white) into ``folder``."""
+def save(figure: Figure, folder: Path, name: str, formats: Sequence[str] = ("svg", "png")) -> None:
+    """Write the figure into ``folder``, once in each format, on white."""
     folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(folder / f"{name}.svg", facecolor="white", metadata={"Date": None, "Creator": None})
-        figure.savefig(folder / f"{name}.png", facecolor="white", dpi=160)
+        for kind in formats:
+            metadata = {"Date": None, "Creator": None} if kind == "svg" else None
+            figure.savefig(folder / f"{name}.{kind}", facecolor="white", dpi=160, metadata=metadata)
 
 
 def inline_svg(figure: Figure, name: str, description: str) -> str:
