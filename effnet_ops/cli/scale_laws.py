@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from effnet_ops.checks import FLOAT_DTYPES, unknown_name
@@ -77,7 +76,7 @@ def measured(budget: str | Budget | None, measuring: Measuring) -> Iterator[Call
 
 
 def family() -> None:
-    table = Table(title="EfficientNets as released", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title="EfficientNets as released", title_justify="left", box=None, padding=(0, 2, 0, 0))
     for heading in ("", "width", "depth", "pixels", "params (M)", "MACs (G)", "top-1", "phi d", "phi w", "phi r"):
         table.add_column(heading, justify="left" if heading == "" else "right", no_wrap=True)
     for row in (*RELEASED, *LITE):
