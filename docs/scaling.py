@@ -37,6 +37,11 @@ def values() -> dict[str, Any]:
     law, grid, axes = CompoundScaling(), grid_study(SHIPPED), axis_study(SHIPPED)
     tiny = count(TINY)
     factors = [point.macs / tiny.macs for point in grid.points]
+
+    def at(way: str, factor: float) -> Any:
+        rows = (row for row in axes.outcomes if row.contender.way == way)
+        return min(rows, key=lambda row: abs(row.contender.factor - factor))
+
     return {
         "x": lambda value: f"{value:.1f}x",
         "pct": lambda value: f"{value:.0%}".replace("%", " %"),
@@ -49,6 +54,7 @@ def values() -> dict[str, Any]:
         "operations": list(plots.OPERATIONS),
         "shares": plots.shares(),
         "law": law,
+        **_smallest_step(law),
         "law_networks": [law.network(phi) for phi in range(8)],
         "released": [_released(row) for row in RELEASED],
         "table7": SCALED_B0,
@@ -61,6 +67,9 @@ def values() -> dict[str, Any]:
         "grid_high": f"{max(factors):.1f}",
         "grid_shown": [*grid.points[:5], *grid.points[-3:]],
         "axes": axes,
+        "at": at,
+        "duel": at("grid's best", 3).gain(at("resolution only", 3)),
+        "signed": lambda share: f"{100 * share:+.1f} points",
         "latency": _latency(),
     }
 
@@ -91,6 +100,12 @@ def _fields() -> dict[str, Any]:
         "near": lambda size: size if size < 10 else f"{10 * round(size / 10)}",
         "near_pct": lambda share: f"{-(-100 * share // 1):.0f} %",
     }
+
+
+def _smallest_step(law: CompoundScaling) -> dict[str, Any]:
+    network, base = law.network(0.001), law.network(0)
+    longer = (a.blocks > b.blocks for a, b in zip(network.count.stages, base.count.stages, strict=True))
+    return {"grown": sum(longer), "smallest": network.factor}
 
 
 def _released(row: Any) -> SimpleNamespace:

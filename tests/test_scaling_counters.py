@@ -20,7 +20,7 @@ from effnet_ops.models.spec import BlockSpec
 class Moved(TorchDispatchMode):
     """Adds up the elements of activations that operations read and write; views and shapes move nothing."""
 
-    FREE = ("detach", "view", "t.default", "expand", "_to_copy", "empty", "alias", "native_dropout")
+    FREE = ("detach", "view", "t.default", "expand", "_to_copy", "empty", "alias", "addmm")
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ def test_stock_bytes_are_what_a_stock_model_moves(name: str) -> None:
     model = on_meta(lambda: timm.create_model(name))
     with torch.no_grad(), Moved(model) as moved:
         model(torch.empty(1, 3, 224, 224, device="meta"))
-    assert scaling.count(name).stock_bytes == pytest.approx(4 * moved.elements, rel=0.01)
+    assert scaling.count(name).stock_bytes == pytest.approx(4 * moved.elements, rel=0.002)
 
 
 def saved_bytes(model: torch.nn.Module, x: torch.Tensor) -> int:
@@ -62,13 +62,10 @@ def saved_bytes(model: torch.nn.Module, x: torch.Tensor) -> int:
 
 
 def test_saved_bytes_are_what_training_keeps() -> None:
-    counted = scaling.count("efficientnet_b0", 64, batch=2)
-    x = torch.randn(2, 3, 64, 64)
-    # timm's SiLU runs in place of the normalisation's output, whose input is kept: one tensor a convolution as counted.
-    stock = saved_bytes(timm.create_model("efficientnet_b0"), x)
-    assert counted.stock_saved_bytes == pytest.approx(stock, rel=0.03)
-    fused = saved_bytes(effnet_ops.create_model("efficientnet_b0", drop_path_rate=0.0), x)
-    assert counted.fused_saved_bytes == pytest.approx(fused, rel=0.05)
+    stock = saved_bytes(timm.create_model("efficientnet_b0"), torch.randn(2, 3, 64, 64))
+    assert scaling.count("efficientnet_b0", 64, batch=2).stock_saved_bytes == pytest.approx(stock, rel=0.03)
+    fused = saved_bytes(effnet_ops.create_model("efficientnet_b0", drop_path_rate=0.0), torch.randn(1, 3, 160, 160))
+    assert scaling.count("efficientnet_b0", 160).fused_saved_bytes == pytest.approx(fused, rel=0.03)
 
 
 def test_published_traffic_of_b0() -> None:
@@ -146,9 +143,8 @@ SMALL = ScaledSpec(model_spec("efficientnet_b0").architecture, width=0.25, depth
 
 def test_effective_field_is_inside_the_theoretical_one_without_gates() -> None:
     fields = scaling.effective_receptive_field(SMALL, gates=False, draws=2)
-    assert [field.name for field in fields] == ["stem", *(f"blocks.{i}.0" for i in range(6)), "blocks.6.0"][
-        : len(fields)
-    ]
+    blocks = [f"blocks.{i}.{j}" for i, stage in enumerate(SMALL.stages()) for j in range(len(stage))]
+    assert [field.name for field in fields] == ["stem", *blocks]
     for field in fields:
         assert 1 <= field.size <= min(field.theoretical, 128)
         assert field.outside < 1e-9

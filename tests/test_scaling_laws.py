@@ -140,7 +140,7 @@ def test_pareto_front_takes_names_attributes_and_functions() -> None:
     front = pareto_front(specs, (lambda s: count(s).macs,), scaling.published_accuracy)
     assert [spec.name[-2:] for spec in front] == ["b0", "b1", "b3"]
     assert pareto_front([]) == []
-    with pytest.raises(ValueError, match="'macs' of .* is None, not a number"):
+    with pytest.raises(ValueError, match=r"'macs' of .* is None, not a number"):
         pareto_front([{"score": 1.0}])
     with pytest.raises(ValueError, match="is nan"):
         pareto_front([{"macs": math.nan, "score": 1.0}])

@@ -165,7 +165,7 @@ def _laws(law: CompoundScaling) -> Section:
         f"{law.growth:.2f}^phi times the multiply-adds. Repeats are rounded up, channels to multiples of 8, so at "
         f"phi = 1 the real network takes {one.factor:.2f}x, not {one.nominal_factor:.2f}x."
     )
-    caption = "Any phi above 0 adds a block to most stages at once; further up the two lines come together."
+    caption = "Any phi above 0 adds a block to every stage at once; further up the two lines come together."
     drawings = [Drawing("laws", caption, plots.laws(law))]
     return Section("The formula and the networks", [text], drawings, [Table(LAW_HEADINGS, law_rows(law))])
 
