@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pickle
 from typing import Any
 
 import torch
@@ -69,13 +68,20 @@ def load_model(path: Path) -> EfficientNet | EfficientNetFeatures:
     name = os.fspath(path)
     try:
         content = torch.load(name, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{name} is damaged or no file of PyTorch: {str(error).splitlines()[0]}") from None
+    except OSError:
+        raise
+    except Exception as error:  # a file of something else can make the unpickler raise anything
+        raise ValueError(f"{name} is damaged or no file of PyTorch: {first_line(error)}") from None
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ValueError(f"{name} was not written by effnet_ops.models.save_model")
     try:
         model = create_model(spec_from_dict(content["specification"]), **content["arguments"])
         model.to(next(iter(content["state"].values())).dtype).load_state_dict(content["state"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name} does not describe a network: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{name} does not describe a network: {first_line(error)}") from None
     return model
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line; PyTorch's go on with advice."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

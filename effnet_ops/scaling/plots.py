@@ -27,7 +27,14 @@ from effnet_ops.scaling.receptive_field import EffectiveField, receptive_field
 
 TEXT, MUTED, GRID = "#1f2328", "#59636e", "#d1d9e0"
 SERIES = ("#0969da", "#bc4c00", "#1a7f37", "#8250df", "#9a6700", "#bf3989")
-COLORS = {"text": TEXT, "muted": MUTED, "grid": GRID, **{f"s{i}": color for i, color in enumerate(SERIES, 1)}}
+ON_SERIES = "#ffffff"
+COLORS = {
+    "text": TEXT,
+    "muted": MUTED,
+    "grid": GRID,
+    "on": ON_SERIES,
+    **{f"s{i}": color for i, color in enumerate(SERIES, 1)},
+}
 """Colours by name; in a page, CSS variables of these names take their place (`inline_svg`)."""
 
 WAYS = {"depth only": 0, "width only": 1, "resolution only": 2, "paper's compound": 3, "grid's best": 4}
@@ -41,7 +48,7 @@ STYLE = {
     "axes.spines.top": False,
     "axes.titlecolor": TEXT,
     "axes.titlesize": 10,
-    "figure.figsize": (5.0, 3.4),
+    "figure.figsize": (4.3, 3.2),
     "figure.constrained_layout.use": True,
     "font.size": 9.5,
     "grid.color": GRID,
@@ -160,7 +167,7 @@ def operations(spec: str = "efficientnet_b0") -> Figure:
     """Where parameters, multiply-adds and bytes of activations go, by operation."""
     found = shares(spec)
     with _drawn() as (figure, plot):
-        figure.set_size_inches(5.0, 3.0)
+        figure.set_size_inches(4.3, 3.0)
         left = np.zeros(len(found))
         for color, name in zip(SERIES, OPERATIONS, strict=False):
             widths = np.array([100 * row[name] for row in found.values()])
@@ -168,13 +175,13 @@ def operations(spec: str = "efficientnet_b0") -> Figure:
             for y, (start, width) in enumerate(zip(left, widths, strict=True)):
                 if width >= 6:
                     plot.text(
-                        start + width / 2, y, f"{width:.0f}", ha="center", va="center", color="#ffffff", fontsize=8.5
+                        start + width / 2, y, f"{width:.0f}", ha="center", va="center", color=ON_SERIES, fontsize=8.5
                     )
             left += widths
         plot.invert_yaxis()
         plot.grid(False)
         plot.set(xlabel="share (%)", xlim=(0, 100))
-        figure.legend(loc="outside upper center", ncols=3)
+        figure.legend(loc="outside upper center", ncols=2)
     return figure
 
 
@@ -260,7 +267,7 @@ def roofline(table: LatencyTable, spec: str, peaks: Peaks) -> Figure:
 
 
 def _decades(low: float, high: float) -> list[float]:
-    values = [m * 10.0**e for e in range(-3, 7) for m in (1, 3)]
+    values = [m * 10.0**e for e in range(-3, 7) for m in (1, 2, 5)]
     return [value for value in values if low <= value <= high]
 
 
@@ -298,7 +305,7 @@ def digits_scores(comparison: Comparison) -> Figure:
         plot.set_xscale("log")
         _log_axis(plot.xaxis, (1, 2, 3, 4, 5), "x")
         plot.set(xlabel="multiply-adds relative to the unscaled network", ylabel="accuracy on unseen digits (%)")
-        figure.legend(loc="outside upper center", ncols=3)
+        figure.legend(loc="outside upper center", ncols=2)
     return figure
 
 
@@ -312,8 +319,8 @@ def digits_curves(comparison: Comparison, factor: float) -> Figure:
             epochs = range(1, len(mean) + 1)
             plot.plot(epochs, mean, color=SERIES[index], marker=MARKERS[index], markersize=3.5, label=way)
             plot.fill_between(epochs, mean - deviation, mean + deviation, color=SERIES[index], alpha=0.12, linewidth=0)
-        plot.set(xlabel="epoch", ylabel="accuracy on unseen digits (%)")
-        figure.legend(loc="outside upper center", ncols=3)
+        plot.set(xlabel="epoch", ylabel="accuracy on unseen digits (%)", ylim=(40, None))
+        figure.legend(loc="outside upper center", ncols=2)
     return figure
 
 
@@ -327,7 +334,7 @@ def search_scores(result: SearchResult) -> Figure:
     """The points of a grid search, the best on top, with the deviation over the seeds."""
     with _drawn() as (figure, plot):
         points = result.points
-        figure.set_size_inches(5.0, 1.0 + 0.2 * len(points))
+        figure.set_size_inches(4.3, 1.0 + 0.2 * len(points))
         labels = [f"{p.point.law.alpha:.2f}  {p.point.law.beta:.2f}  {p.point.law.gamma:.2f}" for p in points]
         means, errors = [p.score for p in points], [p.deviation for p in points]
         plot.errorbar(means, range(len(points)), xerr=errors, fmt="o", capsize=2)

@@ -237,7 +237,7 @@ def _balance() -> Section:
 def _pareto() -> Section:
     text = (
         "B0 with every combination of factors 1 to 2 on its axes. The score is the fit above: trust its slope, not its "
-        "tenths. `effnet-ops scale search` does this with a training of yours."
+        "tenths. The command effnet-ops scale search does this with a training of yours."
     )
     drawing = Drawing(
         "pareto",
