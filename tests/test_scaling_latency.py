@@ -91,6 +91,24 @@ def test_times_are_kept_and_a_kill_costs_one_row_at_most(fixed: list[str], tmp_p
         assert table.measure([TINY]) == 0
 
 
+def test_disturbed_times_are_measured_again_next_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path, quiet = tmp_path / "table.jsonl", [0]
+    monkeypatch.setattr(latency, "measure_rounds", lambda steps, *_: dict.fromkeys(steps, Timing(1, 1, 1, 3, quiet[0])))
+    for expected in (True, True, False):
+        with LatencyTable("fused", path=path) as table:
+            assert bool(table.measure([TINY])) == expected and not table.measure([TINY])
+        quiet[0] += 1
+
+
+def test_a_table_with_a_row_that_lacks_something_is_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "table.jsonl"
+    LatencyTable("fused", path=path).close()
+    with open(path, "a", encoding="utf-8") as file:
+        file.write('{"key": "stem", "p20": 1.0}\n')
+    with pytest.raises(ValueError, match=r"table\.jsonl is damaged: line 2 has no 'p50'"):
+        LatencyTable("fused", path=path)
+
+
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [

@@ -142,9 +142,10 @@ class LatencyTable:
         self.device = torch.device(device)
         self.backend = "reference" if variant == "stock" else backend
         self.entries: dict[str, Timing] = {}
-        self._file = None if path is None else RowFile(path, self.provenance)
+        self._file = None if path is None else RowFile(path, self.provenance, fields=("key", *Timing._fields))
         for row in self._file.rows if self._file else ():
-            self.entries[row["key"]] = Timing(*(row[field] for field in Timing._fields))
+            if row["quiet"]:  # a time taken while others used the machine is good for one session
+                self.entries[row["key"]] = Timing(*(row[field] for field in Timing._fields))
 
     def __enter__(self) -> LatencyTable:
         return self

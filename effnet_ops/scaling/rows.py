@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,9 +26,13 @@ class RowFile:
     Args:
         path: of the file; its folder is made.
         header: what must be the same for rows to belong together; JSON.
+        fields: what every row has.
+
+    Raises ValueError for a file that is damaged, in use, or has a row without one of the fields; `ForeignFile` for one
+    with another header.
     """
 
-    def __init__(self, path: str | os.PathLike[str], header: Row) -> None:
+    def __init__(self, path: str | os.PathLike[str], header: Row, fields: Sequence[str] = ()) -> None:
         self.path = Path(path)
         self.header = json.loads(json.dumps(header))
         self.rows: list[Row] = []
@@ -38,6 +42,9 @@ class RowFile:
         try:
             self._lock()
             self._resume()
+            for number, row in enumerate(self.rows, start=2):
+                if missing := [name for name in fields if name not in row]:
+                    raise ValueError(f"{self.path} is damaged: line {number} has no {missing[0]!r}")
         except BaseException:
             self._file.close()
             raise

@@ -23,6 +23,7 @@ from effnet_ops.scaling.objective import Objective, describe, scored
 from effnet_ops.scaling.rows import Row, RowFile
 
 FORMAT = "effnet_ops scaling runs"
+FIELDS = ("key", "seed", "score", "details")
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def evaluate(
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
         raise ValueError(f"workers must be a whole number of at least 1, got {workers!r}")
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context(RowFile(results, header(objective))) if results is not None else None
+        file = stack.enter_context(RowFile(results, header(objective), FIELDS)) if results is not None else None
         known = {row["key"]: row for row in (file.rows if file else ())}
         todo = list({job.key: job for job in jobs if job.key not in known}.values())
         for row in _bar(_run_all(todo, objective, workers), len(todo), progress):
