@@ -46,7 +46,8 @@ class DigitsTraining:
     """An objective: trains a network on a part of the digits and gives its accuracy on the others.
 
     AdamW with a one-cycle learning rate, random shifts and, of every image, other pixels each time (noise). The seed
-    decides the split, the weights, the order and the noise: on one machine the same seed gives the same accuracy bit for bit.
+    decides the split, the weights, the order and the noise: on one machine the same seed gives the same accuracy, bit
+    for bit.
 
     Args:
         train: images to learn from; the rest, at most ``test`` of them, are scored.
