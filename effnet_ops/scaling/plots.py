@@ -366,7 +366,7 @@ def save(figure: Figure, folder: Path, name: str, formats: Sequence[str] = ("svg
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         for kind in formats:
             metadata = {"Date": None, "Creator": None} if kind == "svg" else None
-            figure.savefig(folder / f"{name}.{kind}", facecolor="white", dpi=160, metadata=metadata)
+            figure.savefig(folder / f"{name}.{kind}", facecolor="white", dpi=200, metadata=metadata)
 
 
 def inline_svg(figure: Figure, name: str, description: str) -> str:
