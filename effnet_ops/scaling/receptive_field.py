@@ -54,7 +54,8 @@ class EffectiveField:
     """Where the gradient of one central element behind a block (or the stem) lies.
 
     ``size`` is the side of the smallest centred square that holds ``share`` of the gradient's absolute values, in
-    pixels; ``outside`` is the share beyond the theoretical field, which only gates can put there.
+    pixels; ``outside`` is the share beyond the theoretical field, which only gates can put there (with symmetric
+    padding; SAME padding moves the field by some pixels).
     """
 
     name: str
@@ -136,7 +137,7 @@ def effective_receptive_field(
 
 
 def _gradients(model: EfficientNet | EfficientNetFeatures, side: int, channels: int) -> dict[str, Tensor]:
-    """|gradient| (side, side) of a central element behind the stem and each block, moved to the middle."""
+    """|gradient| (side, side) of a central element behind the stem and each block."""
     training = model.training
     like = model.conv_stem.weight
     x = torch.randn(1, channels, side, side, device=like.device, dtype=like.dtype, requires_grad=True)
