@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -24,7 +25,7 @@ PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --progress-bar off 
 	|| { echo "pip failed; the end of $$log:" >&2; tail -n 40 $$log >&2; exit 1; }
 endef
 
-.PHONY: help demo test test-all lint format sanitize clean
+.PHONY: help demo test test-all bench-cpu lint format sanitize clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -39,6 +40,9 @@ test: $(BUILD)  ## build, then run the tests
 test-all: $(BUILD)  ## the tests and those marked slow
 	@echo "==> running all tests, the slow ones too"
 	@$(PYTEST) $(PYTEST_ARGS)
+
+bench-cpu: $(BUILD)  ## measure inference against every peer; rows and plots in benchmarks/results
+	@$(BIN)/python benchmarks/end_to_end.py $(BENCH_ARGS)
 
 lint: $(ENVIRONMENT)  ## check the style of Python and C++
 	@echo "==> checking the style"

@@ -15,7 +15,6 @@ from typing import Annotated, NamedTuple
 import timm
 import torch
 import typer
-from harness import RESULTS, Row, WrongResult, gate, relative_error, write
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -26,8 +25,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import effnet_ops
-from effnet_ops.cli.timing import interleave
+from effnet_ops.benchmark.gate import Failed, gate, relative_error
+from effnet_ops.benchmark.rows import Results, Row, environment
+from effnet_ops.benchmark.timing import interleave
 
+RESULTS = Path(__file__).resolve().parent / "results"
 OURS, CONTIGUOUS, CHANNELS_LAST = "effnet_ops", "eager contiguous", "eager channels_last"
 FORWARD_BOUND, GRADIENT_BOUND = 2e-6, 2e-5
 MODES = ("forward", "forward+backward")
@@ -104,7 +106,7 @@ def providers(layer: Layer, x: Tensor, dtype: torch.dtype = torch.float32) -> di
     if layer.operation == "pointwise":
         ours = Pointwise(ours)
     elif not effnet_ops.replace_layers(ours).replaced:
-        raise WrongResult(f"{layer.operation} {layer.shape}: replace_layers left it as it was")
+        raise Failed(f"{layer.operation} {layer.shape}: replace_layers left it as it was")
     copies = {OURS: ours, CONTIGUOUS: copy.deepcopy(layer.module), CHANNELS_LAST: copy.deepcopy(layer.module)}
     formats = {name: torch.contiguous_format if name == CONTIGUOUS else torch.channels_last for name in copies}
     return {
@@ -154,13 +156,15 @@ def measure(layer: Layer, mode: str, seconds: float) -> Iterator[Row]:
     for name, timing in interleave(functions, seconds).items():
         milliseconds = [t * 1e3 for t in (timing.p20, timing.p50, timing.p80)]
         yield Row(
-            layer.operation,
-            name,
-            f"{layer.size[0]}x{layer.shape}",
-            "float32",
-            "cpu",
-            mode,
-            *milliseconds,
+            operation=layer.operation,
+            provider=name,
+            shape=f"{layer.size[0]}x{layer.shape}",
+            dtype="float32",
+            mode=mode,
+            threads=torch.get_num_threads(),
+            p20=milliseconds[0],
+            p50=milliseconds[1],
+            p80=milliseconds[2],
             repetitions=timing.repetitions,
             error=errors[name],
             bytes=moved,
@@ -212,10 +216,10 @@ def main(
     try:
         for layer, mode in track(jobs, "layers"):
             rows += measure(layer, mode, seconds)
-    except WrongResult as error:
-        sys.exit(f"wrong result: {error}")
+    except Failed as error:
+        sys.exit(str(error))
     show(rows)
-    write(rows, output)
+    Results(output).add(rows, environment())
 
 
 if __name__ == "__main__":

@@ -9,14 +9,17 @@ import json
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
-from harness import RESULTS, environment
 from rich.console import Console
 from rich.table import Table
 
+from effnet_ops.benchmark.rows import environment
 from effnet_ops.models import ScaledSpec, model_spec
 from effnet_ops.scaling import CompoundScaling, LatencyTable, Prediction, median_error
 from effnet_ops.scaling.latency import VARIANTS
+
+RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def networks(resolution: int) -> list[ScaledSpec]:
@@ -49,7 +52,8 @@ def main(
             table.add_row(variant, p.name, f"{p.predicted * 1e3:.2f}", measured, f"{p.error:+.1%}", quiet)
     Console(width=110).print(table)
     print(f"median error {median_error(found):.1%}")
-    output.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    origin = {**environment(), "threads": torch.get_num_threads()}
+    output.write_text(json.dumps({"environment": origin, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 def _row(p: Prediction, resolution: int) -> dict[str, object]:

@@ -16,15 +16,17 @@ import timm
 import torch
 import torch.nn.functional as F
 import typer
-from harness import RESULTS, Row, WrongResult, gate, relative_error, write
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import effnet_ops
-from effnet_ops.cli.timing import interleave
+from effnet_ops.benchmark.gate import Failed, gate, relative_error
+from effnet_ops.benchmark.rows import Results, Row, environment
+from effnet_ops.benchmark.timing import interleave
 
+RESULTS = Path(__file__).resolve().parent / "results"
 VARIANTS = {
     "stock": (False, torch.contiguous_format),
     "stock channels_last": (False, torch.channels_last),
@@ -136,21 +138,23 @@ def main(
     stock = timm.create_model("efficientnet_b0")
     try:
         found = errors(stock, batch, resolution)
-    except WrongResult as error:
-        sys.exit(f"wrong result: {error}")
+    except Failed as error:
+        sys.exit(str(error))
     models = {name: variant(stock, name) for name in VARIANTS}
     data = {name: _data(batch, resolution, layout) for name, (_, layout) in VARIANTS.items()}
     saved = {name: saved_bytes(models[name], *data[name]) for name in VARIANTS}
     times = interleave({name: training_step(models[name], *data[name]) for name in VARIANTS}, seconds, warmup=1)
     rows = [
         Row(
-            "efficientnet_b0",
-            name,
-            f"{batch}x3x{resolution}x{resolution}",
-            "float32",
-            "cpu",
-            "step",
-            *(t * 1e3 for t in timing[:3]),
+            operation="efficientnet_b0",
+            provider=name,
+            shape=f"{batch}x3x{resolution}x{resolution}",
+            dtype="float32",
+            mode="step",
+            threads=torch.get_num_threads(),
+            p20=1e3 * timing.p20,
+            p50=1e3 * timing.p50,
+            p80=1e3 * timing.p80,
             repetitions=timing.repetitions,
             error=found[name],
             saved_bytes=saved[name],
@@ -159,7 +163,7 @@ def main(
         for name, timing in times.items()
     ]
     show(rows)
-    write(rows, output)
+    Results(output).add(rows, environment())
 
 
 if __name__ == "__main__":

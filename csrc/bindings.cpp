@@ -163,16 +163,18 @@ class Gradients {
     std::vector<ScalarType> types_;
 };
 
-cpu::DepthwiseShape depthwise_shape(const Tensor& x, const Tensor& weight, const Ints& stride, const Ints& padding,
+struct Filter {
+    int64_t height, width, channels;
+};
+
+cpu::DepthwiseShape depthwise_shape(const Tensor& x, const Filter& filter, const Ints& stride, const Ints& padding,
                                     const Ints& dilation) {
-    STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 4 && weight.size(1) == 1,
-                    "x must be (N, C, H, W) and weight (C, 1, kh, kw)");
     STD_TORCH_CHECK(stride.size() == 2 && dilation.size() == 2 && (padding.empty() || padding.size() == 4),
                     "stride and dilation take 2 numbers, padding 4 or none");
-    STD_TORCH_CHECK(weight.size(2) <= 64, "kernels taller than 64 are left to the reference, got ", weight.size(2));
+    STD_TORCH_CHECK(filter.height <= 64, "kernels taller than 64 are left to the reference, got ", filter.height);
     cpu::DepthwiseShape s{};
-    s.batch = x.size(0), s.channels = weight.size(0), s.height = x.size(2), s.width = x.size(3);
-    s.kernel_h = weight.size(2), s.kernel_w = weight.size(3);
+    s.batch = x.size(0), s.channels = filter.channels, s.height = x.size(2), s.width = x.size(3);
+    s.kernel_h = filter.height, s.kernel_w = filter.width;
     s.stride_h = stride[0], s.stride_w = stride[1], s.dilation_h = dilation[0], s.dilation_w = dilation[1];
     STD_TORCH_CHECK(s.stride_h > 0 && s.stride_w > 0 && s.dilation_h > 0 && s.dilation_w > 0,
                     "stride and dilation must be positive");
@@ -194,6 +196,13 @@ cpu::DepthwiseShape depthwise_shape(const Tensor& x, const Tensor& weight, const
     s.out_height = axis(s.height, s.kernel_h, s.stride_h, s.dilation_h, 0, s.pad_top);
     s.out_width = axis(s.width, s.kernel_w, s.stride_w, s.dilation_w, 2, s.pad_left);
     return s;
+}
+
+cpu::DepthwiseShape depthwise_shape(const Tensor& x, const Tensor& weight, const Ints& stride, const Ints& padding,
+                                    const Ints& dilation) {
+    STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 4 && weight.size(1) == 1,
+                    "x must be (N, C, H, W) and weight (C, 1, kh, kw)");
+    return depthwise_shape(x, Filter{weight.size(2), weight.size(3), weight.size(0)}, stride, padding, dilation);
 }
 
 Tensor depthwise_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Ints& stride,
@@ -427,6 +436,98 @@ struct BlockArguments {
     }
 };
 
+// Weights that effnet_ops.packing packed: (panels, terms, 16), or (panels, terms, 16, 2) for bf16.
+const void* panels(const Tensor& packed, const Tensor& x, bool products_in_storage, int64_t depth, int64_t columns,
+                   const char* name) {
+    const bool pairs = products_in_storage && x.scalar_type() == ScalarType::BFloat16;
+    const ScalarType type = pairs ? ScalarType::BFloat16 : compute_type(x.scalar_type());
+    const int64_t terms = pairs ? (depth + 1) / 2 : depth, count = (columns + 15) / 16;
+    STD_TORCH_CHECK(packed.scalar_type() == type && packed.is_contiguous() && packed.dim() == (pairs ? 4 : 3) &&
+                        packed.size(0) == count && packed.size(1) == terms && packed.size(2) == 16 &&
+                        (!pairs || packed.size(3) == 2),
+                    name, " is not packed for ", depth, " by ", columns, " values and the dtype of x");
+    return packed.const_data_ptr();
+}
+
+Tensor mbconv_packed(const Tensor& x, const OptionalTensor& expand_weight, const OptionalTensor& expand_bias,
+                     const Tensor& depthwise_weight, const Tensor& depthwise_bias, const OptionalTensor& reduce_weight,
+                     const OptionalTensor& reduce_bias, const OptionalTensor& excite_weight,
+                     const OptionalTensor& excite_bias, const Tensor& project_weight, const Tensor& project_bias,
+                     const Ints& stride, const Ints& padding, bool residual, const std::string& activation,
+                     const std::string& squeeze_activation, const std::string& gate) {
+    STD_TORCH_CHECK(x.dim() == 4 && depthwise_weight.dim() == 3, "x must be (N, C, H, W), depthwise_weight (kh, kw, C)");
+    cpu::PackedBlock block{};
+    const int64_t channels = depthwise_weight.size(2);
+    block.depthwise_shape = depthwise_shape(x, Filter{depthwise_weight.size(0), depthwise_weight.size(1), channels}, stride,
+                                            padding, {1, 1});
+    const cpu::DepthwiseShape& s = block.depthwise_shape;
+    block.in = x.size(1), block.out = project_bias.numel();
+    Parameters parameter(x);
+    if (expand_weight.has_value()) {
+        block.expand = panels(*expand_weight, x, true, block.in, channels, "expand_weight");
+        block.expand_bias = parameter(expand_bias, channels, "expand_bias");
+    } else {
+        STD_TORCH_CHECK(channels == block.in, "depthwise_weight must have ", block.in, " channels, got ", channels);
+    }
+    block.depthwise = parameter(depthwise_weight, s.kernel_h * s.kernel_w * channels, "depthwise_weight");
+    block.depthwise_bias = parameter(depthwise_bias, channels, "depthwise_bias");
+    if (reduce_weight.has_value()) {
+        STD_TORCH_CHECK(reduce_bias.has_value() && excite_weight.has_value() && excite_bias.has_value(),
+                        "squeeze-and-excitation takes two weights and two biases");
+        block.reduced = reduce_bias->numel();
+        block.reduce = panels(*reduce_weight, x, false, channels, block.reduced, "reduce_weight");
+        block.reduce_bias = parameter(reduce_bias, block.reduced, "reduce_bias");
+        block.excite = panels(*excite_weight, x, false, block.reduced, channels, "excite_weight");
+        block.excite_bias = parameter(excite_bias, channels, "excite_bias");
+    }
+    block.project = panels(project_weight, x, true, channels, block.out, "project_weight");
+    block.project_bias = parameter(project_bias, block.out, "project_bias");
+    STD_TORCH_CHECK(!residual || (block.in == block.out && s.height == s.out_height && s.width == s.out_width),
+                    "residual needs an output of the input's size");
+    block.residual = residual;
+    block.activation = activation_of(activation);
+    block.squeeze_activation = activation_of(squeeze_activation);
+    block.gate = gate_of(gate);
+    const Output y(x, {s.batch, block.out, s.out_height, s.out_width});
+    if (s.batch == 0) return y.finish();
+    const Tensor input = nhwc(x);
+    cpu::kernels(kernel_dtype(x.scalar_type())).mbconv_packed(block, input.const_data_ptr(), y.data());
+    return y.finish();
+}
+
+Tensor pointwise_packed(const Tensor& x, const Tensor& weight, const Tensor& bias, const std::string& activation) {
+    STD_TORCH_CHECK(x.dim() == 4, "x must be (N, C, H, W)");
+    const cpu::PointwiseShape s{x.size(0), x.size(2) * x.size(3), x.size(1), bias.numel()};
+    const void* const weights = panels(weight, x, true, s.in, s.out, "weight");
+    const Output y(x, {s.batch, s.out, x.size(2), x.size(3)});
+    if (s.batch == 0) return y.finish();
+    Parameters parameter(x);
+    const Tensor input = nhwc(x);
+    cpu::kernels(kernel_dtype(x.scalar_type()))
+        .pointwise_packed(s, input.const_data_ptr(), weights, parameter(bias, s.out, "bias"), nullptr,
+                          activation_of(activation), y.data());
+    return y.finish();
+}
+
+// The output is channels_last, whatever the input: what follows a network's first layer wants that.
+Tensor convolution_packed(const Tensor& x, const Tensor& weight, const Tensor& bias, const Ints& kernel,
+                          const Ints& stride, const Ints& padding, const std::string& activation) {
+    STD_TORCH_CHECK(x.dim() == 4 && kernel.size() == 2, "x must be (N, C, H, W), kernel takes 2 numbers");
+    STD_TORCH_CHECK(kernel[0] <= 16, "kernels taller than 16 are not packed, got ", kernel[0]);
+    const cpu::DepthwiseShape d = depthwise_shape(x, Filter{kernel[0], kernel[1], x.size(1)}, stride, padding, {1, 1});
+    const cpu::ConvolutionShape s{d.batch,    d.channels, bias.numel(), d.height,    d.width,   d.out_height, d.out_width,
+                                  d.kernel_h, d.kernel_w, d.stride_h,   d.stride_w, d.pad_top, d.pad_left,   !x.is_contiguous()};
+    const void* const weights = panels(weight, x, false, s.kernel_h * s.kernel_w * s.in, s.out, "weight");
+    const Tensor y = empty_nhwc({s.batch, s.out, s.out_height, s.out_width}, x.scalar_type());
+    if (s.batch == 0) return y;
+    Parameters parameter(x);
+    const Tensor input = s.channels_last ? nhwc(x) : x;
+    cpu::kernels(kernel_dtype(x.scalar_type()))
+        .convolution_packed(s, input.const_data_ptr(), weights, parameter(bias, s.out, "bias"), activation_of(activation),
+                            y.mutable_data_ptr());
+    return y;
+}
+
 const cpu::Kernels& kernels_for(const Tensor& x) { return cpu::kernels(kernel_dtype(x.scalar_type())); }
 
 Tensor mbconv_inference(EFFNET_BLOCK_ARGUMENTS) {
@@ -558,9 +659,11 @@ BackwardResult mbconv_backward(const Tensor& grad, EFFNET_BLOCK_ARGUMENTS, const
 }
 
 const bool threads_are_torch_threads = [] {
-    cpu::set_parallel_for([](int64_t count, void (*body)(int64_t, int64_t, void*), void* context) {
-        TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, 1, body, context));
-    });
+    cpu::set_threads(
+        [](int64_t count, void (*body)(int64_t, int64_t, void*), void* context) {
+            TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, 1, body, context));
+        },
+        [] { return int64_t(torch::stable::get_num_threads()); });
     return true;
 }();
 
@@ -575,6 +678,9 @@ STABLE_TORCH_LIBRARY_IMPL(effnet_ops, CPU, m) {
     m.impl("squeeze_excite", TORCH_BOX(&effnet::squeeze_excite));
     m.impl("squeeze_excite_backward", TORCH_BOX(&effnet::squeeze_excite_backward));
     m.impl("mbconv_inference", TORCH_BOX(&effnet::mbconv_inference));
+    m.impl("mbconv_packed", TORCH_BOX(&effnet::mbconv_packed));
+    m.impl("pointwise_packed", TORCH_BOX(&effnet::pointwise_packed));
+    m.impl("convolution_packed", TORCH_BOX(&effnet::convolution_packed));
     m.impl("mbconv_training", TORCH_BOX(&effnet::mbconv_training));
     m.impl("mbconv_backward", TORCH_BOX(&effnet::mbconv_backward));
 }

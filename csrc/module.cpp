@@ -4,11 +4,18 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
 #include <map>
 #include <string>
 #include <vector>
 
+#include "cpu/calibration.h"
 #include "cpu/kernels.h"
+
+EFFNET_DECLARE_CALIBRATION(baseline)
+EFFNET_DECLARE_CALIBRATION(avx2)
+EFFNET_DECLARE_CALIBRATION(avx512)
+EFFNET_DECLARE_CALIBRATION(avx512_bf16)
 
 namespace {
 
@@ -41,11 +48,56 @@ std::map<std::string, bool> cpu_features() {
     return features;
 }
 
-void set_isa(const std::string& name) {
-    if (effnet::cpu::set_isa(name.c_str())) return;
+[[noreturn]] void refuse_isa(const std::string& name) {
     std::string known;
     for (const std::string& isa : isa_names(true)) known += (known.empty() ? "" : ", ") + isa;
     throw py::value_error("instruction set '" + name + "' cannot run here (available: " + known + ")");
+}
+
+void set_isa(const std::string& name) {
+    if (!effnet::cpu::set_isa(name.c_str())) refuse_isa(name);
+}
+
+struct MultiplyAdds {
+    int64_t (*float32)(int64_t iterations);
+    int64_t (*bfloat16)(int64_t iterations);
+};
+
+#define EFFNET_MULTIPLY_ADDS(isa)                                                                   \
+    {                                                                                               \
+        #isa, { effnet::cpu::isa::multiply_adds_float32, effnet::cpu::isa::multiply_adds_bfloat16 } \
+    }
+
+const std::map<std::string, MultiplyAdds> multiply_adds_of{
+    EFFNET_MULTIPLY_ADDS(baseline),
+#if defined(EFFNET_BUILT_AVX2)
+    EFFNET_MULTIPLY_ADDS(avx2),
+#endif
+#if defined(EFFNET_BUILT_AVX512)
+    EFFNET_MULTIPLY_ADDS(avx512),
+#endif
+#if defined(EFFNET_BUILT_AVX512_BF16)
+    EFFNET_MULTIPLY_ADDS(avx512_bf16),
+#endif
+};
+
+int64_t multiply_adds(const std::string& isa, bool bfloat16, int64_t iterations) {
+    bool runs = false;
+    for (const std::string& name : isa_names(true)) runs = runs || name == isa;
+    if (!runs) refuse_isa(isa);
+    const MultiplyAdds& loops = multiply_adds_of.at(isa);
+    py::gil_scoped_release release;
+    return (bfloat16 ? loops.bfloat16 : loops.float32)(iterations);
+}
+
+void copy(const py::buffer& destination, const py::buffer& source) {
+    const py::buffer_info to = destination.request(true), from = source.request();
+    const ssize_t bytes = from.size * from.itemsize;
+    if (to.size * to.itemsize != bytes)
+        throw py::value_error("destination has " + std::to_string(to.size * to.itemsize) + " bytes, source has " +
+                              std::to_string(bytes));
+    py::gil_scoped_release release;
+    std::memcpy(to.ptr, from.ptr, size_t(bytes));
 }
 
 py::dict build_info() {
@@ -59,7 +111,7 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-    m.doc() = "Build information and instruction-set choice of effnet_ops.";
+    m.doc() = "Build information, instruction-set choice and calibration loops of effnet_ops.";
     m.def("build_info", &build_info, "Compiler, targeted PyTorch version and the instruction sets that were built.");
     m.def("cpu_features", &cpu_features, "Which instruction-set extensions this processor has.");
     m.def(
@@ -68,4 +120,9 @@ PYBIND11_MODULE(_C, m) {
     m.def("isa", [] { return std::string(effnet::cpu::current_isa().name); }, "The instruction set in use.");
     m.def("set_isa", &set_isa, py::arg("name"),
           "Use another instruction set, for tests; ValueError where it cannot run.");
+    m.def("multiply_adds", &multiply_adds, py::arg("isa"), py::arg("bfloat16"), py::arg("iterations"),
+          "Run a loop of independent multiply-adds on this thread, in float32 or with dot products of bfloat16, and "
+          "return its floating-point operations; 0, at once, where the instruction set has no such dot product.");
+    m.def("copy", &copy, py::arg("destination"), py::arg("source"),
+          "Copy a contiguous buffer to one of the same size, on this thread.");
 }

@@ -2,4 +2,5 @@
 
 from effnet_ops.cli import app
 
-app(prog_name="effnet-ops")
+if __name__ == "__main__":
+    app(prog_name="effnet-ops")

@@ -106,7 +106,10 @@ def check_parameter(name: str, p: Tensor | None, shape: Sequence[int | None], x:
         return
     if not isinstance(p, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(p).__name__}")
-    if p.dim() != len(shape) or any(want is not None and want != got for want, got in zip(shape, p.shape, strict=True)):
+    size = p.shape
+    if size != shape and (
+        len(size) != len(shape) or any(want is not None and want != got for want, got in zip(shape, size, strict=True))
+    ):
         wanted = ", ".join("any" if want is None else str(want) for want in shape)
         raise ValueError(f"{name} must have shape ({wanted}), got {tuple(p.shape)} for x of shape {tuple(x.shape)}")
     half = x.dtype in (torch.bfloat16, torch.float16)
@@ -115,6 +118,11 @@ def check_parameter(name: str, p: Tensor | None, shape: Sequence[int | None], x:
         raise TypeError(f"{name} must be {allowed} for x of {x.dtype}, got {p.dtype}")
     if p.device != x.device:
         raise ValueError(f"{name} is on {p.device}, but x is on {x.device}")
+
+
+def fits(p: Tensor | None, shape: tuple[int, ...], x: Tensor) -> bool:
+    """Whether `check_parameter` has nothing to find, at a glance: a block has some twenty parameters at each call."""
+    return isinstance(p, Tensor) and p.shape == shape and p.dtype is x.dtype and p.device == x.device
 
 
 def check_window(

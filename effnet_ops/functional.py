@@ -248,22 +248,32 @@ def _check_squeeze_excite(
     reduced = reduce_weight.shape[0]
     if reduced == 0:
         raise ValueError(f"reduce_weight {tuple(reduce_weight.shape)} must have at least one filter")
-    checks.check_parameter("reduce_bias", reduce_bias, (reduced,), x)
-    checks.check_parameter("expand_weight", expand_weight, (channels, reduced, 1, 1), x)
-    checks.check_parameter("expand_bias", expand_bias, (channels,), x)
+    for name, p, shape in (
+        ("reduce_bias", reduce_bias, (reduced,)),
+        ("expand_weight", expand_weight, (channels, reduced, 1, 1)),
+        ("expand_bias", expand_bias, (channels,)),
+    ):
+        if not checks.fits(p, shape, x):
+            checks.check_parameter(name, p, shape, x)
+
+
+_VECTORS = ("weight", "bias", "running_mean", "running_var")
 
 
 def _check_conv_norm(name: str, conv: ConvNormParams, shape: tuple[int | None, ...], x: Tensor) -> None:
-    checks.check_parameter(f"{name}.weight", conv.weight, shape, x)
-    channels = conv.weight.shape[0]
-    if min(conv.weight.shape) == 0:
-        raise ValueError(f"{name}.weight {tuple(conv.weight.shape)} must have no empty axis")
-    checks.check_parameter(f"{name}.bias", conv.bias, (channels,), x)
-    norm = conv.norm
+    weight, bias, norm = conv
+    checks.check_parameter(f"{name}.weight", weight, shape, x)
+    channels = weight.shape[0]
+    if min(weight.shape) == 0:
+        raise ValueError(f"{name}.weight {tuple(weight.shape)} must have no empty axis")
+    if bias is not None:
+        checks.check_parameter(f"{name}.bias", bias, (channels,), x)
     if norm is None:
         return
-    for field in ("weight", "bias", "running_mean", "running_var"):
-        checks.check_parameter(f"{name}.norm.{field}", getattr(norm, field), (channels,), x)
+    size = (channels,)
+    for field, p in zip(_VECTORS, norm, strict=False):
+        if not checks.fits(p, size, x):
+            checks.check_parameter(f"{name}.norm.{field}", p, size, x)
     if (norm.running_mean is None) != (norm.running_var is None):
         raise ValueError(f"{name}.norm must have both running_mean and running_var, or neither")
     if norm.momentum is None and norm.running_mean is not None and norm.num_batches_tracked is None:

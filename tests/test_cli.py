@@ -16,10 +16,10 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 import effnet_ops
+from effnet_ops.benchmark.timing import interleave
 from effnet_ops.cli import app, cases, check, demo, pictures
 from effnet_ops.cli.console import console
 from effnet_ops.cli.pictures import lite0, preprocess, read_image
-from effnet_ops.cli.timing import interleave
 
 Save = Callable[..., Path]
 
@@ -55,7 +55,7 @@ def coffee() -> Image.Image:
 def test_version_and_help_name_every_command() -> None:
     assert run("--version").output.strip() == f"effnet-ops {effnet_ops.__version__}"
     help_text = run("--help").output
-    for command in ("info", "check", "classify", "summary", "demo"):
+    for command in ("info", "check", "classify", "summary", "demo", "bench"):
         assert command in help_text
 
 

@@ -25,6 +25,7 @@ struct RowLayout {
     A* out;
     int64_t out_step;
     int64_t first_pixel = 0, last_pixel = INT64_MAX;
+    const A* start = nullptr;  // what each channel's sum begins with, zero where null
 };
 
 // Outputs [first, first + N) of a row, one vector of channels: sum over row pairs and kx of row[o * stride + kx] *
@@ -32,13 +33,16 @@ struct RowLayout {
 template <int KW, int STRIDE, int N, bool EDGE, class A>
 inline void convolve_outputs(const RowPairs<A>& pairs, const RowLayout<A>& at, int64_t first, int64_t lane,
                              int64_t begin, int64_t end) {
-    Vec<A> sum[N] = {};
+    Vec<A> sum[N];
+    const Vec<A> begun = at.start == nullptr ? Vec<A>{} : load(at.start + lane);
+#pragma GCC unroll 16
+    for (int o = 0; o < N; ++o) sum[o] = begun;
     for (int r = 0; r < pairs.count; ++r) {
         const A* row = pairs.rows[r] + first * STRIDE * at.step + lane;
         Vec<A> w[KW];
 #pragma GCC unroll 16
         for (int kx = 0; kx < KW; ++kx) w[kx] = load(pairs.weights[r] + kx * at.weight_step + lane);
-#pragma GCC unroll 32
+#pragma GCC unroll 64
         for (int j = 0; j < (N - 1) * STRIDE + KW; ++j) {
             if (EDGE && (j < begin || j >= end)) continue;
             const Vec<A> v = load(row + j * at.step);
@@ -62,13 +66,14 @@ inline void convolve_block(const RowPairs<A>& pairs, const RowLayout<A>& at, int
 // Blocks of outputs outside, channels inside: the pixels are walked as they lie in memory.
 template <int KW, int STRIDE, class A>
 inline void convolve_row_fixed(const RowPairs<A>& pairs, const RowLayout<A>& at, int64_t width) {
-    constexpr int N = EFFNET_VECTOR_BYTES == 64 ? 8 : 6;
     const auto channels = [&](auto size, int64_t o) {
         for (int64_t lane = 0; lane < at.channels; lane += lanes<A>)
             convolve_block<KW, STRIDE, decltype(size)::value>(pairs, at, o, lane);
     };
     int64_t o = 0;
-    for (; o + N <= width; o += N) channels(Size<N>{}, o);
+    if constexpr (EFFNET_VECTOR_BYTES == 64)
+        for (; o + 14 <= width; o += 14) channels(Size<14>{}, o);
+    for (; o + 7 <= width; o += 7) channels(Size<7>{}, o);
     if (o + 4 <= width) channels(Size<4>{}, o), o += 4;
     if (o + 2 <= width) channels(Size<2>{}, o), o += 2;
     for (; o < width; ++o) channels(Size<1>{}, o);
@@ -79,7 +84,7 @@ inline void convolve_row_any(const RowPairs<A>& pairs, const RowLayout<A>& at, i
                              int64_t dilation, int64_t width) {
     for (int64_t lane = 0; lane < at.channels; lane += lanes<A>)
         for (int64_t o = 0; o < width; ++o) {
-            Vec<A> sum = {};
+            Vec<A> sum = at.start == nullptr ? Vec<A>{} : load(at.start + lane);
             for (int64_t kx = 0; kx < kernel_w; ++kx) {
                 const int64_t pixel = o * stride + kx * dilation;
                 if (pixel < at.first_pixel || pixel >= at.last_pixel) continue;

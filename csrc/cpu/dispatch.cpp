@@ -64,11 +64,16 @@ const Isa* chosen = best();
 ParallelFor run_parallel = [](int64_t count, void (*body)(int64_t, int64_t, void*), void* context) {
     body(0, count, context);
 };
+ThreadCount count_threads = [] { return int64_t(1); };
 
 }  // namespace
 
-void set_parallel_for(ParallelFor run) { run_parallel = run; }
+void set_threads(ParallelFor run, ThreadCount count) {
+    run_parallel = run;
+    count_threads = count;
+}
 ParallelFor parallel_for() { return run_parallel; }
+int64_t thread_count() { return count_threads(); }
 
 const Kernels& kernels(DType dtype) { return chosen->table[static_cast<int>(dtype)]; }
 

@@ -18,8 +18,10 @@ enum class DType : int { f32, f64, bf16, f16 };
 
 // Runs body(begin, end, context) over [0, count) on the caller's thread pool.
 using ParallelFor = void (*)(int64_t count, void (*body)(int64_t begin, int64_t end, void* context), void* context);
-void set_parallel_for(ParallelFor run);
+using ThreadCount = int64_t (*)();
+void set_threads(ParallelFor run, ThreadCount count);
 ParallelFor parallel_for();
+int64_t thread_count();
 
 // Normalisation of one convolution's output: (a - mean) * scale + shift, per channel; no normalisation where mean is
 // null.
@@ -45,6 +47,13 @@ struct DepthwiseShape {
 // [batch][pixels][in] times [out][in] transposed.
 struct PointwiseShape {
     int64_t batch, pixels, in, out;
+};
+
+// A dense convolution with at most 16 filter rows; its input is NHWC or, where not channels_last, NCHW.
+struct ConvolutionShape {
+    int64_t batch, in, out, height, width, out_height, out_width;
+    int64_t kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left;
+    bool channels_last;
 };
 
 struct SqueezeExciteShape {
@@ -115,6 +124,21 @@ struct BlockGrads {
     SqueezeExciteGrads squeeze_excite;
 };
 
+// A block for inference, its normalisations folded and its products packed (see packed.h). Biases may be null.
+struct PackedBlock {
+    DepthwiseShape depthwise_shape;  // its channels are the expanded ones
+    int64_t in, out, reduced;        // reduced = 0: no squeeze-and-excitation
+    const void *expand = nullptr, *expand_bias = nullptr;        // panels, null: no expansion
+    const void *depthwise = nullptr, *depthwise_bias = nullptr;  // [taps][channels], compute type
+    const void *reduce = nullptr, *reduce_bias = nullptr;        // panels in the compute type
+    const void *excite = nullptr, *excite_bias = nullptr;
+    const void *project = nullptr, *project_bias = nullptr;  // panels
+    Activation activation, squeeze_activation;
+    Gate gate;
+    bool residual;
+    const void* drop_path = nullptr;  // [batch], compute type
+};
+
 struct Kernels {
     // [images][rows][columns] to [images][columns][rows]: NCHW to NHWC and back.
     void (*transpose)(int64_t images, int64_t rows, int64_t columns, const void* from, void* to);
@@ -126,6 +150,11 @@ struct Kernels {
                                const void* bias, Activation, void* grad_x, void* grad_weight, void* grad_bias);
     void (*pointwise)(const PointwiseShape&, const void* x, const void* weight, const void* bias, const void* residual,
                       Activation, void* y);
+    // The same with packed weights (see packed.h).
+    void (*pointwise_packed)(const PointwiseShape&, const void* x, const void* weight, const void* bias,
+                             const void* residual, Activation, void* y);
+    void (*convolution_packed)(const ConvolutionShape&, const void* x, const void* weight, const void* bias, Activation,
+                               void* y);
     // The same on contiguous (NCHW) tensors; null for the dtypes that have no such kernel.
     void (*pointwise_contiguous)(const PointwiseShape&, const void* x, const void* weight, const void* bias,
                                  const void* residual, Activation, void* y);
@@ -135,6 +164,7 @@ struct Kernels {
     void (*squeeze_excite_backward)(const SqueezeExciteShape&, const void* grad, const void* x, const void* pooled,
                                     const SqueezeExciteParams&, void* grad_x, const SqueezeExciteGrads&);
     void (*mbconv_inference)(const Block&, const void* x, void* y);
+    void (*mbconv_packed)(const PackedBlock&, const void* x, void* y);
     void (*mbconv_training)(const Block&, const void* x, void* y, const BlockSaved&);
     void (*mbconv_backward)(const Block&, const void* grad, const void* x, const BlockSaved&, const BlockGrads&);
 };

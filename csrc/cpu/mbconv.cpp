@@ -75,21 +75,41 @@ void norm_backward(int64_t pixels, const Source<T>& x, const NormVectors<Compute
     norm_backward_apply(pixels, x.data, norm, batch_statistics, sums.shift, sums.scale, d);
 }
 
-// Rows of the expanded tensor, made when the depthwise convolution asks for them: they never reach memory.
+// A normalisation with constant statistics as a scale of the weights before it and a shift.
 template <class A>
-struct StageExpanded {
-    const DepthwiseShape& shape;
-    const A* x;
-    int64_t in;
-    const A* packed;
-    const Epilogue<A>& finish;
-
-    void operator()(int64_t image, int64_t row, int64_t c, int64_t n, A* to) const {
-        const A* pixels = x + (image * shape.height + row) * shape.width * in;
-        panel(shape.width, n, in, pixels, in, 1, packed + c * in, slab<A>, to, slab<A>);
-        finish.in_place(shape.width, c, n, to, slab<A>);
+class FoldedNorm {
+  public:
+    FoldedNorm(int64_t channels, const ConvNorm& conv)
+        : normalises_(conv.gamma != nullptr), scale_(normalises_ ? channels : 0), shift_(channels) {
+        const NormVectors<A> norm(channels, conv, conv.mean, conv.var);
+        for (int64_t c = 0; c < channels; ++c) {
+            if (normalises_) scale_[c] = norm.scale()[c];
+            shift_[c] = A(double(norm.shift()[c]) - double(norm.mean()[c]) * double(norm.scale()[c]));
+        }
     }
+    const A* scale() const { return normalises_ ? static_cast<A*>(scale_) : nullptr; }
+    const A* shift() const { return shift_; }
+
+  private:
+    bool normalises_;
+    Scratch<A> scale_, shift_;
 };
+
+// Filters [channels][taps] of a panel of channels from `c` on, to [taps][channels], times scale[channel].
+template <class A>
+void pack_filters(int64_t c, int64_t channels, int64_t taps, const A* weight, const A* scale, A* to) {
+    const int64_t valid = smaller(panel_columns, channels - c);
+    transpose(valid, taps, weight + c * taps, taps, to + c, channels);
+    if (scale == nullptr) return;
+    for (int64_t i = 0; i < valid; i += lanes<A>) {
+        const int n = int(smaller(lanes<A>, valid - i));
+        const Vec<A> factor = load(scale + c + i, n);
+        for (int64_t t = 0; t < taps; ++t) {
+            A* const at = to + t * channels + c + i;
+            store(at, load(at, n) * factor, n);
+        }
+    }
+}
 
 template <class A, class O>
 Epilogue<O> normalising(const NormVectors<A>& norm, O* out, Activation activation) {
@@ -110,44 +130,54 @@ Epilogue<O> normalising(const NormVectors<A>& norm, O* out, Activation activatio
 template <class T>
 void mbconv_inference(const Block& block, const void* x, void* y) {
     using A = Compute<T>;
-    const Steps<T> steps(block);
-    const DepthwiseShape& shape = steps.shape;
-    const NormVectors<A> norm2(steps.channels, block.depthwise, block.depthwise.mean, block.depthwise.var);
-    const NormVectors<A> norm3(block.out, block.project, block.project.mean, block.project.var);
-    const Buffer<T> convolved(steps.pixels_out * steps.channels);
-    const Epilogue<T> activate_convolved = normalising<A, T>(norm2, convolved, block.activation);
-    const Source<T> input = steps.input(x);
-    if (steps.expands) {
-        const NormVectors<A> norm1(steps.channels, block.expand, block.expand.mean, block.expand.var);
-        const Buffer<A> packed = pack(steps.weights(block.expand), block.in, 1, steps.channels, block.in);
-        const Buffer<A> wide(input.direct() ? 0 : steps.pixels_in * block.in);
-        if (!input.direct()) widen(steps.pixels_in * block.in, static_cast<const T*>(x), static_cast<A*>(wide));
-        const Epilogue<A> activate_expanded = normalising<A, A>(norm1, nullptr, block.activation);
-        const StageExpanded<A> stage{shape, input.direct() ? static_cast<const A*>(x) : wide, block.in, packed,
-                                     activate_expanded};
-        depthwise_rows<A>(shape, steps.weights(block.depthwise), stage,
-                          [&](int64_t image, int64_t row, int64_t c, int64_t n, const A* values) {
-                              activate_convolved((image * shape.out_height + row) * shape.out_width, shape.out_width, c,
-                                                 n, values, slab<A>);
-                          });
-    } else {
-        depthwise_forward(shape, input, steps.weights(block.depthwise), activate_convolved);
-    }
-    Operand gated{convolved};
-    const Buffer<A> pooled(block.reduced == 0 ? 0 : shape.batch * steps.channels);
-    Buffer<A> gate;
-    if (block.reduced != 0) {
-        pool(shape.batch, steps.image_out, Source<T>(gated, steps.channels, steps.image_out), static_cast<A*>(pooled));
-        Excitation<A> excitation(steps.excitation_shape(), block.squeeze_excite, pooled);
-        gate.swap(excitation.gate);
-        gated.gate = gate;
-    }
-    const Buffer<A> packed = pack(steps.weights(block.project), steps.channels, 1, block.out, steps.channels);
-    Epilogue<T> epilogue = normalising<A, T>(norm3, static_cast<T*>(y), Activation::none);
-    epilogue.image_pixels = steps.image_out;
-    epilogue.image_scale = static_cast<const A*>(block.drop_path);
-    epilogue.residual = block.residual ? static_cast<const T*>(x) : nullptr;
-    product(steps.pixels_out, Source<T>(gated, steps.channels, steps.image_out), packed, block.out, epilogue);
+    using E = Term<T>;
+    const DepthwiseShape& s = block.depthwise_shape;
+    const int64_t channels = s.channels, taps = s.kernel_h * s.kernel_w, reduced = block.reduced;
+    const bool expands = block.expand.weight != nullptr;
+    const FoldedNorm<A> norm1(expands ? channels : 0, block.expand), norm2(channels, block.depthwise),
+        norm3(block.out, block.project);
+    const Scratch<E> expand(expands ? Panels<E>::size(block.in, channels) : 0), project(Panels<E>::size(channels, block.out));
+    const Scratch<A> depthwise(taps * channels), reduce(Panels<A>::size(channels, reduced)),
+        excite(Panels<A>::size(reduced, channels));
+    const SqueezeExciteParams& se = block.squeeze_excite;
+    // All that is packed, in one parallel loop: panels of each product, and slices of the depthwise filters.
+    const auto panels = [](int64_t columns) { return ceil_div(columns, panel_columns); };
+    const int64_t ends[] = {expands ? panels(channels) : 0, panels(block.out), panels(channels),
+                            reduced == 0 ? 0 : panels(reduced), reduced == 0 ? 0 : panels(channels)};
+    const auto pack_one = [&](int which, int64_t i) {
+        const auto weight = [](const void* p) { return static_cast<const A*>(p); };
+        if (which == 0) return pack_panel_of<E>(i, weight(block.expand.weight), block.in, channels, norm1.scale(), static_cast<E*>(expand));
+        if (which == 1) return pack_panel_of<E>(i, weight(block.project.weight), channels, block.out, norm3.scale(), static_cast<E*>(project));
+        if (which == 2) return pack_filters(i * panel_columns, channels, taps, weight(block.depthwise.weight), norm2.scale(), static_cast<A*>(depthwise));
+        if (which == 3) return pack_panel_of<A>(i, weight(se.reduce_weight), channels, reduced, weight(nullptr), static_cast<A*>(reduce));
+        pack_panel_of<A>(i, weight(se.expand_weight), reduced, channels, weight(nullptr), static_cast<A*>(excite));
+    };
+    int64_t total = 0;
+    for (int64_t end : ends) total += end;
+    parallel_tasks(
+        total, [] { return 0; },
+        [&](int64_t task, int) {
+            int which = 0;
+            for (; task >= ends[which]; ++which) task -= ends[which];
+            pack_one(which, task);
+        });
+    PackedBlock packed{s, block.in, block.out, reduced};
+    if (expands) packed.expand = static_cast<E*>(expand);
+    packed.expand_bias = norm1.shift();
+    packed.depthwise = static_cast<A*>(depthwise);
+    packed.depthwise_bias = norm2.shift();
+    packed.reduce = static_cast<A*>(reduce);
+    packed.reduce_bias = se.reduce_bias;
+    packed.excite = static_cast<A*>(excite);
+    packed.excite_bias = se.expand_bias;
+    packed.project = static_cast<E*>(project);
+    packed.project_bias = norm3.shift();
+    packed.activation = block.activation;
+    packed.squeeze_activation = se.activation;
+    packed.gate = se.gate;
+    packed.residual = block.residual;
+    packed.drop_path = block.drop_path;
+    mbconv_packed<T>(packed, x, y);
 }
 
 template <class T>

@@ -42,33 +42,26 @@ void pointwise_contiguous(const PointwiseShape& s, const void* x, const void* we
     });
 }
 
-// For few pixels it is cheaper to turn the pixels than to pack the weights.
 template <class T>
-void pointwise_turned(const PointwiseShape& s, const T* x, const void* weight, const void* bias, Activation activation,
-                      T* y) {
-    const int64_t pixels = s.batch * s.pixels;
-    const Buffer<T> from(pixels * s.in), to(pixels * s.out);
-    transpose(pixels, s.in, x, s.in, static_cast<T*>(from), pixels);
-    pointwise_contiguous<T>({1, pixels, s.in, s.out}, from, weight, bias, nullptr, activation, to);
-    transpose(s.out, pixels, static_cast<const T*>(to), pixels, y, s.out);
+void pointwise_packed(const PointwiseShape& s, const void* x, const void* weight, const void* bias, const void* residual,
+                      Activation activation, void* y) {
+    using A = Compute<T>;
+    using E = Term<T>;
+    const Panels<E> panels{static_cast<const E*>(weight), term_count<E>(s.in), s.out};
+    const Padded<A> shift(bias, s.out);
+    const Finish<T> finish{static_cast<T*>(y), s.out, s.out, activation, static_cast<const T*>(residual)};
+    multiply_blocks(s.batch * s.pixels, thread_count(), panels, static_cast<const A*>(shift), finish, [&](int64_t block_rows) {
+        return TermRows<T>(static_cast<const T*>(x), s.in, block_rows);
+    });
 }
 
 template <class T>
 void pointwise(const PointwiseShape& s, const void* x, const void* weight, const void* bias, const void* residual,
                Activation activation, void* y) {
-    using A = Compute<T>;
-    if constexpr (sizeof(T) == sizeof(A)) {
-        if (s.batch * s.pixels <= 2 * slab<A> && residual == nullptr)
-            return pointwise_turned(s, static_cast<const T*>(x), weight, bias, activation, static_cast<T*>(y));
-    }
-    const Buffer<A> packed = pack(static_cast<const A*>(weight), s.in, 1, s.out, s.in);
-    Epilogue<T> epilogue;
-    epilogue.out = static_cast<T*>(y);
-    epilogue.channels = s.out;
-    epilogue.shift = static_cast<const A*>(bias);
-    epilogue.activation = activation;
-    epilogue.residual = static_cast<const T*>(residual);
-    product(s.batch * s.pixels, Source<T>({x}, s.in, s.pixels), packed, s.out, epilogue);
+    using E = Term<T>;
+    const Scratch<E> packed(Panels<E>::size(s.in, s.out));
+    pack_panels<E, Compute<T>>(static_cast<const Compute<T>*>(weight), s.in, s.out, nullptr, packed);
+    pointwise_packed<T>(s, x, static_cast<E*>(packed), bias, residual, activation, y);
 }
 
 template <class T>
@@ -107,6 +100,7 @@ void pointwise_backward(const PointwiseShape& s, const void* grad, const void* x
 }
 
 EFFNET_INSTANTIATE(pointwise)
+EFFNET_INSTANTIATE(pointwise_packed)
 EFFNET_INSTANTIATE(pointwise_backward)
 template decltype(pointwise_contiguous<float>) pointwise_contiguous<float>;
 template decltype(pointwise_contiguous<double>) pointwise_contiguous<double>;

@@ -9,10 +9,13 @@ constexpr Kernels kernels_of() {
     kernels.depthwise = depthwise<T>;
     kernels.depthwise_backward = depthwise_backward<T>;
     kernels.pointwise = pointwise<T>;
+    kernels.pointwise_packed = pointwise_packed<T>;
+    kernels.convolution_packed = convolution_packed<T>;
     kernels.pointwise_backward = pointwise_backward<T>;
     kernels.squeeze_excite = squeeze_excite<T>;
     kernels.squeeze_excite_backward = squeeze_excite_backward<T>;
     kernels.mbconv_inference = mbconv_inference<T>;
+    kernels.mbconv_packed = mbconv_packed<T>;
     kernels.mbconv_training = mbconv_training<T>;
     kernels.mbconv_backward = mbconv_backward<T>;
     if constexpr (sizeof(T) == sizeof(Compute<T>)) {

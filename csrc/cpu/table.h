@@ -3,6 +3,7 @@
 
 #include "batch_norm.h"
 #include "depthwise.h"
+#include "packed.h"
 #include "product.h"
 #include "squeeze_excite.h"
 
@@ -22,6 +23,12 @@ template <class T>
 void pointwise(const PointwiseShape&, const void* x, const void* weight, const void* bias, const void* residual,
                Activation, void* y);
 template <class T>
+void pointwise_packed(const PointwiseShape&, const void* x, const void* weight, const void* bias, const void* residual,
+                      Activation, void* y);
+template <class T>
+void convolution_packed(const ConvolutionShape&, const void* x, const void* weight, const void* bias, Activation,
+                        void* y);
+template <class T>
 void pointwise_contiguous(const PointwiseShape&, const void* x, const void* weight, const void* bias,
                           const void* residual, Activation, void* y);
 template <class T>
@@ -34,6 +41,8 @@ void squeeze_excite_backward(const SqueezeExciteShape&, const void* grad, const 
                              const SqueezeExciteParams&, void* grad_x, const SqueezeExciteGrads&);
 template <class T>
 void mbconv_inference(const Block&, const void* x, void* y);
+template <class T>
+void mbconv_packed(const PackedBlock&, const void* x, void* y);
 template <class T>
 void mbconv_training(const Block&, const void* x, void* y, const BlockSaved&);
 template <class T>

@@ -96,7 +96,7 @@ inline void split_pairs(int64_t count, const T* row, T* even, T* odd) {
 
 template <class U>
 inline void transpose_bits(int64_t rows, int64_t columns, const U* from, int64_t from_step, U* to, int64_t to_step) {
-    constexpr int L = lanes<U>;
+    constexpr int L = lanes<U>, ahead = 256 / int(sizeof(U));
     for (int64_t i = 0; i < rows; i += L)
         for (int64_t j = 0; j < columns; j += L) {
             const int m = int(smaller(L, rows - i)), n = int(smaller(L, columns - j));
@@ -105,7 +105,11 @@ inline void transpose_bits(int64_t rows, int64_t columns, const U* from, int64_t
             Vec<U> block[L];
             if (m == L && n == L) {
 #pragma GCC unroll 32
-                for (int r = 0; r < L; ++r) std::memcpy(&block[r], corner + r * from_step, sizeof(block[r]));
+                for (int r = 0; r < L; ++r) {
+                    std::memcpy(&block[r], corner + r * from_step, sizeof(block[r]));
+                    // So many rows at once are more than the processor follows by itself.
+                    __builtin_prefetch(corner + r * from_step + ahead);
+                }
                 transpose_square<U>(block);
 #pragma GCC unroll 32
                 for (int r = 0; r < L; ++r) std::memcpy(target + r * to_step, &block[r], sizeof(block[r]));

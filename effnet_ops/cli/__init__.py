@@ -87,3 +87,35 @@ def _demo(
     from effnet_ops.cli.demo import run
 
     run(output, seconds)
+
+
+@app.command("bench")
+def _bench(
+    model: Annotated[str, typer.Option(help="A timm model, or torchvision:NAME or effnet_ops:NAME.")] = (
+        "efficientnet_b0"
+    ),
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Images at once; repeat for several.  [1]")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="float32 or bfloat16; repeat for both.  [float32]")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of every provider; by default PyTorch's number.")] = None,
+    resolution: Annotated[int | None, typer.Option(min=1, help="Height and width; by default the model's own.")] = None,
+    peers: Annotated[str | None, typer.Option(help="Only these beside ours, with commas between them.")] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="Each layer too, beside the machine's peaks.")] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="How often every provider has a turn.")] = 7,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Of each turn, at least.")] = 0.3,
+    json: Annotated[Path | None, typer.Option(help="Keep the rows in this file; what it has is not repeated.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Repeat also what the file has of this commit.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw plots into this folder.")] = None,
+) -> None:
+    """Compare inference with PyTorch, torch.compile, ONNX Runtime and OpenVINO; exit code 1 if an output is wrong."""
+    import torch
+
+    from effnet_ops.benchmark.comparison import Settings
+    from effnet_ops.cli.bench import check_dtypes, chosen, run, tasks_of
+
+    dtypes, threads = dtype or ["float32"], threads or torch.get_num_threads()
+    check_dtypes(dtypes)
+    settings = [
+        Settings(model, size, name, threads, resolution, rounds, seconds) for name in dtypes for size in batch or [1]
+    ]
+    providers = chosen(None if peers is None else [name for name in peers.split(",") if name])
+    run(tasks_of(settings, providers, layers), json, fresh, plot)

@@ -10,6 +10,7 @@ from rich.table import Table
 
 import effnet_ops
 from effnet_ops import _native
+from effnet_ops.benchmark.rows import cpu_model
 from effnet_ops.cli.console import console
 
 PACKAGES = (
@@ -63,16 +64,6 @@ def _machine() -> dict[str, object]:
     else:
         rows["GPU"] = "none that PyTorch can use"
     return rows
-
-
-def cpu_model() -> str:
-    """The processor's name as the operating system has it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _built() -> dict[str, object]:

@@ -3,9 +3,10 @@
 The compiled library registers their CPU kernels; without it, or on another device, they run the reference.
 """
 
+from effnet_ops.ops import packed
 from effnet_ops.ops.depthwise import depthwise_conv2d
 from effnet_ops.ops.mbconv import mbconv, set_recompute
 from effnet_ops.ops.pointwise import pointwise_conv2d
 from effnet_ops.ops.squeeze_excite import squeeze_excite
 
-__all__ = ["depthwise_conv2d", "mbconv", "pointwise_conv2d", "set_recompute", "squeeze_excite"]
+__all__ = ["depthwise_conv2d", "mbconv", "packed", "pointwise_conv2d", "set_recompute", "squeeze_excite"]

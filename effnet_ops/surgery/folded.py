@@ -1,15 +1,21 @@
-"""What `optimize_for_inference` puts in the place of layers: the same computation with the normalisations folded in."""
+"""What `optimize_for_inference` puts in the place of layers: the same computation with the normalisations folded in.
+
+Weights of products are packed (see `effnet_ops.packing`) for the dtype of the activations: bf16 in pairs, fp16 in fp32.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from effnet_ops import functional
+from effnet_ops import backends, functional, packing
+from effnet_ops.checks import check_input, padding_sides
+from effnet_ops.ops import packed
 from effnet_ops.params import ConvNormParams, SqueezeExciteParams
-from effnet_ops.reference import activate
+from effnet_ops.reference import activate, compute_dtype
 from effnet_ops.surgery.fused import parameter
 
 
@@ -40,10 +46,11 @@ class Folded(nn.Module):
     """Base of the modules that hold folded normalisations: they cannot train.
 
     ``activations`` is an empty buffer whose dtype the input is cast to, so that ``.to(dtype)`` changes that too; None
-    leaves the input as it is.
+    leaves the input as it is. ``depths`` has the number of terms of each product whose weight is packed.
     """
 
     activations: Tensor | None
+    depths: dict[str, int]
 
     def cast(self, x: Tensor) -> Tensor:
         like = self._buffers.get("activations")
@@ -53,6 +60,36 @@ class Folded(nn.Module):
         """Cast every input to ``dtype`` from now on."""
         device = next(self.parameters()).device
         self.register_buffer("activations", torch.empty(0, dtype=dtype, device=device), persistent=False)
+        self._repack()
+
+    def runs_packed(self, x: Tensor, channels: int) -> bool:
+        """Whether the operator takes x, which must have ``channels``; the reference takes what it does not."""
+        if x.dim() != 4 or x.shape[1] != channels:
+            check_input(x)
+            raise ValueError(f"x must have {channels} channels, got shape {tuple(x.shape)}")
+        return backends.select(x) != "reference"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        super()._apply(fn, recurse)
+        if self.__dict__.get("depths"):
+            self._repack()
+        return self
+
+    def _repack(self) -> None:
+        """Pack the products for the dtype that the activations have now."""
+        like = self._buffers.get("activations")
+        for name, depth in self.depths.items():
+            weight = self._parameters[name]
+            if weight is None:
+                continue
+            wanted = self._product_dtype(name, weight.dtype if like is None else like.dtype)
+            pairs = wanted is torch.bfloat16
+            if weight.dtype is not wanted or (weight.dim() == 4) is not pairs:
+                rows = packing.unpack(weight.data, weight.shape[0] * packing.PANEL, depth)
+                self._parameters[name] = frozen(packing.pack(rows.to(wanted)))
+
+    def _product_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        return dtype if dtype is torch.bfloat16 else compute_dtype(dtype)
 
     def train(self, mode: bool = True) -> nn.Module:
         if mode:
@@ -72,26 +109,93 @@ class FoldedNorm(Folded, nn.Sequential):
 
 
 class FoldedPointwise(Folded, nn.Conv2d):
-    """A 1x1 convolution with bias and activation, run by `effnet_ops.pointwise_conv2d`; made of an ``nn.Conv2d``."""
+    """A 1x1 convolution with bias and activation; made of an ``nn.Conv2d``, with its weight packed."""
 
     activation: str
 
+    @classmethod
+    def convert(cls, conv: nn.Conv2d, activation: str) -> None:
+        """Make ``conv`` one, in place."""
+        conv.__class__ = cls
+        conv.activation, conv.depths = activation, {"weight": conv.in_channels}
+        conv.weight = frozen(packing.pack(conv.weight.detach().flatten(1)))
+        if conv.bias is None:
+            conv.bias = frozen(conv.weight.new_zeros(conv.out_channels))
+        conv._repack()
+
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = parameter(self, "weight"), parameter(self, "bias")
-        return functional.pointwise_conv2d(self.cast(x), weight, bias, activation=self.activation)
+        x = self.cast(x)
+        run = packed.pointwise if self.runs_packed(x, self.in_channels) else packed.reference_pointwise
+        return run(x, parameter(self, "weight"), parameter(self, "bias"), self.activation)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation}"
 
 
-_SQUEEZE_EXCITE = ("reduce_weight", "reduce_bias", "excite_weight", "excite_bias")
+class FoldedConvolution(Folded, nn.Conv2d):
+    """A dense convolution of few channels with bias and activation, in channels_last; made of an ``nn.Conv2d``.
+
+    Its weight is packed in fp32 (fp64 for fp64 activations): with three channels, pairs of bf16 have no use.
+    """
+
+    activation: str
+
+    @classmethod
+    def convert(cls, conv: nn.Conv2d, padding: functional.Padding, activation: str) -> None:
+        """Make ``conv`` one, in place; ``padding`` as `effnet_ops.depthwise_conv2d` takes it."""
+        conv.__class__ = cls
+        conv.activation, conv.sides = activation, padding_sides(padding)
+        conv.depths = {"weight": conv.weight[0].numel()}
+        conv.weight = frozen(packing.pack_convolution(conv.weight.detach()))
+        conv._repack()
+
+    def _product_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        return compute_dtype(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.cast(x)
+        run = packed.convolution if self.runs_packed(x, self.in_channels) else packed.reference_convolution
+        weight, bias = parameter(self, "weight"), parameter(self, "bias")
+        return run(x, weight, bias, self.kernel_size, self.stride, self.sides, self.activation)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, activation={self.activation}"
+
+
+class FoldedLinear(Folded, nn.Linear):
+    """A linear layer with its weight packed; made of an ``nn.Linear`` behind folded blocks."""
+
+    @classmethod
+    def convert(cls, linear: nn.Linear) -> None:
+        """Make ``linear`` one, in place."""
+        linear.__class__ = cls
+        linear.depths = {"weight": linear.in_features}
+        linear.weight = frozen(packing.pack(linear.weight.detach()))
+        if linear.bias is None:
+            linear.bias = frozen(linear.weight.new_zeros(linear.out_features))
+        linear._repack()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.cast(x)
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"x must have {self.in_features} features, got shape {tuple(x.shape)}")
+        rows = x.reshape(-1, self.in_features, 1, 1)
+        run = packed.pointwise if self.runs_packed(rows, self.in_features) else packed.reference_pointwise
+        y = run(rows, parameter(self, "weight"), parameter(self, "bias"), "none")
+        return y.view(*x.shape[:-1], self.out_features)
+
+
+_TENSORS = tuple(
+    f"{part}_{kind}" for part in ("expand", "depthwise", "reduce", "excite", "project") for kind in ("weight", "bias")
+)
 
 
 class FoldedMBConv(Folded):
-    """An MBConv block as one call of `effnet_ops.mbconv`, without normalisations and without drop path.
+    """An MBConv block as one operator, without normalisations and without drop path.
 
     Input (N, Cin, H, W), output (N, Cout, Ho, Wo). Parameters ``expand_weight``, ``expand_bias`` and so on for
-    ``depthwise``, ``project``, ``reduce`` and ``excite``; those that the block lacks are None.
+    ``depthwise``, ``project``, ``reduce`` and ``excite``; those that the block lacks are None. All but the depthwise
+    weight (kh, kw, C) are packed.
 
     Args:
         expand, depthwise, project: folded convolutions; ``expand`` can be None.
@@ -115,40 +219,54 @@ class FoldedMBConv(Folded):
         after: str = "none",
     ) -> None:
         super().__init__()
-        for name, conv in (("expand", expand), ("depthwise", depthwise), ("project", project)):
-            self.register_parameter(f"{name}_weight", None if conv is None else conv.weight)
-            self.register_parameter(f"{name}_bias", None if conv is None else conv.bias)
-        for name, value in zip(_SQUEEZE_EXCITE, squeeze_excite[:4] if squeeze_excite else (None,) * 4, strict=True):
-            self.register_parameter(name, None if value is None else frozen(value.to(depthwise.weight.dtype)))
-        self.expands, self.squeezes = expand is not None, squeeze_excite is not None
-        self.stride, self.padding, self.residual = stride, padding, residual
+        dtype, self.depths = depthwise.weight.dtype, {}
+        self._add_product("expand", expand)
+        self.depthwise_weight = frozen(packing.pack_depthwise(depthwise.weight.detach()))
+        self.depthwise_bias = depthwise.bias
+        for name, at in (("reduce", 0), ("excite", 2)):
+            weight, bias = squeeze_excite[at : at + 2] if squeeze_excite else (None, None)
+            if weight is not None:
+                bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
+                weight, bias = weight.detach().to(dtype), frozen(bias.to(dtype))
+            self._add_product(name, None if weight is None else ConvNormParams(weight, bias))
+        self._add_product("project", project)
+        self.in_channels = (depthwise if expand is None else expand).weight.shape[0 if expand is None else 1]
+        self.stride, self.padding, self.residual = tuple(stride), padding_sides(padding), residual
         self.activation, self.gate, self.after = activation, gate, after
-        self.squeeze_activation = squeeze_excite.activation if squeeze_excite else None
+        self.squeeze_activation = (squeeze_excite.activation if squeeze_excite else None) or activation
+        self._repack()
+
+    def _add_product(self, name: str, conv: ConvNormParams | None) -> None:
+        packed_weight = None if conv is None else frozen(packing.pack(conv.weight.detach().flatten(1)))
+        self.register_parameter(f"{name}_weight", packed_weight)
+        self.register_parameter(f"{name}_bias", None if conv is None else conv.bias)
+        if conv is not None:
+            self.depths[f"{name}_weight"] = conv.weight.shape[1]
+
+    def _product_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """The gate is computed in fp32 (fp64 for fp64), as the pool is that it comes from."""
+        return (
+            compute_dtype(dtype) if name in ("reduce_weight", "excite_weight") else super()._product_dtype(name, dtype)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        squeeze_excite = None
-        if self.squeezes:
-            tensors = (
-                parameter(self, name) for name in ("reduce_weight", "reduce_bias", "excite_weight", "excite_bias")
-            )
-            squeeze_excite = SqueezeExciteParams(*tensors, self.squeeze_activation)
-        y = functional.mbconv(
-            self.cast(x),
-            self._conv("expand") if self.expands else None,
-            self._conv("depthwise"),
-            squeeze_excite,
-            self._conv("project"),
-            stride=self.stride,
-            padding=self.padding,
-            activation=self.activation,
-            gate=self.gate,
-            residual=self.residual,
-            training=False,
+        x = self.cast(x)
+        run = packed.mbconv if self.runs_packed(x, self.in_channels) else packed.reference_mbconv
+        tensors = list(self._parameters.values())
+        if len(tensors) != len(_TENSORS):
+            # A replica of nn.DataParallel has plain attributes instead.
+            tensors = [getattr(self, name) for name in _TENSORS]
+        y = run(
+            x,
+            *tensors,
+            self.stride,
+            self.padding,
+            self.residual,
+            self.activation,
+            self.squeeze_activation,
+            self.gate,
         )
         return y if self.after == "none" else activate(y, self.after)
-
-    def _conv(self, name: str) -> ConvNormParams:
-        return ConvNormParams(parameter(self, f"{name}_weight"), parameter(self, f"{name}_bias"))
 
     def extra_repr(self) -> str:
         return f"stride={self.stride}, padding={self.padding}, activation={self.activation}, residual={self.residual}"

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +21,15 @@ from effnet_ops import layers
 from effnet_ops.checks import FLOAT_DTYPES
 from effnet_ops.models import efficientnet
 from effnet_ops.params import BatchNormParams, ConvNormParams
-from effnet_ops.surgery.folded import Folded, FoldedMBConv, FoldedNorm, FoldedPointwise, fold
+from effnet_ops.surgery.folded import (
+    Folded,
+    FoldedConvolution,
+    FoldedLinear,
+    FoldedMBConv,
+    FoldedNorm,
+    FoldedPointwise,
+    fold,
+)
 from effnet_ops.surgery.fused import (
     ACTIVATIONS,
     CHAINS,
@@ -33,6 +43,7 @@ from effnet_ops.surgery.fused import (
     check_pointwise,
     check_untouched,
     conv_norm_params,
+    convolution_padding,
     describe,
 )
 from effnet_ops.surgery.replace import (
@@ -52,6 +63,8 @@ _OWN_CHAINS = {
 }
 _OWN_CONVOLUTIONS = (layers.PaddedConv2d, layers.DepthwiseConv2d)
 _HALF = (torch.bfloat16, torch.float16)
+_FEW_CHANNELS, _TALLEST = 16, 16
+"""Dense convolutions up to this many channels and filter rows, such as a network's first, have a packed form."""
 _HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
@@ -119,12 +132,25 @@ def optimize_for_inference(model: nn.Module, *, dtype: torch.dtype | None = None
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm):
             report.left.setdefault(name, f"{type(module).__name__} does not follow a known convolution")
+    if report.blocks:
+        _pack_linears(model)
     report.replaced = replace_layers(model)
     model.requires_grad_(False)
     if dtype is not None:
         _convert(model, dtype, folding.kept)
     model.optimization_report = report
     return model
+
+
+def _pack_linears(model: nn.Module) -> None:
+    """Pack the linear layers behind folded blocks, except where a child does more than its class says."""
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and module.weight.dtype in FLOAT_DTYPES:
+            try:
+                check_untouched(name, module)
+            except Unfit:
+                continue
+            FoldedLinear.convert(module)
 
 
 def _check_dtype(dtype: object) -> None:
@@ -245,7 +271,7 @@ class _Folding:
             except Unfit as reason:
                 self.report.left[_join(name, chain.norm.name)] = str(reason)
         # An activation moves into the folded layers where all that it follows are folded and one can compute it.
-        moved = {chain.activation.module for chain in fit if _is_pointwise(chain.conv) and self._movable(chain)}
+        moved = {chain.activation.module for chain in fit if _conversion(chain.conv) and self._movable(chain)}
         moved -= {chain.activation.module for chain in chains if chain.activation and chain not in fit}
         for chain in fit:
             self._fold_chain(owner, chain, moved, own)
@@ -295,10 +321,9 @@ class _Folding:
             # `layers.conv_norm_act` fuses exactly these two.
             self.kept.add(conv)
             rest = nn.Identity()
-        elif _is_pointwise(chain.conv):
+        elif (convert := _conversion(chain.conv)) is not None:
             fits = len(behind) == 1 and type(behind[0]) in ACTIVATIONS
-            conv.__class__ = FoldedPointwise
-            conv.activation = ACTIVATIONS[type(behind[0])] if fits else "none"
+            convert(ACTIVATIONS[type(behind[0])] if fits else "none")
             rest = FoldedNorm() if fits else rest
         owner._modules[chain.norm.name] = rest.eval()
 
@@ -329,6 +354,19 @@ def _is_pointwise(part: Part) -> bool:
         return False
 
 
+def _conversion(part: Part) -> Callable[[str], None] | None:
+    """What makes a convolution, folded already, a packed one with the activation of the given name; None: it stays."""
+    conv = part.module
+    if _is_pointwise(part):
+        return partial(FoldedPointwise.convert, conv)
+    try:
+        padding = convolution_padding(part)
+    except Unfit:
+        return None
+    dense = conv.groups == 1 and tuple(conv.dilation) == (1, 1) and conv.kernel_size[0] <= _TALLEST
+    return partial(FoldedConvolution.convert, conv, padding) if dense and conv.in_channels <= _FEW_CHANNELS else None
+
+
 def _check_statistics(norm: nn.BatchNorm2d) -> None:
     if norm.running_mean is None or norm.running_var is None:
         raise Unfit("it has no running statistics: it normalises by the batch's in evaluation, too")
@@ -344,7 +382,7 @@ def _convert(model: nn.Module, dtype: torch.dtype, kept: set[nn.Module]) -> None
         exempt = isinstance(module, Folded | _BatchNorm) or module in kept
         target = wide if exempt else dtype
         module._apply(lambda t, to=target: t.to(to) if t.is_floating_point() else t, recurse=False)
-        if isinstance(module, FoldedMBConv | FoldedPointwise):
+        if isinstance(module, Folded) and module.__dict__.get("depths"):
             module.set_activations(dtype)
         elif not exempt and module not in inside_fused and _needs_cast(module):
             module.register_forward_pre_hook(_cast_input)

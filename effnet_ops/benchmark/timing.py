@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,8 +37,27 @@ def interleave(functions: Mapping[str, Callable[[], object]], seconds: float, wa
             functions[name]()
             samples[name].append(time.perf_counter() - start)
         rounds += 1
+    return {name: Timing(*percentiles(values), rounds) for name, values in samples.items()}
+
+
+def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """The 20th, 50th and 80th percentile."""
     quantiles = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-    return {
-        name: Timing(*torch.tensor(values, dtype=torch.float64).quantile(quantiles).tolist(), rounds)
-        for name, values in samples.items()
-    }
+    return tuple(torch.tensor(values, dtype=torch.float64).quantile(quantiles).tolist())
+
+
+class Ratio(NamedTuple):
+    """How many times as long one takes as another: the median over the rounds, and its spread."""
+
+    p20: float
+    p50: float
+    p80: float
+
+
+def ratio(slower: Sequence[float], faster: Sequence[float]) -> Ratio:
+    """``slower`` over ``faster``, round by round: what slows the machine in a round hits both.
+
+    Args:
+        slower, faster: the medians of the same rounds.
+    """
+    return Ratio(*percentiles([a / b for a, b in zip(slower, faster, strict=True)]))

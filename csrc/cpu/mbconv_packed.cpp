@@ -1,0 +1,278 @@
+// The block for inference. An image, or a few small ones, passes through two steps: expansion and depthwise convolution by
+// slabs of channels, of which only a few rows exist at a time; then the projection, which gates its operand as it reads it.
+#include "table.h"
+
+EFFNET_NAMESPACE_BEGIN
+
+namespace {
+
+// How step one is cut: slabs of `vectors` vectors of channels, and each image into chunks of output rows.
+struct Cut {
+    int vectors = 1;
+    int64_t slabs = 1, chunks = 1;
+
+    // The cut with the fewest estimated cycles, one vector being worked on in a cycle:
+    //   work: products, taps and activations, of the rows and channels that are computed (neighbouring chunks share rows of
+    //   the expanded tensor, and the last slab overlaps where the channels do not divide);
+    //   a factor for threads that wait for the last task, for rows that do not stay in L1, and for tiles one vector wide;
+    //   what the threads must fetch from each other's cache, unless a thread's rows are its own in the next step, too.
+    Cut(const PackedBlock& b, int64_t images, int64_t lanes, int64_t element, int64_t row_bytes, int64_t threads) {
+        const DepthwiseShape& s = b.depthwise_shape;
+        const double in_pixels = double(images * s.height * s.width), out_pixels = double(images * s.out_height * s.out_width);
+        const double expand = b.expand == nullptr ? copy : double(b.in) + activate;
+        const double convolve = load_taps * double(s.kernel_h * s.kernel_w) + activate;
+        const int64_t all = ceil_div(s.channels, lanes);
+        double best = 0;
+        for (int w = 1; w <= smaller(3, all); ++w)
+            for (int64_t n = 1; n <= 8 * threads && (n == 1 || (threads > 1 && s.out_height >= 2 * n)); ++n) {
+                const int64_t count = ceil_div(all, w), tasks = images * count * n;
+                const double again = double((n - 1) * larger(0, s.kernel_h - s.stride_h)) / double(s.height);
+                double cycles = (in_pixels * (1 + again) * expand + out_pixels * convolve) * double(count * w);
+                cycles *= double(ceil_div(tasks, threads) * threads) / double(tasks);
+                cycles *= w == 1 ? 1.1 : 1;
+                if (images * n % threads != 0)
+                    cycles += out_pixels * double(all * lanes * element) / fetched_bytes * double(threads - 1) / double(threads);
+                if (best == 0 || cycles < best) best = cycles, vectors = w, slabs = count, chunks = n;
+            }
+    }
+
+  private:
+    static constexpr double activate = 14, copy = 2, load_taps = 1.4, fetched_bytes = 4;
+    static constexpr int64_t l1_bytes = 24 << 10;
+};
+
+template <class T>
+class PackedRun {
+    using A = Compute<T>;
+    using E = Term<T>;
+    static constexpr int L = lanes<A>;
+
+  public:
+    PackedRun(const PackedBlock& b, const void* x, void* y)
+        : b_(b),
+          s_(b.depthwise_shape),
+          channels_(s_.channels),
+          padded_(round_up(s_.channels, panel_columns)),
+          image_in_(s_.height * s_.width),
+          image_out_(s_.out_height * s_.out_width),
+          x_(static_cast<const T*>(x)),
+          y_(static_cast<T*>(y)),
+          expand_bias_(b.expand == nullptr ? nullptr : b.expand_bias, channels_),
+          depthwise_(b.depthwise, channels_, s_.kernel_h * s_.kernel_w),
+          depthwise_bias_(b.depthwise_bias, channels_),
+          reduce_bias_(b.reduce_bias, b.reduced),
+          excite_bias_(b.excite_bias, channels_),
+          project_bias_(b.project_bias, b.out) {}
+
+    // Whole images to the threads as far as they go round; the rest is shared.
+    void operator()() const {
+        const int64_t threads = thread_count(), alone = s_.batch / threads * threads;
+        const int64_t image_bytes = image_out_ * channels_ * int64_t(sizeof(T));
+        const int64_t group = larger(1, smaller(alone / threads, group_bytes / larger(image_bytes, 1)));
+        const int64_t groups = threads == 1 ? ceil_div(alone, group) : ceil_div(alone / threads, group) * threads;
+        if (groups > 0)
+            parallel_tasks(
+                groups, [] { return 0; },
+                [&](int64_t task, int) { images(alone * task / groups, alone * (task + 1) / groups, 1); });
+        if (alone < s_.batch) images(alone, s_.batch, threads);
+    }
+
+  private:
+    static constexpr int64_t group_bytes = 512 << 10;
+
+    // Memory of one thread: a ring of input rows of one slab of channels, with the padding of the image, and a row of sums.
+    struct Rows {
+        Scratch<A> ring, out;
+        Rows(int64_t ring_size, int64_t out_size) : ring(ring_size), out(out_size) {
+            std::memset(static_cast<A*>(ring), 0, size_t(ring_size) * sizeof(A));
+        }
+    };
+
+    // A task of step one: some output rows of one image, one slab of channels.
+    struct Piece {
+        int64_t image, chunk, slab;
+    };
+
+    // What step one leaves to step two, for the images from `first` on.
+    struct Images {
+        int64_t first, count, threads, chunks;
+        T* convolved;
+        A* sums;  // [images][chunks][channels], of the activated values
+    };
+
+    // Images [first, last), by `threads` threads.
+    void images(int64_t first, int64_t last, int64_t threads) const {
+        const int64_t count = last - first;
+        const int64_t width = larger(s_.pad_left + s_.width, (s_.out_width - 1) * s_.stride_w + s_.kernel_w);
+        const Cut cut(b_, count, L, sizeof(T), width * L * int64_t(sizeof(A)), threads);
+        const Scratch<T> convolved(count * image_out_ * channels_);
+        const Scratch<A> sums(b_.reduced == 0 ? 0 : count * cut.chunks * padded_);
+        const Images done{first, count, threads, cut.chunks, convolved, sums};
+        TermRows<T> terms(x_ + first * image_in_ * b_.in, b_.in, b_.expand == nullptr ? 0 : count * image_in_);
+        const E* const input = b_.expand == nullptr ? nullptr : terms(0, count * image_in_);
+        const int64_t slab = cut.vectors * L, parts = count * cut.chunks;
+        // The larger of image and weights stays in cache while the other passes by.
+        const bool weights_stay = b_.expand != nullptr && channels_ > image_in_;
+        parallel_tasks(
+            parts * cut.slabs, [&] { return Rows(s_.kernel_h * width * slab, s_.out_width * slab); },
+            [&](int64_t task, const Rows& rows) {
+                if (b_.reduced != 0) fetch_excitation(task, ceil_div(parts * cut.slabs, threads));
+                const int64_t part = weights_stay ? task % parts : task / cut.slabs;
+                const Piece piece{part / cut.chunks, part % cut.chunks, weights_stay ? task / parts : task % cut.slabs};
+                if (cut.vectors == 1) return convolve<1>(piece, done, input, width, rows);
+                if (cut.vectors == 2) return convolve<2>(piece, done, input, width, rows);
+                convolve<3>(piece, done, input, width, rows);
+            });
+        project(done);
+    }
+
+    // Every thread will want the whole weights of the gate: a share of them for each of its `tasks` tasks.
+    void fetch_excitation(int64_t task, int64_t tasks) const {
+        const int64_t lines = padded_ * b_.reduced * int64_t(sizeof(A)) / 64, share = task % tasks;
+        for (int64_t at = lines * share / tasks * 64; at < lines * (share + 1) / tasks * 64; at += 64) {
+            __builtin_prefetch(static_cast<const char*>(b_.reduce) + at, 0, 2);
+            __builtin_prefetch(static_cast<const char*>(b_.excite) + at, 0, 2);
+        }
+    }
+
+    template <int W>
+    void convolve(const Piece& piece, const Images& to, const E* input, int64_t width, const Rows& rows) const {
+        constexpr int64_t S = W * L;
+        // The last slab overlaps the one before it where the channels do not divide.
+        const int64_t c = smaller(piece.slab * W, ceil_div(channels_, L) - W) * L;
+        const auto slot = [&](int64_t row) { return rows.ring + row % s_.kernel_h * width * S + s_.pad_left * S; };
+        const int64_t begin = s_.out_height * piece.chunk / to.chunks, end = s_.out_height * (piece.chunk + 1) / to.chunks;
+        Vec<A> sum[W] = {};
+        int64_t staged = larger(0, begin * s_.stride_h - s_.pad_top);
+        for (int64_t oy = begin; oy < end; ++oy) {
+            const int64_t top = oy * s_.stride_h - s_.pad_top, bottom = smaller(s_.height, top + s_.kernel_h);
+            RowPairs<A> pairs;
+            for (int64_t iy = larger(0, top); iy < bottom; ++iy) {
+                if (iy >= staged) {
+                    make_row<W>((piece.image * s_.height + iy) * s_.width, to.first, c, input, slot(iy));
+                    staged = iy + 1;
+                }
+                pairs.rows[pairs.count] = slot(iy) - s_.pad_left * S;
+                pairs.weights[pairs.count++] = depthwise_ + (iy - top) * s_.kernel_w * padded_ + c;
+            }
+            RowLayout<A> at{S, S, padded_, rows.out, S};
+            at.start = depthwise_bias_ + c;
+            convolve_row<A>(pairs, at, s_.kernel_w, s_.stride_w, 1, s_.out_width);
+            finish_row<W>(rows.out, (piece.image * s_.out_height + oy) * s_.out_width, c, to.convolved, sum);
+        }
+        if (b_.reduced == 0) return;
+        for (int w = 0; w < W; ++w)
+            store(to.sums + (piece.image * to.chunks + piece.chunk) * padded_ + c + w * L, sum[w]);
+    }
+
+    // One row of the depthwise convolution's input: expanded and activated, or copied.
+    template <int W>
+    void make_row(int64_t pixel, int64_t first_image, int64_t c, const E* input, A* to) const {
+        constexpr int64_t S = W * L;
+        if (b_.expand == nullptr) {
+            const T* from = x_ + (first_image * image_in_ + pixel) * channels_ + c;
+            for (int w = 0; w < W; ++w) {
+                const int n = int(smaller(L, channels_ - c - w * L));
+                for (int64_t p = 0; p < s_.width; ++p) store(to + p * S + w * L, load(from + p * channels_ + w * L, n));
+            }
+            return;
+        }
+        const int64_t terms = term_count<E>(b_.in);
+        const Panels<E> panels{static_cast<const E*>(b_.expand), terms, padded_};
+        const auto left = Left<E>::rows(input + pixel * terms, terms, terms);
+        Multiply<W, E, A>(left, panels, c / L, expand_bias_)(0, s_.width, to, S);
+        with_activation(b_.activation, [&](auto kind) {
+            for (int64_t i = 0; i < s_.width * S; i += L) store(to + i, activate_as<T>(load(to + i), kind.value));
+        });
+    }
+
+    template <int W>
+    void finish_row(const A* values, int64_t pixel, int64_t c, T* convolved, Vec<A> (&sum)[W]) const {
+        T* const to = convolved + pixel * channels_ + c;
+        with_activation(b_.activation, [&](auto kind) {
+            for (int w = 0; w < W; ++w) {
+                const int n = int(smaller(L, channels_ - c - w * L));
+                Vec<A> total = {};
+                for (int64_t p = 0; p < s_.out_width; ++p) {
+                    const Vec<A> v = activate_as<T>(load(values + (p * W + w) * L), kind.value);
+                    total += v;
+                    store(to + p * channels_ + w * L, v, n);
+                }
+                sum[w] += total;
+            }
+        });
+    }
+
+    // The gates of all images: [images][padded channels].
+    void excite(const Images& done, A* gates) const {
+        const int64_t reduced = round_up(b_.reduced, panel_columns);
+        const Scratch<A> hidden(done.count * reduced);
+        A* const mean = gates;
+        const A factor = A(1) / A(image_out_);
+        for (int64_t image = 0; image < done.count; ++image)
+            for (int64_t c = 0; c < padded_; c += L) {
+                Vec<A> sum = {};
+                for (int64_t chunk = 0; chunk < done.chunks; ++chunk)
+                    sum += load(done.sums + (image * done.chunks + chunk) * padded_ + c);
+                store(mean + image * padded_ + c, sum * factor);
+            }
+        const Panels<A> reduce{static_cast<const A*>(b_.reduce), channels_, b_.reduced},
+            excite{static_cast<const A*>(b_.excite), b_.reduced, channels_};
+        multiply_rows(Left<A>::rows(mean, channels_, padded_), 0, done.count, reduce, 0, reduce.vectors(),
+                      static_cast<const A*>(reduce_bias_), Finish<A>{hidden, reduced, b_.reduced, b_.squeeze_activation});
+        multiply_rows(Left<A>::rows(hidden, b_.reduced, reduced), 0, done.count, excite, 0, excite.vectors(),
+                      static_cast<const A*>(excite_bias_), Finish<A>{gates, padded_, padded_, Activation::none});
+        for (int64_t i = 0; i < done.count * padded_; i += L) store(gates + i, gate<A>(load(gates + i), b_.gate));
+    }
+
+    // What one thread multiplies in step two: rows of what step one left, gated. Each thread computes the gates itself: that
+    // is cheaper than waiting for another.
+    class Gated {
+      public:
+        Gated(const PackedRun& run, const Images& done, int64_t block_rows)
+            : run_(run),
+              done_(done),
+              gates_(run.b_.reduced == 0 ? 0 : done.count * run.padded_),
+              rows_(done.convolved, run.channels_, block_rows, run.b_.reduced != 0) {
+            if (run.b_.reduced != 0) run.excite(done, gates_);
+        }
+        const E* operator()(int64_t first, int64_t count) {
+            if (run_.b_.reduced == 0) return rows_(first, count);
+            return rows_.staged(first, count, [&](int64_t row) { return gates_ + row / run_.image_out_ * run_.padded_; });
+        }
+
+      private:
+        const PackedRun& run_;
+        const Images& done_;
+        const Scratch<A> gates_;
+        TermRows<T> rows_;
+    };
+
+    void project(const Images& done) const {
+        const Panels<E> panels{static_cast<const E*>(b_.project), term_count<E>(channels_), b_.out};
+        Finish<T> finish{y_ + done.first * image_out_ * b_.out, b_.out, b_.out, Activation::none};
+        if (b_.residual) finish.residual = x_ + done.first * image_out_ * b_.out;
+        if (b_.drop_path != nullptr) finish.image_scale = static_cast<const A*>(b_.drop_path) + done.first;
+        finish.image_pixels = image_out_;
+        multiply_blocks(done.count * image_out_, done.threads, panels, static_cast<const A*>(project_bias_), finish,
+                        [&](int64_t block_rows) { return Gated(*this, done, block_rows); });
+    }
+
+    const PackedBlock& b_;
+    const DepthwiseShape& s_;
+    const int64_t channels_, padded_, image_in_, image_out_;
+    const T* const x_;
+    T* const y_;
+    const Padded<A> expand_bias_, depthwise_, depthwise_bias_, reduce_bias_, excite_bias_, project_bias_;
+};
+
+}  // namespace
+
+template <class T>
+void mbconv_packed(const PackedBlock& block, const void* x, void* y) {
+    PackedRun<T>(block, x, y)();
+}
+
+EFFNET_INSTANTIATE(mbconv_packed)
+
+EFFNET_NAMESPACE_END

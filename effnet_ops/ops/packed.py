@@ -1,0 +1,204 @@
+"""The operators on packed weights (see `effnet_ops.packing`), which have no gradient: inference only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from effnet_ops import packing, reference
+from effnet_ops.checks import output_size, resolve_padding
+from effnet_ops.ops import _library
+from effnet_ops.params import ConvNormParams, SqueezeExciteParams
+
+
+def _pointwise_weight(packed: Tensor, out: int, channels: int, like: Tensor) -> Tensor:
+    weight = packing.unpack(packed, out, channels).view(out, channels, 1, 1)
+    return weight.to(reference.compute_dtype(like.dtype))
+
+
+def reference_mbconv(
+    x: Tensor,
+    expand_weight: Tensor | None,
+    expand_bias: Tensor | None,
+    depthwise_weight: Tensor,
+    depthwise_bias: Tensor,
+    reduce_weight: Tensor | None,
+    reduce_bias: Tensor | None,
+    excite_weight: Tensor | None,
+    excite_bias: Tensor | None,
+    project_weight: Tensor,
+    project_bias: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    residual: bool,
+    activation: str,
+    squeeze_activation: str,
+    gate: str,
+) -> Tensor:
+    channels, expand, squeeze_excite = depthwise_weight.shape[2], None, None
+    if expand_weight is not None:
+        expand = ConvNormParams(_pointwise_weight(expand_weight, channels, x.shape[1], x), expand_bias)
+    if reduce_weight is not None:
+        reduced = reduce_bias.shape[0]
+        squeeze_excite = SqueezeExciteParams(
+            _pointwise_weight(reduce_weight, reduced, channels, x),
+            reduce_bias,
+            _pointwise_weight(excite_weight, channels, reduced, x),
+            excite_bias,
+            squeeze_activation,
+        )
+    sides = resolve_padding(padding, x.shape[2:], depthwise_weight.shape[:2], stride, (1, 1))
+    project = ConvNormParams(_pointwise_weight(project_weight, project_bias.shape[0], channels, x), project_bias)
+    depthwise = ConvNormParams(packing.unpack_depthwise(depthwise_weight), depthwise_bias)
+    y, _ = reference.mbconv(
+        x,
+        expand,
+        depthwise,
+        squeeze_excite,
+        project,
+        stride=stride,
+        padding=sides,
+        activation=activation,
+        gate=gate,
+        residual=residual,
+        drop_path=None,
+        training=False,
+    )
+    return _library.empty_result(x, y.shape).copy_(y)
+
+
+def _mbconv_fake(x: Tensor, *args: Any) -> Tensor:
+    depthwise_weight, project_bias, stride, padding = args[2], args[9], args[10], args[11]
+    return _library.empty_result(
+        x, (x.shape[0], project_bias.shape[0], *_size(x, depthwise_weight.shape[:2], stride, padding))
+    )
+
+
+def _size(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> tuple[int, int]:
+    sides = resolve_padding(padding, x.shape[2:], kernel, stride, (1, 1))
+    return output_size(x.shape[2:], kernel, stride, sides, (1, 1))
+
+
+def reference_pointwise(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
+    weight = _pointwise_weight(weight, bias.shape[0], x.shape[1], x)
+    y = reference.pointwise_conv2d(x, weight, bias, None, activation)
+    return _library.empty_result(x, y.shape).copy_(y)
+
+
+def _pointwise_fake(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
+    return _library.empty_result(x, (x.shape[0], bias.shape[0], *x.shape[2:]))
+
+
+def reference_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    activation: str,
+) -> Tensor:
+    weight = packing.unpack_convolution(weight, bias.shape[0], x.shape[1], tuple(kernel))
+    sides = resolve_padding(padding, x.shape[2:], kernel, stride, (1, 1))
+    y = reference.convolution(x, weight, bias, stride, sides, activation)
+    return y.contiguous(memory_format=torch.channels_last)
+
+
+def _convolution_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    *_: Any,
+) -> Tensor:
+    size = (x.shape[0], bias.shape[0], *_size(x, kernel, stride, padding))
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _define(schema: str, fallback: Any, fake: Any) -> torch._ops.OpOverload:
+    """An operator whose gradient is the fallback's, by PyTorch's autograd: these are rare, and have no kernel."""
+    operator = _library.define(schema, fallback, fake)
+
+    def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return fallback(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    _library.library.impl(operator._schema.name, kernel, "Autograd", with_keyset=True)
+    return operator
+
+
+_mbconv_operator = _define(
+    "mbconv_packed(Tensor x, Tensor? expand_weight, Tensor? expand_bias, Tensor depthwise_weight, "
+    "Tensor depthwise_bias, Tensor? reduce_weight, Tensor? reduce_bias, Tensor? excite_weight, Tensor? excite_bias, "
+    "Tensor project_weight, Tensor project_bias, int[] stride, int[] padding, bool residual, str activation, "
+    "str squeeze_activation, str gate) -> Tensor",
+    reference_mbconv,
+    _mbconv_fake,
+)
+_pointwise_operator = _define(
+    "pointwise_packed(Tensor x, Tensor weight, Tensor bias, str activation) -> Tensor",
+    reference_pointwise,
+    _pointwise_fake,
+)
+_convolution_operator = _define(
+    "convolution_packed(Tensor x, Tensor weight, Tensor bias, int[] kernel, int[] stride, int[] padding, "
+    "str activation) -> Tensor",
+    reference_convolution,
+    _convolution_fake,
+)
+
+
+@register_flop_formula(torch.ops.effnet_ops.mbconv_packed)
+def _mbconv_flops(x: Sequence[int], *args: Any, out_shape: Sequence[int], **kwargs: Any) -> int:
+    kernel_h, kernel_w, channels = args[2]
+    pixels_in, pixels_out = x[0] * x[2] * x[3], x[0] * out_shape[2] * out_shape[3]
+    flops = 2 * pixels_out * channels * (kernel_h * kernel_w + args[9][0])
+    if args[0] is not None:
+        flops += 2 * pixels_in * x[1] * channels
+    return flops if args[4] is None else flops + 4 * x[0] * channels * args[5][0]
+
+
+@register_flop_formula(torch.ops.effnet_ops.pointwise_packed)
+def _pointwise_flops(x: Sequence[int], *args: Any, out_shape: Sequence[int], **kwargs: Any) -> int:
+    return _library.convolution_flops(out_shape, (out_shape[1], x[1]))
+
+
+@register_flop_formula(torch.ops.effnet_ops.convolution_packed)
+def _convolution_flops(
+    x: Sequence[int], weight: Any, bias: Any, kernel: Sequence[int], *_: Any, out_shape: Sequence[int], **kwargs: Any
+) -> int:
+    return _library.convolution_flops(out_shape, (out_shape[1], x[1], *kernel))
+
+
+def fits(x: Tensor, product: Tensor) -> bool:
+    """Whether the kernels take x with a product's weight as it is packed."""
+    wanted = x.dtype if x.dtype is torch.bfloat16 else reference.compute_dtype(x.dtype)
+    return product.dtype is wanted and (product.dim() == 4) is (wanted is torch.bfloat16)
+
+
+def mbconv(x: Tensor, *args: Any) -> Tensor:
+    """An MBConv block with folded normalisations; the arguments are those of the operator's schema."""
+    return _library.call(_mbconv_operator, x, *args) if fits(x, args[8]) else reference_mbconv(x, *args)
+
+
+def pointwise(x: Tensor, *args: Any) -> Tensor:
+    """activation(W x + b) for x (N, Cin, H, W); ``args`` are weight, bias and activation."""
+    return _library.call(_pointwise_operator, x, *args) if fits(x, args[0]) else reference_pointwise(x, *args)
+
+
+def convolution(x: Tensor, weight: Tensor, bias: Tensor, *args: Any) -> Tensor:
+    """activation(conv(x) + b), channels_last; ``args`` are kernel, stride, padding and activation."""
+    fit = weight.dtype is reference.compute_dtype(x.dtype)
+    return (
+        _library.call(_convolution_operator, x, weight, bias, *args)
+        if fit
+        else reference_convolution(x, weight, bias, *args)
+    )
