@@ -455,11 +455,12 @@ Tensor mbconv_packed(const Tensor& x, const OptionalTensor& expand_weight, const
                      const OptionalTensor& excite_bias, const Tensor& project_weight, const Tensor& project_bias,
                      const Ints& stride, const Ints& padding, bool residual, const std::string& activation,
                      const std::string& squeeze_activation, const std::string& gate) {
-    STD_TORCH_CHECK(x.dim() == 4 && depthwise_weight.dim() == 3, "x must be (N, C, H, W), depthwise_weight (kh, kw, C)");
+    STD_TORCH_CHECK(x.dim() == 4 && depthwise_weight.dim() == 3,
+                    "x must be (N, C, H, W), depthwise_weight (kh, kw, C)");
     cpu::PackedBlock block{};
     const int64_t channels = depthwise_weight.size(2);
-    block.depthwise_shape = depthwise_shape(x, Filter{depthwise_weight.size(0), depthwise_weight.size(1), channels}, stride,
-                                            padding, {1, 1});
+    block.depthwise_shape = depthwise_shape(x, Filter{depthwise_weight.size(0), depthwise_weight.size(1), channels},
+                                            stride, padding, {1, 1});
     const cpu::DepthwiseShape& s = block.depthwise_shape;
     block.in = x.size(1), block.out = project_bias.numel();
     Parameters parameter(x);
@@ -515,16 +516,17 @@ Tensor convolution_packed(const Tensor& x, const Tensor& weight, const Tensor& b
     STD_TORCH_CHECK(x.dim() == 4 && kernel.size() == 2, "x must be (N, C, H, W), kernel takes 2 numbers");
     STD_TORCH_CHECK(kernel[0] <= 16, "kernels taller than 16 are not packed, got ", kernel[0]);
     const cpu::DepthwiseShape d = depthwise_shape(x, Filter{kernel[0], kernel[1], x.size(1)}, stride, padding, {1, 1});
-    const cpu::ConvolutionShape s{d.batch,    d.channels, bias.numel(), d.height,    d.width,   d.out_height, d.out_width,
-                                  d.kernel_h, d.kernel_w, d.stride_h,   d.stride_w, d.pad_top, d.pad_left,   !x.is_contiguous()};
+    const cpu::ConvolutionShape s{d.batch,      d.channels,  bias.numel(), d.height,          d.width,
+                                  d.out_height, d.out_width, d.kernel_h,   d.kernel_w,        d.stride_h,
+                                  d.stride_w,   d.pad_top,   d.pad_left,   !x.is_contiguous()};
     const void* const weights = panels(weight, x, false, s.kernel_h * s.kernel_w * s.in, s.out, "weight");
     const Tensor y = empty_nhwc({s.batch, s.out, s.out_height, s.out_width}, x.scalar_type());
     if (s.batch == 0) return y;
     Parameters parameter(x);
     const Tensor input = s.channels_last ? nhwc(x) : x;
     cpu::kernels(kernel_dtype(x.scalar_type()))
-        .convolution_packed(s, input.const_data_ptr(), weights, parameter(bias, s.out, "bias"), activation_of(activation),
-                            y.mutable_data_ptr());
+        .convolution_packed(s, input.const_data_ptr(), weights, parameter(bias, s.out, "bias"),
+                            activation_of(activation), y.mutable_data_ptr());
     return y;
 }
 
@@ -659,11 +661,9 @@ BackwardResult mbconv_backward(const Tensor& grad, EFFNET_BLOCK_ARGUMENTS, const
 }
 
 const bool threads_are_torch_threads = [] {
-    cpu::set_threads(
-        [](int64_t count, void (*body)(int64_t, int64_t, void*), void* context) {
-            TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, 1, body, context));
-        },
-        [] { return int64_t(torch::stable::get_num_threads()); });
+    cpu::set_threads([](int64_t count, void (*body)(int64_t, int64_t, void*),
+                        void* context) { TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, 1, body, context)); },
+                     [] { return int64_t(torch::stable::get_num_threads()); });
     return true;
 }();
 

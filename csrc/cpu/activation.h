@@ -19,8 +19,8 @@ EFFNET_INLINE Vec<float> exp_minus(Vec<float> x) {
     constexpr float log2e = 1.44269504f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
     const Vec<float> t = within_exp(x);
 #if defined(__AVX512F__)
-    // n in sixteenths, whose fractions have a table: a polynomial of degree 3 is enough. 1.5 * 2^19: adding it rounds to
-    // sixteenths, and leaves their number in the low mantissa bits.
+    // n in sixteenths, whose fractions have a table: a polynomial of degree 3 is enough. 1.5 * 2^19: adding it rounds
+    // to sixteenths, and leaves their number in the low mantissa bits.
     alignas(64) static const float fractions[16] = {
         1.0f,         1.044273782f, 1.090507733f, 1.138788635f, 1.189207115f, 1.241857812f, 1.296839555f, 1.354255547f,
         1.414213562f, 1.476826146f, 1.542210825f, 1.610490332f, 1.681792831f, 1.756252160f, 1.834008086f, 1.915206561f};
@@ -28,11 +28,12 @@ EFFNET_INLINE Vec<float> exp_minus(Vec<float> x) {
     const Vec<float> r = n * ln2_low + (n * ln2_high + t);  // with its sign turned
     Vec<float> p = r * -0.16666667f + 0.5f;
     p = (p * r - 1.0f) * r;
-    const Vec<float> fraction = (Vec<float>)_mm512_permutexvar_ps(bit_cast<__m512i>(shifted), _mm512_load_ps(fractions));
+    const Vec<float> fraction =
+        (Vec<float>)_mm512_permutexvar_ps(bit_cast<__m512i>(shifted), _mm512_load_ps(fractions));
     return (Vec<float>)_mm512_scalef_ps((__m512)(fraction * p + fraction), (__m512)n);
 #else
-    // |r| <= ln 2 / 2 and degree 6 (minimax: its own error is 3e-9). 1.5 * 2^23: adding it rounds to an integer in the low
-    // mantissa bits.
+    // |r| <= ln 2 / 2 and degree 6 (minimax: its own error is 3e-9). 1.5 * 2^23: adding it rounds to an integer in the
+    // low mantissa bits.
     const Vec<float> magic = broadcast(12582912.0f), shifted = t * -log2e + magic, n = shifted - magic;
     const Vec<float> r = n * ln2_low + (n * ln2_high + t);  // with its sign turned
     Vec<float> p = broadcast(1.381453269e-3f);
@@ -54,8 +55,8 @@ EFFNET_INLINE Vec<double> exp_minus(Vec<double> x) {
     return y;
 }
 
-// Relative error in fp32 below 2e-7, or at most two units in the last place, for x > -88.7; results below that, smaller than
-// 3e-37, are zero.
+// Relative error in fp32 below 2e-7, or at most two units in the last place, for x > -88.7; results below that, smaller
+// than 3e-37, are zero.
 template <class A>
 EFFNET_INLINE Vec<A> sigmoid(Vec<A> x) {
     const Vec<A> y = A(1) / (exp_minus(x) + A(1));
@@ -102,7 +103,8 @@ EFFNET_INLINE Vec<float> silu_for_bf16(Vec<float> x) {
         1.414213562f, 1.476826146f, 1.542210825f, 1.610490332f, 1.681792831f, 1.756252160f, 1.834008086f, 1.915206561f};
     const Vec<float> t = within_exp(x), magic = broadcast(786432.0f);
     const Vec<float> shifted = t * -1.44269504f + magic, n = shifted - magic, r = n * 0.693147181f + t;
-    const Vec<float> fraction = (Vec<float>)_mm512_permutexvar_ps(bit_cast<__m512i>(shifted), _mm512_load_ps(fractions));
+    const Vec<float> fraction =
+        (Vec<float>)_mm512_permutexvar_ps(bit_cast<__m512i>(shifted), _mm512_load_ps(fractions));
     const Vec<float> e = (Vec<float>)_mm512_scalef_ps((__m512)(fraction * -r + fraction), (__m512)n);
     return x * (Vec<float>)_mm512_rcp14_ps((__m512)(e + 1.0f));
 }

@@ -1,5 +1,5 @@
-// Dense convolution of an image with few channels, such as a network's first layer: the pixels that one filter row sees are
-// neighbours in memory, so the convolution is a product with a segment for each filter row and no matrix is built.
+// Dense convolution of an image with few channels, such as a network's first layer: the pixels that one filter row sees
+// are neighbours in memory, so the convolution is a product with a segment for each filter row and no matrix is built.
 #include "table.h"
 
 EFFNET_NAMESPACE_BEGIN

@@ -126,8 +126,8 @@ struct BlockGrads {
 
 // A block for inference, its normalisations folded and its products packed (see packed.h). Biases may be null.
 struct PackedBlock {
-    DepthwiseShape depthwise_shape;  // its channels are the expanded ones
-    int64_t in, out, reduced;        // reduced = 0: no squeeze-and-excitation
+    DepthwiseShape depthwise_shape;                              // its channels are the expanded ones
+    int64_t in, out, reduced;                                    // reduced = 0: no squeeze-and-excitation
     const void *expand = nullptr, *expand_bias = nullptr;        // panels, null: no expansion
     const void *depthwise = nullptr, *depthwise_bias = nullptr;  // [taps][channels], compute type
     const void *reduce = nullptr, *reduce_bias = nullptr;        // panels in the compute type

@@ -136,7 +136,8 @@ void mbconv_inference(const Block& block, const void* x, void* y) {
     const bool expands = block.expand.weight != nullptr;
     const FoldedNorm<A> norm1(expands ? channels : 0, block.expand), norm2(channels, block.depthwise),
         norm3(block.out, block.project);
-    const Scratch<E> expand(expands ? Panels<E>::size(block.in, channels) : 0), project(Panels<E>::size(channels, block.out));
+    const Scratch<E> expand(expands ? Panels<E>::size(block.in, channels) : 0),
+        project(Panels<E>::size(channels, block.out));
     const Scratch<A> depthwise(taps * channels), reduce(Panels<A>::size(channels, reduced)),
         excite(Panels<A>::size(reduced, channels));
     const SqueezeExciteParams& se = block.squeeze_excite;
@@ -146,10 +147,18 @@ void mbconv_inference(const Block& block, const void* x, void* y) {
                             reduced == 0 ? 0 : panels(reduced), reduced == 0 ? 0 : panels(channels)};
     const auto pack_one = [&](int which, int64_t i) {
         const auto weight = [](const void* p) { return static_cast<const A*>(p); };
-        if (which == 0) return pack_panel_of<E>(i, weight(block.expand.weight), block.in, channels, norm1.scale(), static_cast<E*>(expand));
-        if (which == 1) return pack_panel_of<E>(i, weight(block.project.weight), channels, block.out, norm3.scale(), static_cast<E*>(project));
-        if (which == 2) return pack_filters(i * panel_columns, channels, taps, weight(block.depthwise.weight), norm2.scale(), static_cast<A*>(depthwise));
-        if (which == 3) return pack_panel_of<A>(i, weight(se.reduce_weight), channels, reduced, weight(nullptr), static_cast<A*>(reduce));
+        if (which == 0)
+            return pack_panel_of<E>(i, weight(block.expand.weight), block.in, channels, norm1.scale(),
+                                    static_cast<E*>(expand));
+        if (which == 1)
+            return pack_panel_of<E>(i, weight(block.project.weight), channels, block.out, norm3.scale(),
+                                    static_cast<E*>(project));
+        if (which == 2)
+            return pack_filters(i * panel_columns, channels, taps, weight(block.depthwise.weight), norm2.scale(),
+                                static_cast<A*>(depthwise));
+        if (which == 3)
+            return pack_panel_of<A>(i, weight(se.reduce_weight), channels, reduced, weight(nullptr),
+                                    static_cast<A*>(reduce));
         pack_panel_of<A>(i, weight(se.expand_weight), reduced, channels, weight(nullptr), static_cast<A*>(excite));
     };
     int64_t total = 0;

@@ -1,5 +1,6 @@
-// The block for inference. An image, or a few small ones, passes through two steps: expansion and depthwise convolution by
-// slabs of channels, of which only a few rows exist at a time; then the projection, which gates its operand as it reads it.
+// The block for inference. An image, or a few small ones, passes through two steps: expansion and depthwise convolution
+// by slabs of channels, of which only a few rows exist at a time; then the projection, which gates its operand as it
+// reads it.
 #include "table.h"
 
 EFFNET_NAMESPACE_BEGIN
@@ -12,13 +13,14 @@ struct Cut {
     int64_t slabs = 1, chunks = 1;
 
     // The cut with the fewest estimated cycles, one vector being worked on in a cycle:
-    //   work: products, taps and activations, of the rows and channels that are computed (neighbouring chunks share rows of
-    //   the expanded tensor, and the last slab overlaps where the channels do not divide);
-    //   a factor for threads that wait for the last task, for rows that do not stay in L1, and for tiles one vector wide;
-    //   what the threads must fetch from each other's cache, unless a thread's rows are its own in the next step, too.
+    //   work: products, taps and activations, of the rows and channels that are computed (neighbouring chunks share
+    //   rows of the expanded tensor, and the last slab overlaps where the channels do not divide); a factor for threads
+    //   that wait for the last task, for rows that do not stay in L1, and for tiles one vector wide; what the threads
+    //   must fetch from each other's cache, unless a thread's rows are its own in the next step, too.
     Cut(const PackedBlock& b, int64_t images, int64_t lanes, int64_t element, int64_t row_bytes, int64_t threads) {
         const DepthwiseShape& s = b.depthwise_shape;
-        const double in_pixels = double(images * s.height * s.width), out_pixels = double(images * s.out_height * s.out_width);
+        const double in_pixels = double(images * s.height * s.width),
+                     out_pixels = double(images * s.out_height * s.out_width);
         const double expand = b.expand == nullptr ? copy : double(b.in) + activate;
         const double convolve = load_taps * double(s.kernel_h * s.kernel_w) + activate;
         const int64_t all = ceil_div(s.channels, lanes);
@@ -31,7 +33,8 @@ struct Cut {
                 cycles *= double(ceil_div(tasks, threads) * threads) / double(tasks);
                 cycles *= w == 1 ? 1.1 : 1;
                 if (images * n % threads != 0)
-                    cycles += out_pixels * double(all * lanes * element) / fetched_bytes * double(threads - 1) / double(threads);
+                    cycles += out_pixels * double(all * lanes * element) / fetched_bytes * double(threads - 1) /
+                              double(threads);
                 if (best == 0 || cycles < best) best = cycles, vectors = w, slabs = count, chunks = n;
             }
     }
@@ -80,7 +83,8 @@ class PackedRun {
   private:
     static constexpr int64_t group_bytes = 512 << 10;
 
-    // Memory of one thread: a ring of input rows of one slab of channels, with the padding of the image, and a row of sums.
+    // Memory of one thread: a ring of input rows of one slab of channels, with the padding of the image, and a row of
+    // sums.
     struct Rows {
         Scratch<A> ring, out;
         Rows(int64_t ring_size, int64_t out_size) : ring(ring_size), out(out_size) {
@@ -141,7 +145,8 @@ class PackedRun {
         // The last slab overlaps the one before it where the channels do not divide.
         const int64_t c = smaller(piece.slab * W, ceil_div(channels_, L) - W) * L;
         const auto slot = [&](int64_t row) { return rows.ring + row % s_.kernel_h * width * S + s_.pad_left * S; };
-        const int64_t begin = s_.out_height * piece.chunk / to.chunks, end = s_.out_height * (piece.chunk + 1) / to.chunks;
+        const int64_t begin = s_.out_height * piece.chunk / to.chunks,
+                      end = s_.out_height * (piece.chunk + 1) / to.chunks;
         Vec<A> sum[W] = {};
         int64_t staged = larger(0, begin * s_.stride_h - s_.pad_top);
         for (int64_t oy = begin; oy < end; ++oy) {
@@ -219,14 +224,15 @@ class PackedRun {
         const Panels<A> reduce{static_cast<const A*>(b_.reduce), channels_, b_.reduced},
             excite{static_cast<const A*>(b_.excite), b_.reduced, channels_};
         multiply_rows(Left<A>::rows(mean, channels_, padded_), 0, done.count, reduce, 0, reduce.vectors(),
-                      static_cast<const A*>(reduce_bias_), Finish<A>{hidden, reduced, b_.reduced, b_.squeeze_activation});
+                      static_cast<const A*>(reduce_bias_),
+                      Finish<A>{hidden, reduced, b_.reduced, b_.squeeze_activation});
         multiply_rows(Left<A>::rows(hidden, b_.reduced, reduced), 0, done.count, excite, 0, excite.vectors(),
                       static_cast<const A*>(excite_bias_), Finish<A>{gates, padded_, padded_, Activation::none});
         for (int64_t i = 0; i < done.count * padded_; i += L) store(gates + i, gate<A>(load(gates + i), b_.gate));
     }
 
-    // What one thread multiplies in step two: rows of what step one left, gated. Each thread computes the gates itself: that
-    // is cheaper than waiting for another.
+    // What one thread multiplies in step two: rows of what step one left, gated. Each thread computes the gates itself:
+    // that is cheaper than waiting for another.
     class Gated {
       public:
         Gated(const PackedRun& run, const Images& done, int64_t block_rows)
@@ -238,7 +244,8 @@ class PackedRun {
         }
         const E* operator()(int64_t first, int64_t count) {
             if (run_.b_.reduced == 0) return rows_(first, count);
-            return rows_.staged(first, count, [&](int64_t row) { return gates_ + row / run_.image_out_ * run_.padded_; });
+            return rows_.staged(first, count,
+                                [&](int64_t row) { return gates_ + row / run_.image_out_ * run_.padded_; });
         }
 
       private:

@@ -1,8 +1,8 @@
 // Products with packed weights: out(row, :) = activation(sum over k of left(row, k) * weight(k, :) + bias) + residual.
 //
-// The weights lie in panels of 16 columns, [columns / 16][terms][16], whatever the instruction set: one layout serves every
-// processor, and a tile takes as many neighbouring vectors of columns as fit its registers. A term is one value of the
-// compute type, or, for bf16, a pair of neighbouring values, which one instruction multiplies and adds.
+// The weights lie in panels of 16 columns, [columns / 16][terms][16], whatever the instruction set: one layout serves
+// every processor, and a tile takes as many neighbouring vectors of columns as fit its registers. A term is one value
+// of the compute type, or, for bf16, a pair of neighbouring values, which one instruction multiplies and adds.
 #pragma once
 
 #include "activation.h"
@@ -56,7 +56,8 @@ EFFNET_INLINE U32 load_terms(const BFloat16Pair* p) {
 }
 
 EFFNET_INLINE void store_pairs(Vec<float> first, Vec<float> second, BFloat16Pair* to) {
-    const U32 pairs = __builtin_convertvector(narrow_bf16(first), U32) | __builtin_convertvector(narrow_bf16(second), U32) << 16;
+    const U32 pairs =
+        __builtin_convertvector(narrow_bf16(first), U32) | __builtin_convertvector(narrow_bf16(second), U32) << 16;
     std::memcpy(to, &pairs, sizeof(pairs));
 }
 
@@ -88,9 +89,9 @@ struct Panels {
     }
 };
 
-// The left side of a product in segments of `terms` terms each: rows of memory `step` apart. A convolution has a segment for
-// each row of its filter; a long sum is cut into runs, each summed on its own (`split`), since rounding errors grow with
-// the length of a sum.
+// The left side of a product in segments of `terms` terms each: rows of memory `step` apart. A convolution has a
+// segment for each row of its filter; a long sum is cut into runs, each summed on its own (`split`), since rounding
+// errors grow with the length of a sum.
 template <class E>
 struct Left {
     static constexpr int most = 16;
@@ -113,11 +114,11 @@ struct Left {
     int64_t last;  // terms of the last segment
 };
 
-// to[m][:] = start[:] + left(first + m, :) * W vectors of columns, for M rows. Meanwhile a vector of columns that will be
-// needed next comes into the cache, from `ahead`: a network's weights come from far away, each once an image.
+// to[m][:] = start[:] + left(first + m, :) * W vectors of columns, for M rows. Meanwhile a vector of columns that will
+// be needed next comes into the cache, from `ahead`: a network's weights come from far away, each once an image.
 template <int M, int W, class E, class A>
-__attribute__((noinline)) void multiply_tile(const Left<E>& left, int64_t first, const E* const* columns, const E* ahead,
-                                             const A* start, A* to, int64_t to_step) {
+__attribute__((noinline)) void multiply_tile(const Left<E>& left, int64_t first, const E* const* columns,
+                                             const E* ahead, const A* start, A* to, int64_t to_step) {
     constexpr int L = lanes<A>;
     const E* b[W];
     Vec<A> sum[M][W];
@@ -159,8 +160,11 @@ __attribute__((noinline)) void multiply_tile(const Left<E>& left, int64_t first,
 
 // Rows of a tile that is W vectors wide: sums, a vector of each column and a broadcast value fill the registers.
 template <int W>
-constexpr int tile_height =
-    W == 8 ? 1 : EFFNET_VECTOR_BYTES == 64 ? (W == 3 ? 9 : 14) : (W == 3 ? 4 : W == 2 ? 6 : 12);
+constexpr int tile_height = W == 8                      ? 1
+                            : EFFNET_VECTOR_BYTES == 64 ? (W == 3 ? 9 : 14)
+                                                        : (W == 3   ? 4
+                                                           : W == 2 ? 6
+                                                                    : 12);
 
 template <int W, class E, class A>
 struct Multiply {
@@ -200,8 +204,8 @@ struct Multiply {
     }
 };
 
-// body(Size<W>, first vector) over all vectors: pairs, and one triple where their number is odd. A single row takes more
-// columns at a time, since the sums of one tile must outnumber the steps of an addition.
+// body(Size<W>, first vector) over all vectors: pairs, and one triple where their number is odd. A single row takes
+// more columns at a time, since the sums of one tile must outnumber the steps of an addition.
 template <class Body>
 inline void for_each_column_tile(int64_t begin, int64_t end, bool single_row, const Body& body) {
     int64_t v = begin;
@@ -229,7 +233,8 @@ struct Finish {
     }
 
     // Columns [column, column + width) of `count` rows.
-    void operator()(int64_t first, int64_t count, int64_t column, int64_t width, const A* values, int64_t values_step) const {
+    void operator()(int64_t first, int64_t count, int64_t column, int64_t width, const A* values,
+                    int64_t values_step) const {
         with_activation(activation, [&](auto kind) {
             for (int64_t i = 0; i < width && column + i < columns; i += lanes<A>) {
                 const int n = int(smaller(lanes<A>, columns - column - i));
@@ -268,7 +273,8 @@ inline void multiply_rows(const Left<E>& left, int64_t first, int64_t count, con
         constexpr int W = decltype(size)::value;
         const Multiply<W, E, A> multiply(left, panels, v, bias);
         if constexpr (sizeof(O) == sizeof(A))
-            if (finish.direct(v * L, W * L)) return multiply(0, count, finish.out + first * finish.step + v * L, finish.step);
+            if (finish.direct(v * L, W * L))
+                return multiply(0, count, finish.out + first * finish.step + v * L, finish.step);
         constexpr int height = tile_height<W>;
         alignas(64) A values[height * W * L];
         multiply.each_tile(count, [&](int64_t row, int64_t rows, const E* next) {
@@ -299,8 +305,8 @@ class Padded {
     const A* data_;
 };
 
-// Pixels of a tensor as terms of a product: memory itself where it can be read as it is, else a block of rows at a time,
-// copied by the thread that multiplies them.
+// Pixels of a tensor as terms of a product: memory itself where it can be read as it is, else a block of rows at a
+// time, copied by the thread that multiplies them.
 template <class T>
 class TermRows {
     using A = Compute<T>;
@@ -352,11 +358,11 @@ class TermRows {
     const Scratch<E> own_;
 };
 
-// All rows of a product, by up to `threads` threads. open(rows of the largest block) makes what gives a thread its rows:
-// opened(first, count).
+// All rows of a product, by up to `threads` threads. open(rows of the largest block) makes what gives a thread its
+// rows: opened(first, count).
 template <class E, class A, class O, class Open>
-inline void multiply_blocks(int64_t rows, int64_t threads, const Panels<E>& panels, const A* bias, const Finish<O>& finish,
-                            const Open& open) {
+inline void multiply_blocks(int64_t rows, int64_t threads, const Panels<E>& panels, const A* bias,
+                            const Finish<O>& finish, const Open& open) {
     // A block and the weights that meet it share L2; tiles are up to 14 rows high.
     constexpr int64_t block_bytes = 256 << 10;
     const int64_t fit = larger(14, smaller(112, block_bytes / (panels.terms * int64_t(sizeof(E)))));
@@ -372,7 +378,8 @@ inline void multiply_blocks(int64_t rows, int64_t threads, const Panels<E>& pane
             const int64_t block = task / groups, group = task % groups;
             const int64_t first = rows * block / blocks, count = rows * (block + 1) / blocks - first;
             const auto left = Left<E>::rows(left_rows(first, count), panels.terms, panels.terms);
-            multiply_rows(left, first, count, panels, vectors * group / groups, vectors * (group + 1) / groups, bias, finish);
+            multiply_rows(left, first, count, panels, vectors * group / groups, vectors * (group + 1) / groups, bias,
+                          finish);
         });
 }
 

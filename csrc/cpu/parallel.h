@@ -23,10 +23,10 @@ inline void parallel(int64_t count, const Body& body) {
         const_cast<void*>(static_cast<const void*>(&body)));
 }
 
-// body(task, opened) for each task in [0, count), where `open()` runs once on each thread that takes part. A thread begins
-// with the tasks that are its share, always the same ones, so that it finds in its cache what it wrote in the step before;
-// then it takes what others have left, so that uneven tasks and disturbed threads balance. Results must not depend on
-// who runs a task.
+// body(task, opened) for each task in [0, count), where `open()` runs once on each thread that takes part. A thread
+// begins with the tasks that are its share, always the same ones, so that it finds in its cache what it wrote in the
+// step before; then it takes what others have left, so that uneven tasks and disturbed threads balance. Results must
+// not depend on who runs a task.
 template <class Open, class Body>
 inline void parallel_tasks(int64_t count, const Open& open, const Body& body) {
     constexpr int64_t most = 256;
@@ -55,8 +55,8 @@ inline void parallel_tasks(int64_t count, const Open& open, const Body& body) {
     });
 }
 
-// Memory that a thread keeps between calls: fresh pages cost more than many a kernel. Requests are stacked; one that does
-// not fit gets memory of its own, and the stack grows when it is empty again.
+// Memory that a thread keeps between calls: fresh pages cost more than many a kernel. Requests are stacked; one that
+// does not fit gets memory of its own, and the stack grows when it is empty again.
 class Stack {
   public:
     ~Stack() { std::free(memory_); }
@@ -130,7 +130,9 @@ template <class A>
 class Scratch {
   public:
     explicit Scratch(int64_t count)
-        : bytes_(size_t(round_up(larger(count, 1) * int64_t(sizeof(A)), 64))), stacked_(stack().push(bytes_)), own_(nullptr) {
+        : bytes_(size_t(round_up(larger(count, 1) * int64_t(sizeof(A)), 64))),
+          stacked_(stack().push(bytes_)),
+          own_(nullptr) {
         if (stacked_ != nullptr) return;
         own_ = static_cast<char*>(std::aligned_alloc(64, bytes_));
         if (own_ != nullptr) return;

@@ -43,16 +43,15 @@ void pointwise_contiguous(const PointwiseShape& s, const void* x, const void* we
 }
 
 template <class T>
-void pointwise_packed(const PointwiseShape& s, const void* x, const void* weight, const void* bias, const void* residual,
-                      Activation activation, void* y) {
+void pointwise_packed(const PointwiseShape& s, const void* x, const void* weight, const void* bias,
+                      const void* residual, Activation activation, void* y) {
     using A = Compute<T>;
     using E = Term<T>;
     const Panels<E> panels{static_cast<const E*>(weight), term_count<E>(s.in), s.out};
     const Padded<A> shift(bias, s.out);
     const Finish<T> finish{static_cast<T*>(y), s.out, s.out, activation, static_cast<const T*>(residual)};
-    multiply_blocks(s.batch * s.pixels, thread_count(), panels, static_cast<const A*>(shift), finish, [&](int64_t block_rows) {
-        return TermRows<T>(static_cast<const T*>(x), s.in, block_rows);
-    });
+    multiply_blocks(s.batch * s.pixels, thread_count(), panels, static_cast<const A*>(shift), finish,
+                    [&](int64_t block_rows) { return TermRows<T>(static_cast<const T*>(x), s.in, block_rows); });
 }
 
 template <class T>

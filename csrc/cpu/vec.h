@@ -164,6 +164,27 @@ inline void store<float>(float* p, Vec<float> v, int n) {
     if (n >= lanes<float>) return store(p, v);
     _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
 }
+template <>
+inline Vec<float> load<bfloat16>(const bfloat16* p, int n) {
+    if (n >= lanes<float>) return load(p);
+    return widen_bf16((U16)_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p));
+}
+template <>
+inline void store<bfloat16>(bfloat16* p, Vec<float> v, int n) {
+    if (n >= lanes<float>) return store(p, v);
+    _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), (__m256i)narrow_bf16(v));
+}
+template <>
+inline Vec<float> load<float16>(const float16* p, int n) {
+    if (n >= lanes<float>) return load(p);
+    return (Vec<float>)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p));
+}
+template <>
+inline void store<float16>(float16* p, Vec<float> v, int n) {
+    if (n >= lanes<float>) return store(p, v);
+    const __m256i half = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), half);
+}
 #endif
 
 template <class A>

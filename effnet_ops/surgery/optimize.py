@@ -108,7 +108,8 @@ def optimize_for_inference(model: nn.Module, *, dtype: torch.dtype | None = None
     Args:
         model: any module; the copy takes the running statistics and weights that it has now.
         dtype: of the activations: float32, float64, bfloat16, float16, or None for the model's own. For half precision,
-            the parameters of fused layers are kept in float32. The input of any floating dtype is cast, and outputs
+            the parameters of fused layers are kept in float32, except that products in bfloat16 have weights in
+            bfloat16. The input of any floating dtype is cast, and outputs
             (tensors in tuples, lists and dictionaries too) come back in the dtype of the first tensor given.
             Other methods than the call itself, such as timm's ``forward_features``, return ``dtype``.
 
