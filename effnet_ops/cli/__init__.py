@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from effnet_ops.cli import scale
+
 app = typer.Typer(
     name="effnet-ops",
     help="Fused EfficientNet operators: what they are on this machine, whether they are right, and what they bring.",
@@ -14,6 +16,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(scale.app)
 
 Backend = Annotated[str | None, typer.Option(help="Run on this backend only (see `effnet-ops info`).")]
 

@@ -37,6 +37,7 @@ class _Trunk(nn.Module):
         layers.check_rate("drop_path_rate", drop_path_rate)
         self.spec = spec
         self.in_chans = _checked_count("in_chans", in_chans, minimum=1)
+        self.drop_path_rate = drop_path_rate
         self.grad_checkpointing = False
         padding = "same" if spec.convention.padding == "same" else 1
         self.conv_stem = layers.dense_conv(in_chans, spec.stem_channels, 3, 2, padding)
@@ -73,7 +74,8 @@ class _Trunk(nn.Module):
         """Trade time for memory: keep one activation a block in training, and run each block again in the backward."""
         self.grad_checkpointing = enable
 
-    def _stem(self, x: Tensor) -> Tensor:
+    def forward_stem(self, x: Tensor) -> Tensor:
+        """The first convolution: (N, C, H / 2, W / 2), rounded up."""
         return layers.conv_norm_act(x, self.conv_stem, self.bn1, self.spec.architecture.activation)
 
     def _stage(self, stage: nn.Sequential, x: Tensor) -> Tensor:
@@ -127,9 +129,13 @@ class EfficientNet(_Trunk):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The map before pooling: (N, ``num_features``, H / 32, W / 32), rounded up."""
-        x = self._stem(x)
+        x = self.forward_stem(x)
         for stage in self.blocks:
             x = self._stage(stage, x)
+        return self.forward_last(x)
+
+    def forward_last(self, x: Tensor) -> Tensor:
+        """The 1x1 convolution behind the last block."""
         return layers.conv_norm_act(x, self.conv_head, self.bn2, self.spec.architecture.activation)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -153,7 +159,7 @@ class EfficientNetFeatures(_Trunk):
         initialize(self)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        x = self._stem(x)
+        x = self.forward_stem(x)
         features = [x] if "bn1" in self._taps else []
         for index, stage in enumerate(self.blocks):
             x = self._stage(stage, x)

@@ -17,7 +17,7 @@ class Layer(NamedTuple):
     """One convolution (or the classifier, a product on one pixel) with the normalisation that follows it.
 
     ``stage`` is "stem", "stage 1" ..., "head". ``path`` is timm's name. ``on_path`` is False for
-    squeeze-and-excitation, which sees a pooled image.
+    squeeze-and-excitation, which sees a pooled image. ``residual``: the block's input is added to the layer's output.
     """
 
     stage: str
@@ -33,6 +33,7 @@ class Layer(NamedTuple):
     in_size: tuple[int, int]
     out_size: tuple[int, int]
     on_path: bool = True
+    residual: bool = False
 
     @property
     def parameters(self) -> int:
@@ -79,14 +80,13 @@ def walk(net: Network, resolution: int | tuple[int, int]) -> Iterator[Layer]:
     spec = net.spec
     size = (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
     padding, stem = spec.convention.padding, spec.stem_channels
-    out = _conv_size(size, 3, 2, padding)
+    out = conv_size(size, 3, 2, padding)
     yield Layer("stem", "conv_stem", "conv", net.in_chans, stem, 3, 2, 1, False, True, size, out)
     size = out
     for stage, blocks in enumerate(spec.stages()):
         for index, block in enumerate(blocks):
-            out = _conv_size(size, block.kernel_size, block.stride, padding)
-            yield from _block(f"stage {stage + 1}", f"blocks.{stage}.{index}", block, size, out)
-            size = out
+            yield from block_layers(f"stage {stage + 1}", f"blocks.{stage}.{index}", block, size, padding)
+            size = conv_size(size, block.kernel_size, block.stride, padding)
     if net.num_classes is None:
         return
     head = spec.head_channels
@@ -95,7 +95,9 @@ def walk(net: Network, resolution: int | tuple[int, int]) -> Iterator[Layer]:
         yield Layer("head", "classifier", "linear", head, net.num_classes, 1, 1, 1, True, False, (1, 1), (1, 1))
 
 
-def _block(stage: str, path: str, block: BlockSpec, size: tuple[int, int], out: tuple[int, int]) -> Iterator[Layer]:
+def block_layers(stage: str, path: str, block: BlockSpec, size: tuple[int, int], padding: str) -> Iterator[Layer]:
+    """The layers of one block for an input map of ``size`` (height, width)."""
+    out = conv_size(size, block.kernel_size, block.stride, padding)
     wide, k = block.expanded_channels, block.kernel_size
     if block.expands:
         yield _pointwise(stage, f"{path}.conv_pw", block.in_channels, wide, size)
@@ -106,14 +108,15 @@ def _block(stage: str, path: str, block: BlockSpec, size: tuple[int, int], out: 
                 stage, f"{path}.se.{name}", "squeeze_excite", *channels, 1, 1, 1, True, False, (1, 1), (1, 1), False
             )
     project = "conv_pwl" if block.expands else "conv_pw"
-    yield _pointwise(stage, f"{path}.{project}", wide, block.out_channels, out)
+    yield _pointwise(stage, f"{path}.{project}", wide, block.out_channels, out)._replace(residual=block.residual)
 
 
 def _pointwise(stage: str, path: str, in_channels: int, out_channels: int, size: tuple[int, int]) -> Layer:
     return Layer(stage, path, "pointwise", in_channels, out_channels, 1, 1, 1, False, True, size, size)
 
 
-def _conv_size(size: tuple[int, int], kernel: int, stride: int, padding: str) -> tuple[int, int]:
+def conv_size(size: tuple[int, int], kernel: int, stride: int, padding: str) -> tuple[int, int]:
+    """Height and width behind a convolution padded "symmetric" (half the kernel) or "same" (TensorFlow's)."""
     sides = () if padding == "same" else (kernel // 2,) * 4
     resolved = resolve_padding(sides, size, (kernel,) * 2, (stride,) * 2, (1, 1))
     return output_size(size, (kernel,) * 2, (stride,) * 2, resolved, (1, 1))
