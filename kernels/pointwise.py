@@ -39,10 +39,19 @@ def _normalise(x, p_norm, o_c, m_c, C: tl.constexpr):
 
 
 @triton.jit
+def _image_of_rows(i_image, i_row, o_p, pixels, image_pixels, GATHER: tl.constexpr):
+    """The image that each row of a tile belongs to: one number, or with GATHER, where tiles cross images, [BP, 1]."""
+    if GATHER:
+        return (tl.minimum(i_row + o_p, pixels - 1) // image_pixels)[:, None]
+    else:
+        return i_image
+
+
+@triton.jit
 def _input_tile(
-    p_x, o_x, m_x, p_norm, p_gate, o_c, m_c, C: tl.constexpr, ACTIVATION: tl.constexpr, DOT: tl.constexpr
+    p_x, o_x, m_x, p_norm, p_gate, o_image, o_c, m_c, C: tl.constexpr, ACTIVATION: tl.constexpr, DOT: tl.constexpr
 ):  # [BP, BC]
-    """activation(norm(x)) * gate, ready for a product; p_gate points at the image's row."""
+    """activation(norm(x)) * gate of each row's image, ready for a product."""
     b_x = tl.load(p_x + o_x, mask=m_x, other=0.0)
     if p_norm is not None or p_gate is not None or ACTIVATION != 0:
         b_x = widen(b_x)
@@ -50,18 +59,18 @@ def _input_tile(
             b_x = _normalise(b_x, p_norm, o_c, m_c, C)
         b_x = activate(b_x, ACTIVATION, p_x.dtype.element_ty == tl.bfloat16)
         if p_gate is not None:
-            b_x = b_x * tl.load(p_gate + o_c, mask=m_c, other=0.0)[None, :]
+            b_x = b_x * tl.load(p_gate + o_image * C + o_c[None, :], mask=m_x, other=0.0)
     return b_x.to(DOT)
 
 
 @triton.jit
 def _gradient_tile(
-    p_grad, p_a, o_g, m_g, p_coefficients, image_scale, o_c, m_c, C: tl.constexpr, DOT: tl.constexpr
+    p_grad, p_a, o_g, m_g, p_coefficients, p_image_scale, o_image, o_c, m_c, C: tl.constexpr, DOT: tl.constexpr
 ):  # [BP, BC]
     """The gradient before the normalisation, A * grad + B * (a - mean) + D with p_coefficients (4, C); 0 where masked."""
     b_g = tl.load(p_grad + o_g, mask=m_g, other=0.0)
-    if image_scale is not None:
-        b_g = widen(b_g) * image_scale
+    if p_image_scale is not None:
+        b_g = widen(b_g) * tl.load(p_image_scale + o_image)
     if p_coefficients is not None:
         b_a = widen(tl.load(p_a + o_g, mask=m_g, other=0.0))
         mean = tl.load(p_coefficients + o_c, mask=m_c, other=0.0)[None, :]
@@ -86,11 +95,13 @@ def pointwise_fwd_kernel(
     p_grad,
     p_partials,
     pixels,
+    image_pixels,
     parts,
     C_IN: tl.constexpr,
     C_OUT: tl.constexpr,
     ACTIVATION: tl.constexpr,
     OUT_ACTIVATION: tl.constexpr,
+    GATHER: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -110,8 +121,6 @@ def pointwise_fwd_kernel(
     m_out = o_out < C_OUT
     o_in = tl.arange(0, BLOCK_IN)
     ONE_STEP: tl.constexpr = C_IN <= BLOCK_IN
-    if p_gate is not None:
-        p_gate += i_image.to(tl.int64) * C_IN
     if ONE_STEP:
         m_weight = (o_in[:, None] < C_IN) & m_out[None, :]
         b_weight = tl.load(p_weight + o_out[None, :] * C_IN + o_in[:, None], mask=m_weight, other=0.0).to(DOT)
@@ -129,12 +138,13 @@ def pointwise_fwd_kernel(
         o_p = tl.arange(0, BLOCK_P)
         m_p = o_p < valid
         p_tile = p_x + start * C_IN
+        o_image = _image_of_rows(i_image, i_tile * BLOCK_P, o_p, pixels, image_pixels, GATHER)
         b_acc = tl.zeros([BLOCK_P, BLOCK_OUT], ACC)
         if ONE_STEP:
             m_in = o_in < C_IN
             m_x = m_p[:, None] & m_in[None, :]
             o_x = o_p[:, None] * C_IN + o_in[None, :]
-            b_x = _input_tile(p_tile, o_x, m_x, p_norm, p_gate, o_in, m_in, C_IN, ACTIVATION, DOT)
+            b_x = _input_tile(p_tile, o_x, m_x, p_norm, p_gate, o_image, o_in, m_in, C_IN, ACTIVATION, DOT)
             b_acc = tl.dot(b_x, b_weight, b_acc, input_precision=PRECISION, out_dtype=ACC)
         else:
             for k in tl.range(0, C_IN, BLOCK_IN, num_stages=STAGES):
@@ -142,7 +152,7 @@ def pointwise_fwd_kernel(
                 m_k = o_k < C_IN
                 m_x = m_p[:, None] & m_k[None, :]
                 o_x = o_p[:, None] * C_IN + o_k[None, :]
-                b_x = _input_tile(p_tile, o_x, m_x, p_norm, p_gate, o_k, m_k, C_IN, ACTIVATION, DOT)
+                b_x = _input_tile(p_tile, o_x, m_x, p_norm, p_gate, o_image, o_k, m_k, C_IN, ACTIVATION, DOT)
                 m_weight = m_k[:, None] & m_out[None, :]
                 b_w = tl.load(p_weight + o_out[None, :] * C_IN + o_k[:, None], mask=m_weight, other=0.0).to(DOT)
                 b_acc = tl.dot(b_x, b_w, b_acc, input_precision=PRECISION, out_dtype=ACC)
@@ -159,7 +169,7 @@ def pointwise_fwd_kernel(
         else:
             b_acc = activate(b_acc, OUT_ACTIVATION, FAST)
         if p_image_scale is not None:
-            b_acc = b_acc * tl.load(p_image_scale + i_image)
+            b_acc = b_acc * tl.load(p_image_scale + o_image)
         if p_residual is not None:
             b_acc += widen(tl.load(p_residual + start * C_OUT + o_y, mask=m_y, other=0.0))
         b_y = narrow(b_acc, p_y.dtype.element_ty)
@@ -197,11 +207,13 @@ def pointwise_bwd_kernel_input(
     p_through_norm,
     p_sums,
     pixels,
+    image_pixels,
     parts,
     C_IN: tl.constexpr,
     C_OUT: tl.constexpr,
     THROUGH_ACTIVATION: tl.constexpr,
     SUMS: tl.constexpr,
+    GATHER: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -225,9 +237,6 @@ def pointwise_bwd_kernel_input(
     m_in = o_in < C_IN
     o_out = tl.arange(0, BLOCK_OUT)
     ONE_STEP: tl.constexpr = C_OUT <= BLOCK_OUT
-    image_scale = None
-    if p_image_scale is not None:
-        image_scale = tl.load(p_image_scale + i_image)
     if ONE_STEP:
         m_weight = (o_out[:, None] < C_OUT) & m_in[None, :]
         b_weight = tl.load(p_weight + o_out[:, None] * C_IN + o_in[None, :], mask=m_weight, other=0.0).to(DOT)
@@ -246,6 +255,7 @@ def pointwise_bwd_kernel_input(
         o_p = tl.arange(0, BLOCK_P)
         m_p = o_p < pixels - i_tile * BLOCK_P
         p_g = p_grad + start * C_OUT
+        o_image = _image_of_rows(i_image, i_tile * BLOCK_P, o_p, pixels, image_pixels, GATHER)
         p_a_tile = p_a
         if p_coefficients is not None:
             p_a_tile = p_a + start * C_OUT
@@ -254,7 +264,9 @@ def pointwise_bwd_kernel_input(
             m_out = o_out < C_OUT
             m_g = m_p[:, None] & m_out[None, :]
             o_g = o_p[:, None] * C_OUT + o_out[None, :]
-            b_g = _gradient_tile(p_g, p_a_tile, o_g, m_g, p_coefficients, image_scale, o_out, m_out, C_OUT, DOT)
+            b_g = _gradient_tile(
+                p_g, p_a_tile, o_g, m_g, p_coefficients, p_image_scale, o_image, o_out, m_out, C_OUT, DOT
+            )
             b_acc = tl.dot(b_g, b_weight, b_acc, input_precision=PRECISION, out_dtype=ACC)
         else:
             for k in tl.range(0, C_OUT, BLOCK_OUT, num_stages=STAGES):
@@ -262,7 +274,9 @@ def pointwise_bwd_kernel_input(
                 m_k = o_k < C_OUT
                 m_g = m_p[:, None] & m_k[None, :]
                 o_g = o_p[:, None] * C_OUT + o_k[None, :]
-                b_g = _gradient_tile(p_g, p_a_tile, o_g, m_g, p_coefficients, image_scale, o_k, m_k, C_OUT, DOT)
+                b_g = _gradient_tile(
+                    p_g, p_a_tile, o_g, m_g, p_coefficients, p_image_scale, o_image, o_k, m_k, C_OUT, DOT
+                )
                 m_weight = m_k[:, None] & m_in[None, :]
                 b_w = tl.load(p_weight + o_k[:, None] * C_IN + o_in[None, :], mask=m_weight, other=0.0).to(DOT)
                 b_acc = tl.dot(b_g, b_w, b_acc, input_precision=PRECISION, out_dtype=ACC)
@@ -313,10 +327,12 @@ def pointwise_bwd_kernel_weight(
     p_gate,
     images,
     pixels,
+    image_pixels,
     splits,
     C_IN: tl.constexpr,
     C_OUT: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    GATHER: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -354,18 +370,13 @@ def pointwise_bwd_kernel_weight(
         p_a_tile = p_a
         if p_coefficients is not None:
             p_a_tile = p_a + start * C_OUT
-        image_scale = None
-        if p_image_scale is not None:
-            image_scale = tl.load(p_image_scale + i_image)
-        b_g = _gradient_tile(
-            p_grad + start * C_OUT, p_a_tile, o_g, m_g, p_coefficients, image_scale, o_out, m_out, C_OUT, DOT
-        )
-        p_gate_image = p_gate
-        if p_gate is not None:
-            p_gate_image = p_gate + i_image.to(tl.int64) * C_IN
+        o_image = _image_of_rows(i_image, i_row, o_p, pixels, image_pixels, GATHER)
+        p_g = p_grad + start * C_OUT
+        b_g = _gradient_tile(p_g, p_a_tile, o_g, m_g, p_coefficients, p_image_scale, o_image, o_out, m_out, C_OUT, DOT)
         m_x = m_p[:, None] & m_in[None, :]
         o_x = o_p[:, None] * C_IN + o_in[None, :]
-        b_x = _input_tile(p_x + start * C_IN, o_x, m_x, p_norm, p_gate_image, o_in, m_in, C_IN, ACTIVATION, DOT)
+        p_tile = p_x + start * C_IN
+        b_x = _input_tile(p_tile, o_x, m_x, p_norm, p_gate, o_image, o_in, m_in, C_IN, ACTIVATION, DOT)
         b_weight = tl.dot(tl.trans(b_g), b_x, b_weight, input_precision=PRECISION, out_dtype=ACC)
         if p_bias_partials is not None:
             b_bias += tl.sum(b_g.to(ACC), 0)
@@ -419,7 +430,9 @@ def _product_rule(shape: Mapping[str, int], arch: Architecture, reduced: int, ke
     block_p = _rows(pixels, most_rows)
     while block_p > 16 and images * triton.cdiv(pixels, block_p) * triton.cdiv(kept, block_kept) < arch.multiprocessors:
         block_p //= 2
-    while block_kept > 32 and images * triton.cdiv(pixels, block_p) * triton.cdiv(kept, block_kept) < arch.multiprocessors:
+    while (
+        block_kept > 32 and images * triton.cdiv(pixels, block_p) * triton.cdiv(kept, block_kept) < arch.multiprocessors
+    ):
         block_kept //= 2
     blocks = triton.cdiv(kept, block_kept)
     parts = _parts(images, triton.cdiv(pixels, block_p), blocks, arch)
@@ -475,9 +488,26 @@ def _shape(images: int, pixels: int, weight: Tensor, like: Tensor) -> dict[str, 
     }
 
 
-def _images(x: Tensor, of_image: bool) -> tuple[int, int]:
-    """(images, pixels) of x; one image of all pixels where nothing depends on the image."""
-    return (x.shape[0], x.shape[1]) if of_image else (1, x.shape[0] * x.shape[1])
+_SMALL_IMAGE = 128
+
+
+def _images(x: Tensor, of_image: bool) -> tuple[int, int, bool]:
+    """(images, pixels, GATHER) as kernels see x: one image of all pixels where nothing depends on the image.
+
+    Images smaller than a tile are put together, too, and each row looks its image up.
+    """
+    images, pixels = x.shape[:2]
+    together = not of_image or pixels < _SMALL_IMAGE
+    return (1, images * pixels, of_image) if together else (images, pixels, False)
+
+
+_MANY_PIXELS = 8192
+
+
+def _weight_as_read(weight: Tensor, x: Tensor, block_reduced: int, reduced: int) -> Tensor:
+    """The weight in x's dtype where that pays for a launch: where it is read again for each of many tiles."""
+    again = reduced > block_reduced and x.shape[0] * x.shape[1] >= _MANY_PIXELS
+    return weight.to(x.dtype) if again and not INTERPRETED else weight
 
 
 def forward(
@@ -509,9 +539,10 @@ def forward(
     Returns:
         y (images, pixels, Cout) in the dtype of x, and the partial statistics (programs, 3, Cout) or None.
     """
-    images, pixels = _images(x, gate is not None or image_scale is not None)
+    images, pixels, gather = _images(x, gate is not None or image_scale is not None)
     config = tuning.choose("pointwise_forward", _shape(images, pixels, weight, x), x.device)
     c_out, c_in = weight.shape[:2]
+    weight = _weight_as_read(weight, x, config["block_reduced"], c_in)
     y = torch.empty((*x.shape[:2], c_out), dtype=x.dtype, device=x.device)
     parts = config["parts"]
     partials = None
@@ -519,11 +550,12 @@ def forward(
         partials = torch.empty((images * parts, 3, c_out), dtype=_wide(x), device=x.device)
     grid = (images * parts * triton.cdiv(c_out, config["block_kept"]),)
     pointwise_fwd_kernel[grid](
-        x, weight, y, norm, gate, bias, out_norm, image_scale, residual, grad, partials, pixels, parts,
+        x, weight, y, norm, gate, bias, out_norm, image_scale, residual, grad, partials, pixels, x.shape[1], parts,
         C_IN=c_in,
         C_OUT=c_out,
         ACTIVATION=ACTIVATION_CODES[activation],
         OUT_ACTIVATION=ACTIVATION_CODES[out_activation],
+        GATHER=gather,
         DOT=product_dtype(x.dtype),
         PRECISION=precision(x.dtype),
         BLOCK_P=config["block_p"],
@@ -572,9 +604,12 @@ def input_gradient(
         (images, parts, 5, Cin) of dx act(norm(a)), dx s, s, dx s c and s c; otherwise (programs, 2, Cin) of dx s, dx s c.
     """
     per_image = through is not None and through.per_image
-    images, pixels = _images(grad, image_scale is not None or per_image)
+    images, pixels, gather = _images(grad, image_scale is not None)
+    if per_image:
+        images, pixels, gather = *grad.shape[:2], False
     config = tuning.choose("pointwise_input_gradient", _shape(images, pixels, weight, grad), grad.device)
     c_out, c_in = weight.shape[:2]
+    weight = _weight_as_read(weight, grad, config["block_reduced"], c_out)
     dx = torch.empty((*grad.shape[:2], c_in), dtype=grad.dtype, device=grad.device)
     parts, rows = config["parts"], 5 if per_image else 2
     sums = None
@@ -584,11 +619,13 @@ def input_gradient(
     through_a, through_norm, activation = (None, None, "none") if through is None else through[:3]
     grid = (images * parts * triton.cdiv(c_in, config["block_kept"]),)
     pointwise_bwd_kernel_input[grid](
-        grad, a, weight, dx, coefficients, image_scale, residual, through_a, through_norm, sums, pixels, parts,
+        grad, a, weight, dx, coefficients, image_scale, residual, through_a, through_norm, sums,
+        pixels, grad.shape[1], parts,
         C_IN=c_in,
         C_OUT=c_out,
         THROUGH_ACTIVATION=ACTIVATION_CODES[activation],
         SUMS=rows,
+        GATHER=gather,
         DOT=product_dtype(grad.dtype),
         PRECISION=precision(grad.dtype),
         BLOCK_P=config["block_p"],
@@ -618,7 +655,7 @@ def weight_gradient(
     Returns:
         dW in the shape and dtype of ``weight``, and the sum of g over pixels in those of ``bias``, or None without one.
     """
-    images, pixels = _images(x, gate is not None or image_scale is not None)
+    images, pixels, gather = _images(x, gate is not None or image_scale is not None)
     config = tuning.choose("pointwise_weight_gradient", _shape(images, pixels, weight, x), x.device)
     c_out, c_in = weight.shape[:2]
     splits = config["splits"]
@@ -628,10 +665,12 @@ def weight_gradient(
         bias_partials = torch.empty((splits, c_out), dtype=_wide(x), device=x.device)
     blocks = triton.cdiv(c_in, config["block_in"]) * triton.cdiv(c_out, config["block_out"])
     pointwise_bwd_kernel_weight[(splits * blocks,)](
-        grad, a, x, partials, bias_partials, coefficients, image_scale, norm, gate, images, pixels, splits,
+        grad, a, x, partials, bias_partials, coefficients, image_scale, norm, gate,
+        images, pixels, x.shape[1], splits,
         C_IN=c_in,
         C_OUT=c_out,
         ACTIVATION=ACTIVATION_CODES[activation],
+        GATHER=gather,
         DOT=product_dtype(x.dtype),
         PRECISION=precision(x.dtype),
         BLOCK_P=config["block_p"],

@@ -42,6 +42,8 @@ def signatures() -> list[Compiled]:
     constants = {"BLOCK_S": _BLOCK_S, "BLOCK": _BLOCK}
     types = {"p_partials": "*fp32", "parts": "i32", "size": "i32"}
     return [
-        Compiled(f"sum_partials {out}", sum_partials_kernel, {**types, "p_out": f"*{out}"}, constants, 4, 2, out == "fp32")
+        Compiled(
+            f"sum_partials {out}", sum_partials_kernel, {**types, "p_out": f"*{out}"}, constants, 4, 2, out == "fp32"
+        )
         for out in ("fp32", "bf16", "fp16")
     ]
