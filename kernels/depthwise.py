@@ -1,0 +1,387 @@
+"""Depthwise convolution: forward, and one backward kernel for the gradients of input and weight.
+
+Activations are contiguous (N, H, W, C). A program owns a slab of channels and a set of lanes. A lane walks down an
+image: at each step it loads the rows of one vertical stride, a few columns wide, and adds what they contribute to the
+output rows that are still open. Every loaded element is normalised and activated once, and serves all the outputs of
+the lane that see it: (COLS + kw - 1) / COLS loads an output at stride 1, not kh * kw. docs/triton.md has the formulas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from effnet_ops.checks import output_size
+from effnet_ops.kernels import tuning
+from effnet_ops.kernels.activation import ACTIVATION_CODES, accumulator, activate, activation_gradient, narrow
+from effnet_ops.kernels.tuning import Architecture, Config
+
+_SIZES = ["height", "width", "out_height", "out_width", "top", "left"]
+
+
+@triton.constexpr_function
+def _row_is_used(row, kernel, stride, dilation):
+    """Whether any tap of the kernel meets the row of this number within a stride."""
+    return any(tap * dilation % stride == row for tap in range(kernel))
+
+
+@triton.constexpr_function
+def _used_rows(end, kernel, stride, dilation):
+    """How many of a stride's rows before ``end`` some tap of the kernel meets."""
+    return sum(any(tap * dilation % stride == row for tap in range(kernel)) for row in range(end))
+
+
+@triton.jit
+def _vector(pointer, row, c, C: tl.constexpr, DEFAULT: tl.constexpr, ACC: tl.constexpr):  # [1, BC]
+    """One row of a (rows, C) tensor of values a channel, or ``DEFAULT`` where there is no such tensor."""
+    if pointer is None:
+        return tl.full(c.shape, DEFAULT, ACC)
+    else:
+        return tl.load(pointer + row * C + c, mask=c < C, other=0.0).to(ACC)
+
+
+@triton.jit
+def _weights(p_weight, c, C: tl.constexpr, TAPS: tl.constexpr, ACC: tl.constexpr):
+    taps = ()
+    for tap in tl.static_range(TAPS):
+        taps = taps + (tl.load(p_weight + c * TAPS + tap, mask=c < C, other=0.0).to(ACC),)
+    return taps
+
+
+@triton.jit
+def _load_row(p_image, h, w, c, m_lane, height, width, C: tl.constexpr, WIDTH: tl.constexpr):
+    """``WIDTH`` neighbouring pixels of row h from column w on, zero outside the image."""
+    row = ()
+    m_row = m_lane & (h >= 0) & (h < height)
+    p_row = p_image + ((h * width + w) * C + c)
+    for i in tl.static_range(WIDTH):
+        row = row + (tl.load(p_row + i * C, mask=m_row & (w + i >= 0) & (w + i < width), other=0.0),)
+    return row
+
+
+@triton.jit
+def _load_step(
+    p_image,
+    h,
+    w,
+    c,
+    m_lane,
+    height,
+    width,
+    C: tl.constexpr,
+    KH: tl.constexpr,
+    SH: tl.constexpr,
+    DH: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The rows of one vertical stride, those that no tap meets left out."""
+    rows = ()
+    for j in tl.static_range(SH):
+        if _row_is_used(j, KH, SH, DH):
+            rows = rows + _load_row(p_image, h + j, w, c, m_lane, height, width, C, WIDTH)
+    return rows
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def depthwise_fwd_kernel(
+    p_x,
+    p_weight,
+    p_norm,
+    p_gate,
+    p_out_norm,
+    p_bias,
+    p_grad,
+    p_y,
+    p_pool,
+    p_statistics,
+    height,
+    width,
+    out_height,
+    out_width,
+    top,
+    left,
+    C: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    SH: tl.constexpr,
+    SW: tl.constexpr,
+    DH: tl.constexpr,
+    DW: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    OUT_ACTIVATION: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """y = epilogue(conv(prologue(x))); a program: one (image, part of its lanes, slab of channels).
+
+    A lane makes ``ROWS`` x ``COLS`` outputs. Of the output rows, ``OPEN`` are begun and not finished at any step.
+    """
+    DTYPE: tl.constexpr = p_y.dtype.element_ty
+    FAST: tl.constexpr = DTYPE == tl.bfloat16
+    OPEN: tl.constexpr = ((KH - 1) * DH + SH) // SH
+    WIDTH: tl.constexpr = (COLS - 1) * SW + (KW - 1) * DW + 1
+    SLABS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    columns = tl.cdiv(out_width, COLS)
+    lanes = columns * tl.cdiv(out_height, ROWS)
+    parts = tl.cdiv(lanes, BLOCK_P)
+    # Programs that run side by side share pixels, and so the cache lines that two slabs have in common.
+    i_slab = tl.program_id(0) % SLABS
+    i_tile = tl.program_id(0) // SLABS
+    i_image = (i_tile // parts).to(tl.int64)
+    lane = (i_tile % parts) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]  # [BP, 1]
+    c = i_slab * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]  # [1, BC]
+    m_lane = (lane < lanes) & (c < C)  # [BP, BC]
+    first_row = (lane // columns).to(OFFSET) * ROWS
+    first_column = (lane % columns).to(OFFSET) * COLS
+
+    mean = _vector(p_norm, 0, c, C, 0, ACC)
+    scale = _vector(p_norm, 1, c, C, 1, ACC)
+    shift = _vector(p_norm, 2, c, C, 0, ACC)
+    gate = _vector(p_gate, i_image, c, C, 1, ACC)
+    out_mean = _vector(p_out_norm, 0, c, C, 0, ACC)
+    out_scale = _vector(p_out_norm, 1, c, C, 1, ACC)
+    out_shift = _vector(p_out_norm, 2, c, C, 0, ACC)
+    bias = _vector(p_bias, 0, c, C, 0, ACC)
+    taps = _weights(p_weight, c, C, KH * KW, ACC)
+
+    p_image = p_x + i_image * height * width * C
+    o_out = i_image * out_height * out_width * C
+    h = first_row * SH - top
+    w = first_column * SW - left
+    zero = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+    sums = ()
+    for _ in tl.static_range(OPEN * COLS):
+        sums = sums + (zero,)
+    pool = zero
+    origin = zero
+    total = zero
+    squares = zero
+    following = _load_step(p_image, h, w, c, m_lane, height, width, C, KH, SH, DH, WIDTH)
+    for step in range(ROWS + OPEN - 1):
+        # Loaded a step ahead: the next rows are on their way while these are multiplied.
+        rows = following
+        following = _load_step(
+            p_image, h + SH, w, c, m_lane & (step < ROWS + OPEN - 2), height, width, C, KH, SH, DH, WIDTH
+        )
+        for j in tl.static_range(SH):
+            if _row_is_used(j, KH, SH, DH):
+                seen = ()
+                m_row = (h + j >= 0) & (h + j < height)
+                for i in tl.static_range(WIDTH):
+                    u = rows[_used_rows(j, KH, SH, DH) * WIDTH + i].to(ACC)
+                    if p_norm is not None:
+                        u = (u - mean) * scale + shift
+                    u = activate(u, ACTIVATION, FAST)
+                    if p_gate is not None:
+                        u = u * gate
+                    if p_norm is not None:
+                        # Padding is zero behind the normalisation, not in front of it.
+                        u = tl.where(m_row & (w + i >= 0) & (w + i < width), u, 0.0)
+                    seen = seen + (u,)
+                added = ()
+                for age in tl.static_range(OPEN):
+                    for column in tl.static_range(COLS):
+                        y = sums[age * COLS + column]
+                        if (age * SH + j) % DH == 0 and (age * SH + j) // DH < KH:
+                            for kw in tl.static_range(KW):
+                                y += seen[column * SW + kw * DW] * taps[(age * SH + j) // DH * KW + kw]
+                        added = added + (y,)
+                sums = added
+        h += SH
+
+        row = first_row + (step - (OPEN - 1))
+        m_row = m_lane & (step >= OPEN - 1) & (row < out_height)
+        o_row = (row * out_width + first_column) * C + c
+        for column in tl.static_range(COLS):
+            y = sums[(OPEN - 1) * COLS + column]
+            m_y = m_row & (first_column + column < out_width)
+            o_y = o_out + (o_row + column * C)
+            if p_bias is not None:
+                y += bias
+            if p_out_norm is not None:
+                y = (y - out_mean) * out_scale + out_shift
+            if p_grad is not None:
+                grad = tl.load(p_grad + o_y, mask=m_y, other=0.0).to(ACC)
+                y = grad * activation_gradient(y, OUT_ACTIVATION, FAST)
+            else:
+                y = activate(y, OUT_ACTIVATION, FAST)
+            stored = narrow(y, DTYPE)
+            tl.store(p_y + o_y, stored, mask=m_y)
+            if p_pool is not None:
+                pool += tl.where(m_y, y, 0.0)
+            if p_statistics is not None:
+                # Of the values as stored, since those are what the normalisation will see.
+                value = stored.to(ACC)
+                if column == 0:
+                    origin = tl.where(step == OPEN - 1, value, origin)
+                distance = tl.where(m_y, value - origin, 0.0)
+                total += distance
+                squares += distance * distance
+        shifted = ()
+        for _ in tl.static_range(COLS):
+            shifted = shifted + (zero,)
+        for i in tl.static_range((OPEN - 1) * COLS):
+            shifted = shifted + (sums[i],)
+        sums = shifted
+
+    o_c = i_slab * BLOCK_C + tl.arange(0, BLOCK_C)
+    if p_pool is not None:
+        tl.store(p_pool + i_tile.to(tl.int64) * C + o_c, tl.sum(pool, axis=0), mask=o_c < C)
+    if p_statistics is not None:
+        rows_made = tl.minimum(tl.maximum(out_height - first_row, 0), ROWS)
+        columns_made = tl.minimum(out_width - first_column, COLS)
+        count = tl.where(m_lane, (rows_made * columns_made).to(ACC), 0.0)
+        p_mine = p_statistics + i_tile.to(tl.int64) * 3 * C
+        _store_statistics(p_mine, o_c, count, origin, total, squares, C)
+
+
+@triton.jit
+def _store_statistics(p_partials, o_c, count, origin, total, squares, C: tl.constexpr):
+    """Merges sums around the lanes' own first values into count, mean and squares around the mean (Chan et al., 1979).
+
+    A first value is one of the n that are summed, so the squares around it are at most n times those around the mean:
+    no more than that can cancel.
+    """
+    some = tl.maximum(count, 1.0)
+    means = origin + total / some
+    within = squares - total * total / some
+    number = tl.sum(count, axis=0)
+    mean = tl.sum(means * count, axis=0) / tl.maximum(number, 1.0)
+    distance = means - mean[None, :]
+    tl.store(p_partials + o_c, number, mask=o_c < C)
+    tl.store(p_partials + C + o_c, mean, mask=o_c < C)
+    tl.store(
+        p_partials + 2 * C + o_c,
+        tl.sum(tl.where(count > 0, within + count * distance * distance, 0.0), axis=0),
+        mask=o_c < C,
+    )
+
+
+class _Window(NamedTuple):
+    """The geometry of a convolution, vertical before horizontal; ``padding`` is (top, bottom, left, right)."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]
+    dilation: tuple[int, int]
+
+    @classmethod
+    def of(cls, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> _Window:
+        return cls(tuple(weight.shape[2:]), tuple(stride), tuple(padding), tuple(dilation))
+
+    @property
+    def open_rows(self) -> int:
+        """Output rows that the input rows of one step contribute to."""
+        return ((self.kernel[0] - 1) * self.dilation[0] + self.stride[0]) // self.stride[0]
+
+    def constants(self) -> dict[str, int]:
+        values = (*self.kernel, *self.stride, *self.dilation)
+        return dict(zip(("KH", "KW", "SH", "SW", "DH", "DW"), values, strict=True))
+
+    def key(self, batch: int, channels: int, size: Sequence[int]) -> dict[str, int]:
+        """What a configuration is chosen by; ``size`` is the output's."""
+        kernel, stride, dilation = (
+            {f"{name}_h": pair[0], f"{name}_w": pair[1]}
+            for name, pair in (("kernel", self.kernel), ("stride", self.stride), ("dilation", self.dilation))
+        )
+        return {
+            "batch": batch,
+            "channels": channels,
+            "height": size[0],
+            "width": size[1],
+            **kernel,
+            **stride,
+            **dilation,
+        }
+
+
+def _offset(*tensors: Tensor) -> tl.dtype:
+    """int64 where an element's offset inside one image can be 2**31 or more."""
+    return tl.int64 if any(t[0].numel() >= 2**31 for t in tensors if t.shape[0]) else tl.int32
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int] = (1, 1),
+    norm: Tensor | None = None,
+    activation: str = "none",
+    gate: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_norm: Tensor | None = None,
+    out_activation: str = "none",
+    grad: Tensor | None = None,
+    pool: bool = False,
+    statistics: bool = False,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """out_activation(out_norm(conv(gate * activation(norm(x))) + bias)).
+
+    Args:
+        x: (N, H, W, C) contiguous. weight: (C, 1, kh, kw) contiguous.
+        norm, out_norm: (3, C), rows mean, scale, shift: n = (a - mean) * scale + shift.
+        gate: (N, C). bias: (C,).
+        grad: (N, Ho, Wo, C): the result is grad * out_activation'(..) instead.
+        pool: also return the sums (N, parts, C) of the result over the pixels of each part.
+        statistics: also return (programs, 3, C), rows count, mean and sum of squares around it, of the stored result.
+    """
+    window = _Window.of(weight, stride, padding, dilation)
+    batch, height, width, channels = x.shape
+    size = output_size((height, width), *window[:1], window.stride, window.padding, window.dilation)
+    y = torch.empty((batch, *size, channels), dtype=x.dtype, device=x.device)
+    config = config or tuning.choose("depthwise_forward", window.key(batch, channels, size), x.device)
+    lanes = triton.cdiv(size[0], config["ROWS"]) * triton.cdiv(size[1], config["COLS"])
+    parts = triton.cdiv(lanes, config["BLOCK_P"])
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    sums = torch.empty((batch, parts, channels), dtype=dtype, device=x.device) if pool else None
+    partials = torch.empty((batch * parts, 3, channels), dtype=dtype, device=x.device) if statistics else None
+    if batch == 0:
+        return y, sums, partials
+    blocks = {name: value for name, value in config.items() if name != "num_warps"}
+    grid = (batch * parts * triton.cdiv(channels, config["BLOCK_C"]),)
+    depthwise_fwd_kernel[grid](
+        x,
+        weight,
+        norm,
+        gate,
+        out_norm,
+        bias,
+        grad,
+        y,
+        sums,
+        partials,
+        height,
+        width,
+        *size,
+        window.padding[0],
+        window.padding[2],
+        C=channels,
+        **window.constants(),
+        ACTIVATION=ACTIVATION_CODES[activation],
+        OUT_ACTIVATION=ACTIVATION_CODES[out_activation],
+        OFFSET=_offset(x, y),
+        ACC=accumulator(x.dtype),
+        **blocks,
+        num_warps=config["num_warps"],
+    )
+    return y, sums, partials
+
+
+@tuning.heuristic("depthwise_forward")
+def _forward_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
+    """Lanes as tall and wide as registers and parallelism allow: about 96 registers of sums, weights and pixels."""
+    if arch.name == "interpreter":
+        return {"BLOCK_P": 64, "BLOCK_C": 64, "ROWS": 4, "COLS": 2, "num_warps": 4}
+    return {"BLOCK_P": 4, "BLOCK_C": 64, "ROWS": 8, "COLS": 4, "num_warps": 4}
