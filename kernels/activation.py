@@ -1,4 +1,4 @@
-"""Activations, gates and their derivatives as Triton functions, and the conversions between stored and computed precision.
+"""Activations, gates and their derivatives as Triton functions, and conversions between stored and computed precision.
 
 The codes in `ACTIVATION_CODES` and `GATE_CODES` are what kernels take as constants. Values are fp32, or fp64 where
 tensors are.

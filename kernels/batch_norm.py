@@ -16,7 +16,6 @@ from torch import Tensor
 
 from effnet_ops.kernels import tuning
 from effnet_ops.kernels.activation import ACTIVATION_CODES, activate, narrow, widen
-from effnet_ops.kernels.registry import Compiled
 from effnet_ops.kernels.tuning import Architecture, Config
 
 

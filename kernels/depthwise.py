@@ -19,6 +19,7 @@ from torch import Tensor
 from effnet_ops.checks import output_size
 from effnet_ops.kernels import tuning
 from effnet_ops.kernels.activation import ACTIVATION_CODES, accumulator, activate, activation_gradient, narrow
+from effnet_ops.kernels.reduction import sum_partials
 from effnet_ops.kernels.tuning import Architecture, Config
 
 _SIZES = ["height", "width", "out_height", "out_width", "top", "left"]
@@ -266,6 +267,273 @@ def _store_statistics(p_partials, o_c, count, origin, total, squares, C: tl.cons
     )
 
 
+@triton.jit
+def _load_grad_row(p_grad, p_a, h, w, c, m_lane, height, width, C: tl.constexpr, WIDTH: tl.constexpr):
+    """A row of the gradient and, behind it, the row of what the epilogue's normalisation was applied to."""
+    row = _load_row(p_grad, h, w, c, m_lane, height, width, C, WIDTH)
+    if p_a is not None:
+        row = row + _load_row(p_a, h, w, c, m_lane, height, width, C, WIDTH)
+    return row
+
+
+@triton.jit
+def _convolution_gradient(
+    row,
+    h,
+    w,
+    height,
+    width,
+    mean,
+    scale,
+    shift,
+    of_grad,
+    of_a,
+    constant,
+    gate,
+    pooled,
+    p_a,
+    p_a_norm,
+    p_coefficients,
+    p_gate,
+    ACTIVATION: tl.constexpr,
+    FAST: tl.constexpr,
+    ACC: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """From the gradient behind normalisation, activation and gate to that of the convolution; zero outside the image."""
+    gradients = ()
+    for i in tl.static_range(WIDTH):
+        g = row[i].to(ACC)
+        if p_a is not None:
+            centred = row[WIDTH + i].to(ACC) - mean
+            if p_gate is not None:
+                g = g * gate + pooled
+            if p_a_norm is not None:
+                g = g * activation_gradient(centred * scale + shift, ACTIVATION, FAST)
+            if p_coefficients is not None:
+                g = of_grad * g + (of_a * centred + constant)
+            g = tl.where((h >= 0) & (h < height) & (w + i >= 0) & (w + i < width), g, 0.0)
+        gradients = gradients + (g,)
+    return gradients
+
+
+@triton.jit(do_not_specialize=[*_SIZES, "batch", "walkers"])
+def depthwise_bwd_kernel(
+    p_grad,
+    p_a,
+    p_x,
+    p_weight,
+    p_a_norm,
+    p_coefficients,
+    p_gate,
+    p_pooled,
+    p_norm,
+    p_dx,
+    p_dw,
+    p_db,
+    p_sums,
+    batch,
+    walkers,
+    height,
+    width,
+    out_height,
+    out_width,
+    top,
+    left,
+    C: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    SH: tl.constexpr,
+    SW: tl.constexpr,
+    DH: tl.constexpr,
+    DW: tl.constexpr,
+    A_ACTIVATION: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """Gradients of input and weight; a program: one slab of channels, every ``walkers``-th tile of the batch.
+
+    A lane makes the gradients of ROWS * SH x COLS * SW input pixels, one horizontal stripe of SH rows a step. Each pixel
+    meets the output gradients of its window once: dx gathers them times the weights, dw times the pixel. The last
+    ``OPEN`` rows of output gradients are kept, so each is loaded and computed once for the lane.
+    """
+    FAST: tl.constexpr = p_grad.dtype.element_ty == tl.bfloat16
+    OPEN: tl.constexpr = ((KH - 1) * DH + SH) // SH
+    REACH: tl.constexpr = (KW - 1) * DW // SW
+    GRADS: tl.constexpr = COLS + REACH
+    TAPS: tl.constexpr = KH * KW
+    SLABS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    # Outputs that lie in the padding alone have no pixel, but their share of the bias.
+    columns = tl.cdiv(tl.maximum(tl.cdiv(width + left, SW), out_width), COLS)
+    lanes = columns * tl.cdiv(tl.maximum(tl.cdiv(height + top, SH), out_height), ROWS)
+    parts = tl.cdiv(lanes, BLOCK_P)
+    i_slab = tl.program_id(0) % SLABS
+    i_walker = tl.program_id(0) // SLABS
+    c = i_slab * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]  # [1, BC]
+
+    a_mean = _vector(p_a_norm, 0, c, C, 0, ACC)
+    a_scale = _vector(p_a_norm, 1, c, C, 1, ACC)
+    a_shift = _vector(p_a_norm, 2, c, C, 0, ACC)
+    of_grad = _vector(p_coefficients, 1, c, C, 1, ACC)
+    of_a = _vector(p_coefficients, 2, c, C, 0, ACC)
+    constant = _vector(p_coefficients, 3, c, C, 0, ACC)
+    mean = _vector(p_norm, 0, c, C, 0, ACC)
+    scale = _vector(p_norm, 1, c, C, 1, ACC)
+    shift = _vector(p_norm, 2, c, C, 0, ACC)
+    taps = _weights(p_weight, c, C, TAPS, ACC)
+
+    zero = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+    products = ()
+    for _ in tl.static_range(TAPS):
+        products = products + (zero,)
+    bias = zero
+    total = zero
+    moment = zero
+    for item in range(i_walker, batch * parts, walkers):
+        i_image = (item // parts).to(tl.int64)
+        lane = (item % parts) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]  # [BP, 1]
+        m_lane = (lane < lanes) & (c < C)  # [BP, BC]
+        gate = _vector(p_gate, i_image, c, C, 1, ACC)
+        pooled = _vector(p_pooled, i_image, c, C, 0, ACC)
+        out_row = (lane // columns).to(OFFSET) * ROWS
+        first_column = (lane % columns).to(OFFSET) * COLS
+        g_column = first_column - REACH
+        h = out_row * SH - top
+        w = first_column * SW - left
+        o_image = i_image * height * width * C
+        o_grad = i_image * out_height * out_width * C
+        p_image = p_x + o_image if p_x is not None else None
+        p_image_a = p_a + o_grad if p_a is not None else None
+        p_image_grad = p_grad + o_grad
+
+        kept = ()
+        for age in tl.static_range(1, OPEN):
+            g_row = out_row - (OPEN - age)
+            row = _load_grad_row(p_image_grad, p_image_a, g_row, g_column, c, m_lane, out_height, out_width, C, GRADS)
+            kept = kept + _convolution_gradient(
+                row,
+                g_row,
+                g_column,
+                out_height,
+                out_width,
+                a_mean,
+                a_scale,
+                a_shift,
+                of_grad,
+                of_a,
+                constant,
+                gate,
+                pooled,
+                p_a,
+                p_a_norm,
+                p_coefficients,
+                p_gate,
+                A_ACTIVATION,
+                FAST,
+                ACC,
+                GRADS,
+            )
+        following = _load_grad_row(
+            p_image_grad, p_image_a, out_row, g_column, c, m_lane, out_height, out_width, C, GRADS
+        )
+        for step in range(ROWS):
+            row = following
+            following = _load_grad_row(
+                p_image_grad,
+                p_image_a,
+                out_row + 1,
+                g_column,
+                c,
+                m_lane & (step < ROWS - 1),
+                out_height,
+                out_width,
+                C,
+                GRADS,
+            )
+            newest = _convolution_gradient(
+                row,
+                out_row,
+                g_column,
+                out_height,
+                out_width,
+                a_mean,
+                a_scale,
+                a_shift,
+                of_grad,
+                of_a,
+                constant,
+                gate,
+                pooled,
+                p_a,
+                p_a_norm,
+                p_coefficients,
+                p_gate,
+                A_ACTIVATION,
+                FAST,
+                ACC,
+                GRADS,
+            )
+            kept = kept + newest
+            if p_db is not None:
+                for i in tl.static_range(REACH, GRADS):
+                    bias += kept[(OPEN - 1) * GRADS + i]
+            for j in tl.static_range(SH):
+                m_row = m_lane & (h + j >= 0) & (h + j < height)
+                o_row = ((h + j) * width + w) * C + c
+                for b in tl.static_range(COLS * SW):
+                    m_x = m_row & (w + b >= 0) & (w + b < width)
+                    o_x = o_row + b * C
+                    u = zero
+                    if p_x is not None:
+                        centred = tl.load(p_image + o_x, mask=m_x, other=0.0).to(ACC) - mean
+                        n = centred * scale + shift
+                        if p_dw is not None:
+                            u = activate(n, ACTIVATION, FAST)
+                            if p_norm is not None:
+                                u = tl.where(m_x, u, 0.0)
+                    dx = zero
+                    updated = ()
+                    for tap in tl.static_range(TAPS):
+                        product = products[tap]
+                        if (tap // KW) * DH % SH == j and (b - tap % KW * DW) % SW == 0:
+                            g = kept[(OPEN - 1 - (tap // KW) * DH // SH) * GRADS + (b - tap % KW * DW) // SW + REACH]
+                            dx += g * taps[tap]
+                            if p_dw is not None:
+                                product += g * u
+                        updated = updated + (product,)
+                    products = updated
+                    if p_dx is not None:
+                        if p_norm is not None:
+                            dx = tl.where(m_x, dx * activation_gradient(n, ACTIVATION, FAST), 0.0)
+                        tl.store(p_dx + o_image + o_x, narrow(dx, p_dx.dtype.element_ty), mask=m_x)
+                        if p_sums is not None:
+                            total += dx
+                            moment += dx * centred
+            h += SH
+            out_row += 1
+            older = ()
+            for i in tl.static_range(GRADS, OPEN * GRADS):
+                older = older + (kept[i],)
+            kept = older
+
+    o_c = i_slab * BLOCK_C + tl.arange(0, BLOCK_C)
+    if p_dw is not None:
+        p_mine = p_dw + (i_walker * C + o_c) * TAPS
+        for tap in tl.static_range(TAPS):
+            tl.store(p_mine + tap, tl.sum(products[tap], axis=0), mask=o_c < C)
+    if p_db is not None:
+        tl.store(p_db + i_walker * C + o_c, tl.sum(bias, axis=0), mask=o_c < C)
+    if p_sums is not None:
+        p_mine = p_sums + i_walker * 2 * C + o_c
+        tl.store(p_mine, tl.sum(total, axis=0), mask=o_c < C)
+        tl.store(p_mine + C, tl.sum(moment, axis=0), mask=o_c < C)
+
+
 class _Window(NamedTuple):
     """The geometry of a convolution, vertical before horizontal; ``padding`` is (top, bottom, left, right)."""
 
@@ -377,6 +645,104 @@ def forward(
         num_warps=config["num_warps"],
     )
     return y, sums, partials
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    *,
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int] = (1, 1),
+    a: Tensor | None = None,
+    a_norm: Tensor | None = None,
+    a_activation: str = "none",
+    coefficients: Tensor | None = None,
+    gate: Tensor | None = None,
+    pooled: Tensor | None = None,
+    norm: Tensor | None = None,
+    activation: str = "none",
+    bias: Tensor | None = None,
+    needs: Sequence[bool] = (True, True, False),
+    config: Config | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of y = conv(activation(norm(x))) + bias, from that of y or of what follows y.
+
+    Args:
+        grad: (N, Ho, Wo, C) contiguous. With ``a`` (the stored y, same size) it is the gradient behind normalisation,
+            activation and gate, and the gradient of y is A n_grad + B (a - mean) + D, where
+            n_grad = (grad * gate + pooled) * a_activation'(a_norm(a)) and ``coefficients`` (4, C) are mean, A, B, D.
+        x: (N, H, W, C) contiguous, or None where neither its values nor ``norm`` are needed; ``size`` is (H, W).
+        a_norm, norm: (3, C), rows mean, scale, shift. gate, pooled: (N, C).
+        bias: only its dtype matters. needs: gradients of x, weight, bias.
+
+    Returns:
+        The gradients of norm(x), which is that of x where there is no norm and no activation, of weight and of bias,
+        and with ``norm`` the sums (programs, 2, C) of the first and of it times (x - mean).
+    """
+    window = _Window.of(weight, stride, padding, dilation)
+    batch, channels, out_size = grad.shape[0], grad.shape[3], grad.shape[1:3]
+    config = config or tuning.choose("depthwise_backward", window.key(batch, channels, out_size), grad.device)
+    steps = [
+        max(triton.cdiv(n + before, s), out)
+        for n, before, s, out in zip(size, window.padding[::2], window.stride, out_size, strict=True)
+    ]
+    lanes = triton.cdiv(steps[0], config["ROWS"]) * triton.cdiv(steps[1], config["COLS"])
+    slabs = triton.cdiv(channels, config["BLOCK_C"])
+    items = batch * triton.cdiv(lanes, config["BLOCK_P"])
+    walkers = max(min(items, triton.cdiv(config["PROGRAMS"], slabs)), 1)
+
+    dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
+
+    def empty(wanted: bool, *shape: int, dtype: torch.dtype = dtype) -> Tensor | None:
+        return torch.empty(shape, dtype=dtype, device=grad.device) if wanted else None
+
+    dx = empty(needs[0], batch, *size, channels, dtype=grad.dtype)
+    dw = empty(needs[1], walkers, *weight.shape)
+    db = empty(needs[2], walkers, channels)
+    sums = empty(needs[0] and norm is not None, walkers, 2, channels)
+    blocks = {name: config[name] for name in ("BLOCK_P", "BLOCK_C", "ROWS", "COLS")}
+    depthwise_bwd_kernel[(walkers * slabs,)](
+        grad,
+        a,
+        x if norm is not None or needs[1] else None,
+        weight,
+        a_norm,
+        coefficients,
+        gate,
+        pooled,
+        norm,
+        dx,
+        dw,
+        db,
+        sums,
+        batch,
+        walkers,
+        *size,
+        *out_size,
+        window.padding[0],
+        window.padding[2],
+        C=channels,
+        **window.constants(),
+        A_ACTIVATION=ACTIVATION_CODES[a_activation],
+        ACTIVATION=ACTIVATION_CODES[activation],
+        OFFSET=_offset(grad, dx if dx is not None else grad),
+        ACC=accumulator(grad.dtype),
+        **blocks,
+        num_warps=config["num_warps"],
+    )
+    dw = None if dw is None else sum_partials(dw, weight.dtype)
+    db = None if db is None else sum_partials(db, weight.dtype if bias is None else bias.dtype)
+    return dx, dw, db, sums
+
+
+@tuning.heuristic("depthwise_backward")
+def _backward_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
+    if arch.name == "interpreter":
+        return {"BLOCK_P": 64, "BLOCK_C": 64, "ROWS": 4, "COLS": 2, "PROGRAMS": 3, "num_warps": 4}
+    return {"BLOCK_P": 4, "BLOCK_C": 64, "ROWS": 8, "COLS": 4, "PROGRAMS": 4 * arch.multiprocessors, "num_warps": 4}
 
 
 @tuning.heuristic("depthwise_forward")

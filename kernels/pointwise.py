@@ -19,7 +19,6 @@ from effnet_ops.kernels import tuning
 from effnet_ops.kernels.activation import (
     ACTIVATION_CODES,
     INTERPRETED,
-    accumulator,
     activate,
     activation_gradient,
     narrow,
