@@ -300,7 +300,7 @@ def _convolution_gradient(
     ACC: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """From the gradient behind normalisation, activation and gate to that of the convolution; zero outside the image."""
+    """From the gradient behind norm, activation and gate to that of the convolution, zero outside the image."""
     gradients = ()
     for i in tl.static_range(WIDTH):
         g = row[i].to(ACC)
@@ -358,7 +358,7 @@ def depthwise_bwd_kernel(
 ):
     """Gradients of input and weight; a program: one slab of channels, every ``walkers``-th tile of the batch.
 
-    A lane makes the gradients of ROWS * SH x COLS * SW input pixels, one horizontal stripe of SH rows a step. Each pixel
+    A lane makes the gradients of ROWS * SH x COLS * SW input pixels, a stripe of SH rows at a step. Each pixel
     meets the output gradients of its window once: dx gathers them times the weights, dw times the pixel. The last
     ``OPEN`` rows of output gradients are kept, so each is loaded and computed once for the lane.
     """
@@ -741,7 +741,7 @@ def backward(
 @tuning.heuristic("depthwise_backward")
 def _backward_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
     if arch.name == "interpreter":
-        return {"BLOCK_P": 64, "BLOCK_C": 64, "ROWS": 4, "COLS": 2, "PROGRAMS": 3, "num_warps": 4}
+        return {"BLOCK_P": 256, "BLOCK_C": 64, "ROWS": 2, "COLS": 2, "PROGRAMS": 2, "num_warps": 4}
     return {"BLOCK_P": 4, "BLOCK_C": 64, "ROWS": 8, "COLS": 4, "PROGRAMS": 4 * arch.multiprocessors, "num_warps": 4}
 
 
@@ -749,5 +749,5 @@ def _backward_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
 def _forward_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
     """Lanes as tall and wide as registers and parallelism allow: about 96 registers of sums, weights and pixels."""
     if arch.name == "interpreter":
-        return {"BLOCK_P": 64, "BLOCK_C": 64, "ROWS": 4, "COLS": 2, "num_warps": 4}
+        return {"BLOCK_P": 256, "BLOCK_C": 64, "ROWS": 2, "COLS": 2, "num_warps": 4}
     return {"BLOCK_P": 4, "BLOCK_C": 64, "ROWS": 8, "COLS": 4, "num_warps": 4}

@@ -20,6 +20,7 @@ from effnet_ops.ops import _library
 
 WORDS = {
     "depthwise_conv2d": "depthwise",
+    "depthwise_conv2d_backward": "depthwise",
     "pointwise_conv2d": "pointwise",
     "pointwise_conv2d_backward": "pointwise",
     "squeeze_excite": "squeeze_excite",

@@ -13,6 +13,6 @@ def result_like(value: Tensor, x: Tensor) -> Tensor:
     value = value.permute(0, 3, 1, 2)
     if _library.memory_format(x) == torch.channels_last:
         return value
-    batch, channels, height, width = value.shape
+    _, channels, height, width = value.shape
     # Where H = W = 1 or C = 1 nothing is copied, but the strides are those of the other layout.
     return value.contiguous().as_strided(value.shape, (channels * height * width, height * width, width, 1))
