@@ -1,4 +1,4 @@
-"""Batch normalisation's small launches: statistics and coefficients from partial sums, and the walks that nothing carries.
+"""Batch normalisation: statistics and coefficients from partial sums, and the walks over activations that are left.
 
 A ``norm`` is (3, C): mean, scale = gamma * rstd and shift = beta, for (a - mean) * scale + shift. ``coefficients`` are
 (4, C): mean, A, B and D, for the gradient A * grad + B * (a - mean) + D. Both in the compute dtype.
@@ -102,7 +102,7 @@ def finalize_backward_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """From (parts, 2, C) sums of n and n (a - mean), n the gradient behind the normalisation: (1) and (2) of mbconv.md."""
+    """From (parts, 2, C) sums of n and n (a - mean), n the gradient behind it: (1) and (2) of mbconv.md."""
     o_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < C
     b_sum = tl.zeros([BLOCK_S, BLOCK_C], tl.float64)

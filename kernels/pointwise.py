@@ -30,7 +30,7 @@ from effnet_ops.kernels.tuning import Architecture, Config
 
 @triton.jit
 def _normalise(x, p_norm, o_c, m_c, C: tl.constexpr):
-    """(x - mean) * scale + shift with p_norm (3, C); centred first, since |mean| can be far larger than the deviation."""
+    """(x - mean) * scale + shift with p_norm (3, C); centred, since |mean| can be far larger than the deviation."""
     mean = tl.load(p_norm + o_c, mask=m_c, other=0.0)[None, :]
     scale = tl.load(p_norm + C + o_c, mask=m_c, other=0.0)[None, :]
     shift = tl.load(p_norm + 2 * C + o_c, mask=m_c, other=0.0)[None, :]
@@ -66,7 +66,7 @@ def _input_tile(
 def _gradient_tile(
     p_grad, p_a, o_g, m_g, p_coefficients, p_image_scale, o_image, o_c, m_c, C: tl.constexpr, DOT: tl.constexpr
 ):  # [BP, BC]
-    """The gradient before the normalisation, A * grad + B * (a - mean) + D with p_coefficients (4, C); 0 where masked."""
+    """The gradient before a normalisation, A * grad + B * (a - mean) + D with p_coefficients (4, C); 0 where masked."""
     b_g = tl.load(p_grad + o_g, mask=m_g, other=0.0)
     if p_image_scale is not None:
         b_g = widen(b_g) * tl.load(p_image_scale + o_image)
@@ -339,7 +339,7 @@ def pointwise_bwd_kernel_weight(
     BLOCK_OUT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Sums over a range of tiles of prologue(grad)^T prologue(x), (splits, C_OUT, C_IN); a second stage adds them up."""
+    """Sums over a range of tiles of prologue(grad)^T prologue(x), (splits, C_OUT, C_IN), for a second stage to add."""
     ACC: tl.constexpr = tl.float64 if p_grad.dtype.element_ty == tl.float64 else tl.float32
     blocks_in: tl.constexpr = (C_IN + BLOCK_IN - 1) // BLOCK_IN
     blocks_out: tl.constexpr = (C_OUT + BLOCK_OUT - 1) // BLOCK_OUT
@@ -388,7 +388,7 @@ def pointwise_bwd_kernel_weight(
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How products of fp32 are taken: TF32 where ``torch.backends.cuda.matmul`` allows it, which it does not by default."""
+    """How products of fp32 are taken: TF32 where torch.backends.cuda.matmul allows it; by default it does not."""
     if dtype != torch.float32:
         return "ieee"
     setting = torch.backends.cuda.matmul.fp32_precision
@@ -420,40 +420,48 @@ def _parts(images: int, tiles: int, blocks: int, arch: Architecture) -> int:
     return max(1, min(tiles, max(wanted, triton.cdiv(tiles, 64))))
 
 
-def _product_rule(shape: Mapping[str, int], arch: Architecture, reduced: int, kept: int) -> Config:
-    """Tiles of a product of (images x pixels, reduced) with (reduced, kept)."""
+def _few(images: int, pixels: int, block_p: int, channels: int, block: int, arch: Architecture) -> bool:
+    return images * triton.cdiv(pixels, block_p) * triton.cdiv(channels, block) < arch.multiprocessors
+
+
+def _product_rule(
+    shape: Mapping[str, int], arch: Architecture, reduced: int, kept: int, most_rows: int, most_kept: int
+) -> Config:
+    """Tiles of a product of (images x pixels, reduced) with (reduced, kept).
+
+    The limits keep each operand and the result at 32 to 64 registers a thread: more spill (tests compile them all).
+    """
     images, pixels, size = shape["images"], shape["pixels"], shape["element_size"]
-    most_rows, most_kept, most_reduced = (128, 128, 64) if size == 2 else (64, 32, 32)
     block_kept = _width(kept, reduced, most_kept)
+    most_reduced = 32 if size > 2 or block_kept == 128 else 64
     block_reduced = max(16, min(most_reduced, triton.next_power_of_2(reduced)))
     block_p = _rows(pixels, most_rows)
-    while block_p > 16 and images * triton.cdiv(pixels, block_p) * triton.cdiv(kept, block_kept) < arch.multiprocessors:
+    while block_p > 16 and _few(images, pixels, block_p, kept, block_kept, arch):
         block_p //= 2
-    while (
-        block_kept > 32 and images * triton.cdiv(pixels, block_p) * triton.cdiv(kept, block_kept) < arch.multiprocessors
-    ):
+    while block_kept > 32 and _few(images, pixels, block_p, kept, block_kept, arch):
         block_kept //= 2
     blocks = triton.cdiv(kept, block_kept)
-    parts = _parts(images, triton.cdiv(pixels, block_p), blocks, arch)
-    warps = 8 if block_p * block_kept >= 128 * 128 else 4
     return {
         "block_p": block_p,
         "block_reduced": block_reduced,
         "block_kept": block_kept,
-        "parts": parts,
-        "num_warps": warps,
+        "parts": _parts(images, triton.cdiv(pixels, block_p), blocks, arch),
+        "num_warps": 8 if block_p * max(block_kept, block_reduced) > 64 * 64 else 4,
         "stages": 3 if size == 2 else 2,
     }
 
 
 @tuning.heuristic("pointwise_forward")
 def _forward_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
-    return _product_rule(shape, arch, shape["channels_in"], shape["channels_out"])
+    limits = (128, 128) if shape["element_size"] == 2 else (64, 32)
+    return _product_rule(shape, arch, shape["channels_in"], shape["channels_out"], *limits)
 
 
 @tuning.heuristic("pointwise_input_gradient")
 def _input_gradient_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
-    return _product_rule(shape, arch, shape["channels_out"], shape["channels_in"])
+    """Sums of the result with its own input need three more tiles of its size in registers."""
+    limits = (64 if shape["sums"] else 128, 64) if shape["element_size"] == 2 else (32, 32)
+    return _product_rule(shape, arch, shape["channels_out"], shape["channels_in"], *limits)
 
 
 @tuning.heuristic("pointwise_weight_gradient")
@@ -463,7 +471,7 @@ def _weight_gradient_rule(shape: Mapping[str, int], arch: Architecture) -> Confi
     block_in = _width(shape["channels_in"], shape["channels_out"], most)
     block_out = _width(shape["channels_out"], shape["channels_in"], most)
     if block_in * block_out > 64 * 128:
-        block_in, block_out = min(block_in, 64), block_out
+        block_in = 64
     block_p = _rows(pixels, 64 if size == 2 else 32)
     blocks = triton.cdiv(shape["channels_in"], block_in) * triton.cdiv(shape["channels_out"], block_out)
     tiles = images * triton.cdiv(pixels, block_p)
@@ -472,7 +480,7 @@ def _weight_gradient_rule(shape: Mapping[str, int], arch: Architecture) -> Confi
         "block_in": block_in,
         "block_out": block_out,
         "splits": max(1, min(tiles, triton.cdiv(4 * arch.multiprocessors, blocks))),
-        "num_warps": 4,
+        "num_warps": 8 if max(block_in, block_out) > 64 else 4,
         "stages": 3 if size == 2 else 2,
     }
 
@@ -599,14 +607,15 @@ def input_gradient(
         through: for sums of dx with the slope s = activation'(norm(a)) of the input, formed where dx is.
 
     Returns:
-        dx (images, pixels, Cin) in the dtype of grad, and with ``through`` sums over pixels, with c = a - mean: per image
-        (images, parts, 5, Cin) of dx act(norm(a)), dx s, s, dx s c and s c; otherwise (programs, 2, Cin) of dx s, dx s c.
+        dx (images, pixels, Cin) in the dtype of grad, and with ``through`` sums over pixels, where c = a - mean: per
+        image (images, parts, 5, Cin) of dx act(norm(a)), dx s, s, dx s c, s c; else (programs, 2, Cin) of dx s, dx s c.
     """
     per_image = through is not None and through.per_image
     images, pixels, gather = _images(grad, image_scale is not None)
     if per_image:
         images, pixels, gather = *grad.shape[:2], False
-    config = tuning.choose("pointwise_input_gradient", _shape(images, pixels, weight, grad), grad.device)
+    shape = {**_shape(images, pixels, weight, grad), "sums": (5 if per_image else 2) if through else 0}
+    config = tuning.choose("pointwise_input_gradient", shape, grad.device)
     c_out, c_in = weight.shape[:2]
     weight = _weight_as_read(weight, grad, config["block_reduced"], c_out)
     dx = torch.empty((*grad.shape[:2], c_in), dtype=grad.dtype, device=grad.device)

@@ -1,4 +1,4 @@
-"""The second stage of sums over pixels: partial sums are added in a fixed order, so results are the same in every run."""
+"""The second stage of sums over pixels: partial sums are added in a fixed order, so every run has the same result."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import triton.language as tl
 from torch import Tensor
 
 from effnet_ops.kernels.activation import narrow, widen
-from effnet_ops.kernels.registry import Compiled
 
 
 @triton.jit
@@ -35,15 +34,3 @@ def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
     grid = (triton.cdiv(size, _BLOCK),)
     sum_partials_kernel[grid](partials, out, partials.shape[0], size, _BLOCK_S, _BLOCK, num_warps=4)
     return out
-
-
-def signatures() -> list[Compiled]:
-    """Every configuration that EfficientNets run."""
-    constants = {"BLOCK_S": _BLOCK_S, "BLOCK": _BLOCK}
-    types = {"p_partials": "*fp32", "parts": "i32", "size": "i32"}
-    return [
-        Compiled(
-            f"sum_partials {out}", sum_partials_kernel, {**types, "p_out": f"*{out}"}, constants, 4, 2, out == "fp32"
-        )
-        for out in ("fp32", "bf16", "fp16")
-    ]

@@ -338,7 +338,7 @@ def _gate_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
     programs = triton.cdiv(shape["images"], block_i)
     most = triton.cdiv(shape["channels"], block_c)
     slices = max(1, min(most, triton.cdiv(arch.multiprocessors, programs), 8))
-    return {"block_i": block_i, "block_c": block_c, "slices": slices, "num_warps": 4}
+    return {"block_i": block_i, "block_c": block_c, "slices": slices, "num_warps": 8 if block_i > 1 else 4}
 
 
 def _pool_shape(x: Tensor) -> dict[str, int]:
@@ -408,8 +408,8 @@ def gate_forward(partials: Tensor, pixels: int, parameters: Parameters) -> tuple
 class GateGradients(NamedTuple):
     """Gradients of the parameters, and what the gradient of the pooled tensor is made of, (images, C).
 
-    ``pooled`` is the gradient of the mean over pixels, divided by their number. ``partials`` (images, 2, C) are the sums
-    that the normalisation before the pool needs, None where ``sums`` had one row.
+    ``pooled`` is the gradient of the mean over pixels, divided by their number. ``partials`` (images, 2, C) are the
+    sums that the normalisation before the pool needs, None where ``sums`` had one row.
     """
 
     reduce_weight: Tensor

@@ -26,7 +26,6 @@ Heuristic = Callable[[Mapping[str, int], "Architecture"], Config]
 _logger = logging.getLogger(__name__)
 _heuristics: dict[str, Heuristic] = {}
 _chosen: dict[tuple[Any, ...], Config] = {}
-_logged: set[tuple[str, ...]] = set()
 
 
 class Architecture(NamedTuple):
@@ -42,7 +41,7 @@ ARCHITECTURES = {
     "sm_90": Architecture("sm_90", 132, 227 * 1024),
     "sm_100": Architecture("sm_100", 148, 227 * 1024),
 }
-"""A100, H100 and H200, B200: what kernels are compiled for ahead of time. The interpreter counts as the first of them."""
+"""A100, H100 and H200, B200: what tests compile kernels for."""
 
 
 def heuristic(operation: str) -> Callable[[Heuristic], Heuristic]:
@@ -85,10 +84,14 @@ def _choose(operation: str, shape: Mapping[str, int], arch: Architecture) -> Con
     entry = table().get(operation, {}).get(arch.name, {}).get(bucket(shape))
     if entry is not None:
         return {name: value for name, value in entry.items() if name != "origin"}
-    if (operation, arch.name) not in _logged and arch.name != "interpreter":
-        _logged.add((operation, arch.name))
-        _logger.info("no tuned configuration of %s for %s at %s: using the rule", operation, arch.name, bucket(shape))
+    if arch.name != "interpreter":
+        _announce(operation, arch.name, bucket(shape))
     return _heuristics[operation](shape, arch)
+
+
+@functools.cache
+def _announce(operation: str, arch: str, shape: str) -> None:
+    _logger.info("no tuned configuration of %s for %s at %s: using the rule", operation, arch, shape)
 
 
 def from_rule(operation: str, shape: Mapping[str, int], arch: Architecture) -> Config:

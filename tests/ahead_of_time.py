@@ -1,25 +1,53 @@
-"""Compiles Triton kernels without a GPU, and reads what the machine code of each needs."""
+"""Compiles without a GPU what the package would launch on one, and reads what the machine code of each kernel needs.
+
+Host code runs on meta tensors while its launches are recorded, so what is compiled is what is launched.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import pytest
+import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
-from effnet_ops.kernels.registry import Compiled
+from effnet_ops.kernels import tuning
 
-TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+TYPES = {torch.float64: "*fp64", torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+
+
+class Launch(NamedTuple):
+    """One kernel with the types of its run-time arguments, its constants (by position), warps, stages, and grid."""
+
+    kernel: JITFunction
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    num_warps: int
+    num_stages: int
+    programs: int
+
+    @property
+    def compiled_key(self) -> tuple[Any, ...]:
+        return self.kernel.__name__, self.signature, repr(self.constants), self.num_warps, self.num_stages
+
+    def __str__(self) -> str:
+        shown = {name: value for name, value in self.constants if value is not None}
+        return f"{self.kernel.__name__}({shown}, warps={self.num_warps})"
 
 
 class Usage(NamedTuple):
-    """What one program needs: registers a thread, bytes of stack (spilled registers live there) and of shared memory."""
+    """What one program needs: registers a thread, bytes of stack (spilled registers live there), of shared memory."""
 
     registers: int
     stack_bytes: int
@@ -27,19 +55,62 @@ class Usage(NamedTuple):
     ttir: str
 
 
-def compile_kernel(entry: Compiled, capability: int) -> Usage:
-    """Compile ``entry`` for a compute capability such as 90, with pointers taken to be 16-byte aligned."""
-    names = entry.kernel.arg_names
-    constants = {(names.index(name),): value for name, value in entry.constants.items()}
-    signature = {name: entry.signature.get(name, "constexpr") for name in names}
+@contextlib.contextmanager
+def recorded(architecture: str) -> Iterator[list[Launch]]:
+    """The launches inside the ``with`` block, as host code makes them for this architecture; nothing is launched."""
+    launches: list[Launch] = []
+
+    def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launches.append(_launch(kernel, args, grid, kwargs))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JITFunction, "run", run)
+        patch.setattr(tuning, "architecture", lambda device: tuning.ARCHITECTURES[architecture])
+        patch.setattr(tuning, "_chosen", {})
+        yield launches
+
+
+def _launch(kernel: JITFunction, args: tuple[Any, ...], grid: Any, kwargs: dict[str, Any]) -> Launch:
+    options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+    values = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
+    constant = {param.name for param in kernel.params if param.is_constexpr}
+    signature, constants = {}, {}
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            signature[name] = TYPES[value.dtype]
+        elif value is None or name in constant:
+            constants[name] = value
+        elif isinstance(value, int):
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+        else:
+            signature[name] = "fp32"
+    programs = 1
+    for size in grid(values) if callable(grid) else grid:
+        programs *= size
+    return Launch(
+        kernel,
+        tuple(signature.items()),
+        tuple(constants.items()),
+        options.get("num_warps", 4),
+        options.get("num_stages", 3),
+        programs,
+    )
+
+
+def compile_launch(launch: Launch, architecture: str) -> Usage:
+    """Compile for an architecture such as "sm_90"; pointers are taken to be 16-byte aligned, as PyTorch's are."""
+    names, types = launch.kernel.arg_names, dict(launch.signature)
+    signature = {name: types.get(name, "constexpr") for name in names}
+    constants = {(names.index(name),): value for name, value in launch.constants}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
-    source = ASTSource(entry.kernel, signature, constants, aligned)
-    options = {"num_warps": entry.num_warps, "num_stages": entry.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    return Usage(*resources(compiled.asm["cubin"]), compiled.metadata.shared, compiled.asm["ttir"])
+    source = ASTSource(launch.kernel, signature, constants, aligned)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+    compiled = triton.compile(source, target=target, options=options)
+    return Usage(*_resources(compiled.asm["cubin"]), compiled.metadata.shared, compiled.asm["ttir"])
 
 
-def resources(cubin: bytes) -> tuple[int, int]:
+def _resources(cubin: bytes) -> tuple[int, int]:
     """(registers, bytes of stack) of the only kernel in a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
