@@ -433,7 +433,7 @@ def _product_rule(
     """
     images, pixels, size = shape["images"], shape["pixels"], shape["element_size"]
     block_kept = _width(kept, reduced, most_kept)
-    most_reduced = 32 if size > 2 or block_kept == 128 else 64
+    most_reduced = 32 if size > 2 else 64
     block_reduced = max(16, min(most_reduced, triton.next_power_of_2(reduced)))
     block_p = _rows(pixels, most_rows)
     while block_p > 16 and _few(images, pixels, block_p, kept, block_kept, arch):
@@ -446,14 +446,14 @@ def _product_rule(
         "block_reduced": block_reduced,
         "block_kept": block_kept,
         "parts": _parts(images, triton.cdiv(pixels, block_p), blocks, arch),
-        "num_warps": 8 if block_p * max(block_kept, block_reduced) > 64 * 64 else 4,
+        "num_warps": 8 if block_p * max(block_kept, block_reduced) > (2048 if shape.get("sums") else 4096) else 4,
         "stages": 3 if size == 2 else 2,
     }
 
 
 @tuning.heuristic("pointwise_forward")
 def _forward_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
-    limits = (128, 128) if shape["element_size"] == 2 else (64, 32)
+    limits = (128, 64) if shape["element_size"] == 2 else (64, 32)
     return _product_rule(shape, arch, shape["channels_in"], shape["channels_out"], *limits)
 
 

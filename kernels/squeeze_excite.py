@@ -338,7 +338,7 @@ def _gate_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
     programs = triton.cdiv(shape["images"], block_i)
     most = triton.cdiv(shape["channels"], block_c)
     slices = max(1, min(most, triton.cdiv(arch.multiprocessors, programs), 8))
-    return {"block_i": block_i, "block_c": block_c, "slices": slices, "num_warps": 8 if block_i > 1 else 4}
+    return {"block_i": block_i, "block_c": block_c, "slices": slices, "num_warps": 8 if block_i * block_r > 128 else 4}
 
 
 def _pool_shape(x: Tensor) -> dict[str, int]:

@@ -9,7 +9,7 @@ import contextlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,9 +36,12 @@ class Launch(NamedTuple):
     num_warps: int
     num_stages: int
     programs: int
+    values: tuple[tuple[str, int], ...]
+    """The run-time integers."""
 
     @property
     def compiled_key(self) -> tuple[Any, ...]:
+        """Equal where the machine code is."""
         return self.kernel.__name__, self.signature, repr(self.constants), self.num_warps, self.num_stages
 
     def __str__(self) -> str:
@@ -70,11 +73,16 @@ def recorded(architecture: str) -> Iterator[list[Launch]]:
         yield launches
 
 
+def distinct(launches: Iterable[Launch]) -> list[Launch]:
+    """One launch for each machine code."""
+    return list({launch.compiled_key: launch for launch in launches}.values())
+
+
 def _launch(kernel: JITFunction, args: tuple[Any, ...], grid: Any, kwargs: dict[str, Any]) -> Launch:
     options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
     values = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
     constant = {param.name for param in kernel.params if param.is_constexpr}
-    signature, constants = {}, {}
+    signature, constants, integers = {}, {}, {}
     for name, value in values.items():
         if isinstance(value, Tensor):
             signature[name] = TYPES[value.dtype]
@@ -82,6 +90,7 @@ def _launch(kernel: JITFunction, args: tuple[Any, ...], grid: Any, kwargs: dict[
             constants[name] = value
         elif isinstance(value, int):
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            integers[name] = value
         else:
             signature[name] = "fp32"
     programs = 1
@@ -94,6 +103,7 @@ def _launch(kernel: JITFunction, args: tuple[Any, ...], grid: Any, kwargs: dict[
         options.get("num_warps", 4),
         options.get("num_stages", 3),
         programs,
+        tuple(integers.items()),
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Fused(NamedTuple):
-    """Activations (images, pixels, channels) in the dtype under test, weight (Cout, Cin), vectors in the compute dtype."""
+    """(images, pixels, channels) in the dtype under test, weight (Cout, Cin), vectors in the compute dtype."""
 
     x: Tensor
     weight: Tensor
