@@ -24,6 +24,9 @@ PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --progress-bar off 
 	|| { echo "pip failed; the end of $$log:" >&2; tail -n 40 $$log >&2; exit 1; }
 endef
 
+# Triton decides whether to interpret when it is imported: these tests are a session of their own.
+INTERPRET := TRITON_INTERPRET=1 $(PYTEST) tests/interpreter
+
 .PHONY: help demo test test-all lint format sanitize clean
 
 help:  ## list the targets
@@ -35,10 +38,12 @@ demo: $(BUILD)  ## build, then classify real photographs before and after replac
 test: $(BUILD)  ## build, then run the tests
 	@echo "==> running the tests"
 	@$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+	$(if $(PYTEST_ARGS),,@$(INTERPRET) -m "not slow")
 
 test-all: $(BUILD)  ## the tests and those marked slow
 	@echo "==> running all tests, the slow ones too"
 	@$(PYTEST) $(PYTEST_ARGS)
+	$(if $(PYTEST_ARGS),,@$(INTERPRET))
 
 lint: $(ENVIRONMENT)  ## check the style of Python and C++
 	@echo "==> checking the style"

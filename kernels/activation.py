@@ -95,7 +95,7 @@ def gate_gradient(x, KIND: tl.constexpr):
         s = sigmoid(x)
         return s * (1.0 - s)
     else:
-        return tl.where((x > -3.0) & (x < 3.0), 1.0 / 6.0, 0.0).to(x.dtype)
+        return tl.where((x > -3.0) & (x < 3.0), tl.full(x.shape, 1.0 / 6.0, x.dtype), 0.0)
 
 
 @triton.jit

@@ -328,6 +328,7 @@ def depthwise_bwd_kernel(
     p_gate,
     p_pooled,
     p_norm,
+    p_residual,
     p_dx,
     p_dw,
     p_db,
@@ -510,6 +511,8 @@ def depthwise_bwd_kernel(
                     if p_dx is not None:
                         if p_norm is not None:
                             dx = tl.where(m_x, dx * activation_gradient(n, ACTIVATION, FAST), 0.0)
+                        if p_residual is not None:
+                            dx += tl.load(p_residual + o_image + o_x, mask=m_x, other=0.0).to(ACC)
                         tl.store(p_dx + o_image + o_x, narrow(dx, p_dx.dtype.element_ty), mask=m_x)
                         if p_sums is not None:
                             total += dx
@@ -546,29 +549,20 @@ class _Window(NamedTuple):
     def of(cls, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> _Window:
         return cls(tuple(weight.shape[2:]), tuple(stride), tuple(padding), tuple(dilation))
 
-    @property
-    def open_rows(self) -> int:
-        """Output rows that the input rows of one step contribute to."""
-        return ((self.kernel[0] - 1) * self.dilation[0] + self.stride[0]) // self.stride[0]
-
     def constants(self) -> dict[str, int]:
         values = (*self.kernel, *self.stride, *self.dilation)
         return dict(zip(("KH", "KW", "SH", "SW", "DH", "DW"), values, strict=True))
 
-    def key(self, batch: int, channels: int, size: Sequence[int]) -> dict[str, int]:
+    def key(self, x: Tensor, size: Sequence[int]) -> dict[str, int]:
         """What a configuration is chosen by; ``size`` is the output's."""
-        kernel, stride, dilation = (
-            {f"{name}_h": pair[0], f"{name}_w": pair[1]}
-            for name, pair in (("kernel", self.kernel), ("stride", self.stride), ("dilation", self.dilation))
-        )
+        pairs = {"kernel": self.kernel, "stride": self.stride, "dilation": self.dilation}
         return {
-            "batch": batch,
-            "channels": channels,
+            "batch": x.shape[0],
+            "channels": x.shape[3],
             "height": size[0],
             "width": size[1],
-            **kernel,
-            **stride,
-            **dilation,
+            "element_size": x.element_size(),
+            **{f"{name}_{axis}": n for name, pair in pairs.items() for axis, n in zip("hw", pair, strict=True)},
         }
 
 
@@ -607,9 +601,9 @@ def forward(
     """
     window = _Window.of(weight, stride, padding, dilation)
     batch, height, width, channels = x.shape
-    size = output_size((height, width), *window[:1], window.stride, window.padding, window.dilation)
+    size = output_size((height, width), window.kernel, window.stride, window.padding, window.dilation)
     y = torch.empty((batch, *size, channels), dtype=x.dtype, device=x.device)
-    config = config or tuning.choose("depthwise_forward", window.key(batch, channels, size), x.device)
+    config = config or tuning.choose("depthwise_forward", window.key(x, size), x.device)
     lanes = triton.cdiv(size[0], config["ROWS"]) * triton.cdiv(size[1], config["COLS"])
     parts = triton.cdiv(lanes, config["BLOCK_P"])
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -664,6 +658,7 @@ def backward(
     pooled: Tensor | None = None,
     norm: Tensor | None = None,
     activation: str = "none",
+    residual: Tensor | None = None,
     bias: Tensor | None = None,
     needs: Sequence[bool] = (True, True, False),
     config: Config | None = None,
@@ -676,6 +671,7 @@ def backward(
             n_grad = (grad * gate + pooled) * a_activation'(a_norm(a)) and ``coefficients`` (4, C) are mean, A, B, D.
         x: (N, H, W, C) contiguous, or None where neither its values nor ``norm`` are needed; ``size`` is (H, W).
         a_norm, norm: (3, C), rows mean, scale, shift. gate, pooled: (N, C).
+        residual: (N, H, W, C), added to the gradient of x.
         bias: only its dtype matters. needs: gradients of x, weight, bias.
 
     Returns:
@@ -684,7 +680,8 @@ def backward(
     """
     window = _Window.of(weight, stride, padding, dilation)
     batch, channels, out_size = grad.shape[0], grad.shape[3], grad.shape[1:3]
-    config = config or tuning.choose("depthwise_backward", window.key(batch, channels, out_size), grad.device)
+    key = {**window.key(grad, out_size), "fused": int(a is not None)}
+    config = config or tuning.choose("depthwise_backward", key, grad.device)
     steps = [
         max(triton.cdiv(n + before, s), out)
         for n, before, s, out in zip(size, window.padding[::2], window.stride, out_size, strict=True)
@@ -714,6 +711,7 @@ def backward(
         gate,
         pooled,
         norm,
+        residual,
         dx,
         dw,
         db,
@@ -738,16 +736,93 @@ def backward(
     return dx, dw, db, sums
 
 
-@tuning.heuristic("depthwise_backward")
-def _backward_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
-    if arch.name == "interpreter":
-        return {"BLOCK_P": 256, "BLOCK_C": 64, "ROWS": 2, "COLS": 2, "PROGRAMS": 2, "num_warps": 4}
-    return {"BLOCK_P": 4, "BLOCK_C": 64, "ROWS": 8, "COLS": 4, "PROGRAMS": 4 * arch.multiprocessors, "num_warps": 4}
+_THREADS = 128
+
+
+def _blocks(channels: int, lanes: int, elements: int) -> dict[str, int]:
+    """How ``elements`` are divided into lanes and channels so that fewest are idle; ties go to whole cache lines."""
+
+    def idle(block_c: int) -> tuple[float, int]:
+        block_p = elements // block_c
+        used = channels * lanes / (triton.cdiv(channels, block_c) * block_c * triton.cdiv(lanes, block_p) * block_p)
+        return -round(used, 2), abs(block_c - 64)
+
+    block_c = min((size for size in (16, 32, 64, 128, 256) if size <= elements), key=idle)
+    return {"BLOCK_P": elements // block_c, "BLOCK_C": block_c}
+
+
+def _interpreted(shape: Mapping[str, int]) -> Config:
+    """Few operations, since each takes as long as thousands of numbers: whole images, and little that is unrolled."""
+    columns = 2 if shape["kernel_w"] <= 3 else 1
+    lanes = triton.cdiv(shape["height"], 2) * triton.cdiv(shape["width"], columns)
+    return {
+        "BLOCK_P": min(triton.next_power_of_2(lanes), 256),
+        "BLOCK_C": min(triton.next_power_of_2(shape["channels"]), 128),
+        "ROWS": 2,
+        "COLS": columns,
+        "num_warps": 4,
+    }
+
+
+def _tile(shape: Mapping[str, int], columns: int, steps: int, vector: int, warm_up: int, programs: int) -> Config:
+    """Lanes as tall as leaves enough programs for the GPU, since every lane loads ``warm_up`` rows before its first."""
+    warps = _THREADS // 32
+    while True:
+        rows = min(steps, 32)
+        while True:
+            lanes = columns * triton.cdiv(steps, rows)
+            blocks = _blocks(shape["channels"], lanes, 32 * warps * vector)
+            slabs = triton.cdiv(shape["channels"], blocks["BLOCK_C"])
+            found = shape["batch"] * slabs * triton.cdiv(lanes, blocks["BLOCK_P"])
+            if found >= programs or rows <= 2 * max(warm_up, 1):
+                break
+            rows = triton.cdiv(rows, 2)
+        if found >= programs or warps == 1:
+            # The last lane is as tall as the others where that is possible.
+            rows = triton.cdiv(steps, triton.cdiv(steps, rows))
+            return {**blocks, "ROWS": rows, "num_warps": warps}
+        warps //= 2
 
 
 @tuning.heuristic("depthwise_forward")
 def _forward_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
-    """Lanes as tall and wide as registers and parallelism allow: about 96 registers of sums, weights and pixels."""
+    """Lanes as wide as 150 registers allow; the estimate is fitted to what was compiled for sm_90."""
     if arch.name == "interpreter":
-        return {"BLOCK_P": 256, "BLOCK_C": 64, "ROWS": 2, "COLS": 2, "num_warps": 4}
-    return {"BLOCK_P": 4, "BLOCK_C": 64, "ROWS": 8, "COLS": 4, "num_warps": 4}
+        return _interpreted(shape)
+    taps, (open_rows, reach) = shape["kernel_h"] * shape["kernel_w"], _extent(shape)
+    vector = 1 if taps > 30 or shape["element_size"] == 8 else 2
+
+    def registers(columns: int) -> int:
+        width = (columns - 1) * shape["stride_w"] + reach
+        return 30 + vector * (open_rows * columns + taps + width) + 3 * shape["stride_h"] * width
+
+    def loads(columns: int) -> int:
+        return triton.cdiv(shape["width"], columns) * ((columns - 1) * shape["stride_w"] + reach)
+
+    columns = min((n for n in range(1, 9) if n == 1 or registers(n) <= 150), key=lambda n: (loads(n), -n))
+    lanes = triton.cdiv(shape["width"], columns)
+    tile = _tile(shape, lanes, shape["height"], vector, open_rows - 1, 4 * arch.multiprocessors)
+    return {**tile, "COLS": columns}
+
+
+@tuning.heuristic("depthwise_backward")
+def _backward_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
+    """The widest lanes that did not spill when compiled for sm_90, with a normalisation behind or without."""
+    if arch.name == "interpreter":
+        return {**_interpreted(shape), "PROGRAMS": 2}
+    taps, (open_rows, _) = shape["kernel_h"] * shape["kernel_w"], _extent(shape)
+    large = taps >= 25
+    narrow_lanes = shape["element_size"] == 8 or taps > 30 or (large and shape["element_size"] == 4)
+    columns = 4 // shape["stride_w"] if not shape["fused"] else 2 // (shape["stride_w"] if large else 1)
+    columns = max(1, min(columns, shape["width"]))
+    per_multiprocessor = 2 if large else 3
+    programs = per_multiprocessor * arch.multiprocessors
+    lanes = triton.cdiv(shape["width"], columns)
+    tile = _tile(shape, lanes, shape["height"], 1 if narrow_lanes else 2, open_rows - 1, programs)
+    return {**tile, "COLS": columns, "PROGRAMS": programs}
+
+
+def _extent(shape: Mapping[str, int]) -> tuple[int, int]:
+    """Output rows that one step of input rows contributes to, and the width of the window."""
+    rows = (shape["kernel_h"] - 1) * shape["dilation_h"] + shape["stride_h"]
+    return rows // shape["stride_h"], (shape["kernel_w"] - 1) * shape["dilation_w"] + 1

@@ -25,6 +25,9 @@ WORDS = {
     "pointwise_conv2d_backward": "pointwise",
     "squeeze_excite": "squeeze_excite",
     "squeeze_excite_backward": "squeeze_excite",
+    "mbconv_inference": "mbconv",
+    "mbconv_training": "mbconv",
+    "mbconv_backward": "mbconv",
 }
 """The file that has each operator."""
 
