@@ -29,7 +29,7 @@ DERIVED = {
 def test_derived_figures(design: str) -> None:
     """Inference agrees to the last digit; training to 2.5 %, which is stem, head and who recomputes a1."""
     for name, figure in zip(("b0", "b4"), DERIVED[design], strict=True):
-        tolerance = 0.025 if design.startswith("training") else 0.003
+        tolerance = 0.025 if design.startswith("training") else 0.005
         assert byte_model.moved(name, design) / 1e6 == pytest.approx(figure, rel=tolerance, abs=0.05)
 
 
