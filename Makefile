@@ -27,7 +27,10 @@ endef
 # Triton decides whether to interpret when it is imported: these tests are a session of their own.
 INTERPRET := TRITON_INTERPRET=1 $(PYTEST) tests/interpreter
 
-.PHONY: help demo test test-all lint format sanitize clean
+# Of each of the two benchmarks; together with the tests a part stays under nine minutes.
+GPU_SECONDS ?= 210
+
+.PHONY: help demo test test-all gpu lint format sanitize clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -44,6 +47,15 @@ test-all: $(BUILD)  ## the tests and those marked slow
 	@echo "==> running all tests, the slow ones too"
 	@$(PYTEST) $(PYTEST_ARGS)
 	$(if $(PYTEST_ARGS),,@$(INTERPRET))
+
+gpu: $(BUILD)  ## on a machine with a GPU: build, test, measure in parts (repeat until it says complete), docs/gpu.md
+	@echo "==> testing on the GPU"
+	@$(BIN)/python -m pytest -q tests/gpu
+	@echo "==> measuring; exit code 2 of a benchmark means that the time was up"
+	@for script in baselines ours; do \
+		$(BIN)/python benchmarks/gpu/$$script.py --seconds $(GPU_SECONDS) || [ $$? -eq 2 ] || exit 1; \
+	done
+	@$(BIN)/python benchmarks/gpu/report.py
 
 lint: $(ENVIRONMENT)  ## check the style of Python and C++
 	@echo "==> checking the style"

@@ -420,6 +420,11 @@ def _parts(images: int, tiles: int, blocks: int, arch: Architecture) -> int:
     return max(1, min(tiles, max(wanted, triton.cdiv(tiles, 64))))
 
 
+def _wide_tiles(shape: Mapping[str, int], arch: Architecture) -> bool:
+    """Halves, on tensor cores, leave more registers than fp32; the interpreter only counts programs."""
+    return shape["element_size"] == 2 or arch.name == "interpreter"
+
+
 def _few(images: int, pixels: int, block_p: int, channels: int, block: int, arch: Architecture) -> bool:
     return images * triton.cdiv(pixels, block_p) * triton.cdiv(channels, block) < arch.multiprocessors
 
@@ -433,7 +438,7 @@ def _product_rule(
     """
     images, pixels, size = shape["images"], shape["pixels"], shape["element_size"]
     block_kept = _width(kept, reduced, most_kept)
-    most_reduced = 32 if size > 2 else 64
+    most_reduced = 64 if _wide_tiles(shape, arch) else 32
     block_reduced = max(16, min(most_reduced, triton.next_power_of_2(reduced)))
     block_p = _rows(pixels, most_rows)
     while block_p > 16 and _few(images, pixels, block_p, kept, block_kept, arch):
@@ -453,26 +458,26 @@ def _product_rule(
 
 @tuning.heuristic("pointwise_forward")
 def _forward_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
-    limits = (128, 64) if shape["element_size"] == 2 else (64, 32)
+    limits = (128, 64) if _wide_tiles(shape, arch) else (64, 32)
     return _product_rule(shape, arch, shape["channels_in"], shape["channels_out"], *limits)
 
 
 @tuning.heuristic("pointwise_input_gradient")
 def _input_gradient_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
     """Sums of the result with its own input need three more tiles of its size in registers."""
-    limits = (64 if shape["sums"] else 128, 64) if shape["element_size"] == 2 else (32, 32)
+    limits = (64 if shape["sums"] else 128, 64) if _wide_tiles(shape, arch) else (32, 32)
     return _product_rule(shape, arch, shape["channels_out"], shape["channels_in"], *limits)
 
 
 @tuning.heuristic("pointwise_weight_gradient")
 def _weight_gradient_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
     images, pixels, size = shape["images"], shape["pixels"], shape["element_size"]
-    most = 128 if size == 2 else 32
+    most = 128 if _wide_tiles(shape, arch) else 32
     block_in = _width(shape["channels_in"], shape["channels_out"], most)
     block_out = _width(shape["channels_out"], shape["channels_in"], most)
     if block_in * block_out > 64 * 128:
         block_in = 64
-    block_p = _rows(pixels, 64 if size == 2 else 32)
+    block_p = _rows(pixels, 64 if _wide_tiles(shape, arch) else 32)
     blocks = triton.cdiv(shape["channels_in"], block_in) * triton.cdiv(shape["channels_out"], block_out)
     tiles = images * triton.cdiv(pixels, block_p)
     return {

@@ -43,10 +43,11 @@ class Scale(NamedTuple):
     copy_bytes: int
     matrix: int
     compile_modes: tuple[str, ...]
+    most_layers: int
 
 
-REAL = Scale("cuda", 256, (1, 32, 256), (128, 256), RESOLUTIONS, 1 << 30, 8192, ("default", "max-autotune"))
-DRY = Scale("cpu", 2, (1,), (2,), dict.fromkeys(RESOLUTIONS, 32), 1 << 10, 16, ())
+REAL = Scale("cuda", 256, (1, 32, 256), (128, 256), RESOLUTIONS, 1 << 30, 8192, ("default", "max-autotune"), 1000)
+DRY = Scale("cpu", 2, (1,), (2,), dict.fromkeys(RESOLUTIONS, 32), 1 << 10, 16, (), 2)
 
 
 def machine(scale: Scale) -> Iterator[Job]:
@@ -84,7 +85,7 @@ def depthwise(scale: Scale) -> Iterator[Job]:
     shapes = dict.fromkeys(
         s for name in ("efficientnet_b0", "efficientnet_b4") for s in layers(name, scale.resolution[name]).depthwise
     )
-    for shape in shapes:
+    for shape in list(shapes)[: scale.most_layers]:
         for dtype in DTYPES:
             for layout in FORMATS:
                 for path in ("cudnn", "native"):
@@ -144,7 +145,9 @@ def elementwise(scale: Scale) -> Iterator[Job]:
 
 def blocks(scale: Scale) -> Iterator[Job]:
     """Whole MBConv blocks of B0."""
-    for path, channels, side in layers("efficientnet_b0", scale.resolution["efficientnet_b0"]).blocks:
+    for path, channels, side in layers("efficientnet_b0", scale.resolution["efficientnet_b0"]).blocks[
+        : scale.most_layers
+    ]:
 
         def make(path: str = path) -> nn.Module:
             return timm.create_model("efficientnet_b0").get_submodule(path)

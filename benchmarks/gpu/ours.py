@@ -31,10 +31,10 @@ def kernels(scale: Scale) -> Iterator[Job]:
     """Single launches with all that a block fuses into them; bytes are those of docs/triton.md."""
     if scale.device == "cuda" or effnet_ops.backends.INTERPRETED:
         found = layers("efficientnet_b0", scale.resolution["efficientnet_b0"])
-        for shape in found.depthwise:
+        for shape in found.depthwise[: scale.most_layers]:
             for mode in ("forward", "backward"):
                 yield _kernel_job(scale, "depthwise", str(shape), mode, lambda s=shape, m=mode: _depthwise(scale, s, m))
-        for shape in found.products:
+        for shape in found.products[: scale.most_layers]:
             for mode in ("forward", "input gradient", "weight gradient"):
                 yield _kernel_job(scale, "pointwise", str(shape), mode, lambda s=shape, m=mode: _pointwise(scale, s, m))
 
@@ -74,7 +74,7 @@ def _depthwise(scale: Scale, shape: Any, mode: str) -> Work:
     def backward() -> object:
         return depthwise.backward(
             grad, x, weight, **window, coefficients=_vectors(scale, 4, c), a=a, a_norm=norm, a_activation="silu",
-            gate=gate, pooled_grad=pooled, norm=norm, activation="silu", needs=(True, True, False),
+            gate=gate, pooled=pooled, norm=norm, activation="silu", size=(side, side), needs=(True, True, False),
         )  # fmt: skip
 
     return Work(backward, bytes=4 * batch * c * (side * side + size[0] * size[1]))
@@ -117,7 +117,7 @@ def _pointwise(scale: Scale, shape: Any, mode: str) -> Work:
 def operations(scale: Scale) -> Iterator[Job]:
     """The public functions on B0's layers, forward and with gradients, beside eager in both layouts and compiled."""
     found = layers("efficientnet_b0", scale.resolution["efficientnet_b0"])
-    for s in found.depthwise:
+    for s in found.depthwise[: scale.most_layers]:
         weights = ((s.channels, 1, s.kernel, s.kernel), (s.channels,))
         settings = dict(stride=s.stride, padding=s.kernel // 2)
 
@@ -128,7 +128,7 @@ def operations(scale: Scale) -> Iterator[Job]:
             return F.silu(F.conv2d(x, w.to(x.dtype), b.to(x.dtype), **settings, groups=x.shape[1]))
 
         yield from _operation_jobs(scale, "depthwise", str(s), (s.channels, s.size), weights, ours, stock)
-    for p in found.products:
+    for p in found.products[: scale.most_layers]:
         weights = ((p.channels_out, p.channels_in, 1, 1), (p.channels_out,))
         yield from _operation_jobs(
             scale, "pointwise", str(p), (p.channels_in, p.size), weights,
@@ -198,7 +198,9 @@ def _operation(
 
 def blocks(scale: Scale) -> Iterator[Job]:
     """Whole MBConv blocks of B0 after replace_layers."""
-    for path, channels, side in layers("efficientnet_b0", scale.resolution["efficientnet_b0"]).blocks:
+    for path, channels, side in layers("efficientnet_b0", scale.resolution["efficientnet_b0"]).blocks[
+        : scale.most_layers
+    ]:
         for mode in ("forward", "step"):
 
             def prepare(path: str = path, channels: int = channels, side: int = side, mode: str = mode) -> Work:
