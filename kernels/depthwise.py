@@ -67,19 +67,9 @@ def _load_row(p_image, h, w, c, m_lane, height, width, C: tl.constexpr, WIDTH: t
 
 @triton.jit
 def _load_step(
-    p_image,
-    h,
-    w,
-    c,
-    m_lane,
-    height,
-    width,
-    C: tl.constexpr,
-    KH: tl.constexpr,
-    SH: tl.constexpr,
-    DH: tl.constexpr,
+    p_image, h, w, c, m_lane, height, width, C: tl.constexpr, KH: tl.constexpr, SH: tl.constexpr, DH: tl.constexpr,
     WIDTH: tl.constexpr,
-):
+):  # fmt: skip
     """The rows of one vertical stride, those that no tap meets left out."""
     rows = ()
     for j in tl.static_range(SH):
@@ -90,38 +80,11 @@ def _load_step(
 
 @triton.jit(do_not_specialize=_SIZES)
 def depthwise_fwd_kernel(
-    p_x,
-    p_weight,
-    p_norm,
-    p_gate,
-    p_out_norm,
-    p_bias,
-    p_grad,
-    p_y,
-    p_pool,
-    p_statistics,
-    height,
-    width,
-    out_height,
-    out_width,
-    top,
-    left,
-    C: tl.constexpr,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    SH: tl.constexpr,
-    SW: tl.constexpr,
-    DH: tl.constexpr,
-    DW: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    OUT_ACTIVATION: tl.constexpr,
-    OFFSET: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
+    p_x, p_weight, p_norm, p_gate, p_out_norm, p_bias, p_grad, p_y, p_pool, p_statistics, height, width, out_height,
+    out_width, top, left, C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    DH: tl.constexpr, DW: tl.constexpr, ACTIVATION: tl.constexpr, OUT_ACTIVATION: tl.constexpr, OFFSET: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
     """y = epilogue(conv(prologue(x))); a program: one (image, part of its lanes, slab of channels).
 
     A lane makes ``ROWS`` x ``COLS`` outputs. Of the output rows, ``OPEN`` are begun and not finished at any step.
@@ -281,29 +244,11 @@ def _load_grad_row(p_grad, p_a, h, w, c, m_lane, height, width, C: tl.constexpr,
 
 @triton.jit
 def _convolution_gradient(
-    row,
-    h,
-    w,
-    height,
-    width,
-    mean,
-    scale,
-    shift,
-    of_grad,
-    of_a,
-    constant,
-    gate,
-    pooled,
-    p_a,
-    p_a_norm,
-    p_coefficients,
-    p_gate,
-    ACTIVATION: tl.constexpr,
-    FAST: tl.constexpr,
-    ACC: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    row, h, w, height, width, behind, p_a, p_a_norm, p_coefficients, p_gate,
+    ACTIVATION: tl.constexpr, FAST: tl.constexpr, ACC: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     """From the gradient behind norm, activation and gate to that of the convolution, zero outside the image."""
+    mean, scale, shift, of_grad, of_a, constant, gate, pooled = behind
     gradients = ()
     for i in tl.static_range(WIDTH):
         g = row[i].to(ACC)
@@ -322,44 +267,12 @@ def _convolution_gradient(
 
 @triton.jit(do_not_specialize=[*_SIZES, "batch", "walkers"])
 def depthwise_bwd_kernel(
-    p_grad,
-    p_a,
-    p_x,
-    p_weight,
-    p_a_norm,
-    p_coefficients,
-    p_gate,
-    p_pooled,
-    p_norm,
-    p_residual,
-    p_dx,
-    p_dw,
-    p_db,
-    p_sums,
-    batch,
-    walkers,
-    height,
-    width,
-    out_height,
-    out_width,
-    top,
-    left,
-    C: tl.constexpr,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    SH: tl.constexpr,
-    SW: tl.constexpr,
-    DH: tl.constexpr,
-    DW: tl.constexpr,
-    A_ACTIVATION: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    OFFSET: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
+    p_grad, p_a, p_x, p_weight, p_a_norm, p_coefficients, p_gate, p_pooled, p_norm, p_residual, p_dx, p_dw, p_db,
+    p_sums, batch, walkers, height, width, out_height, out_width, top, left, C: tl.constexpr, KH: tl.constexpr,
+    KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
+    A_ACTIVATION: tl.constexpr, ACTIVATION: tl.constexpr, OFFSET: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
     """Gradients of input and weight; a program: one slab of channels, every ``walkers``-th tile of the batch.
 
     A lane makes the gradients of ROWS * SH x COLS * SW input pixels, a stripe of SH rows at a step. Each pixel
@@ -367,6 +280,7 @@ def depthwise_bwd_kernel(
     ``OPEN`` rows of output gradients are kept, so each is loaded and computed once for the lane.
     """
     FAST: tl.constexpr = p_grad.dtype.element_ty == tl.bfloat16
+    THROUGH: tl.constexpr = p_norm is not None or ACTIVATION != 0
     OPEN: tl.constexpr = ((KH - 1) * DH + SH) // SH
     REACH: tl.constexpr = (KW - 1) * DW // SW
     GRADS: tl.constexpr = COLS + REACH
@@ -404,6 +318,7 @@ def depthwise_bwd_kernel(
         m_lane = (lane < lanes) & (c < C)  # [BP, BC]
         gate = _vector(p_gate, i_image, c, C, 1, ACC)
         pooled = _vector(p_pooled, i_image, c, C, 0, ACC)
+        behind = (a_mean, a_scale, a_shift, of_grad, of_a, constant, gate, pooled)
         out_row = (lane // columns).to(OFFSET) * ROWS
         first_column = (lane % columns).to(OFFSET) * COLS
         g_column = first_column - REACH
@@ -420,68 +335,22 @@ def depthwise_bwd_kernel(
             g_row = out_row - (OPEN - age)
             row = _load_grad_row(p_image_grad, p_image_a, g_row, g_column, c, m_lane, out_height, out_width, C, GRADS)
             kept = kept + _convolution_gradient(
-                row,
-                g_row,
-                g_column,
-                out_height,
-                out_width,
-                a_mean,
-                a_scale,
-                a_shift,
-                of_grad,
-                of_a,
-                constant,
-                gate,
-                pooled,
-                p_a,
-                p_a_norm,
-                p_coefficients,
-                p_gate,
-                A_ACTIVATION,
-                FAST,
-                ACC,
-                GRADS,
-            )
+                row, g_row, g_column, out_height, out_width, behind, p_a, p_a_norm, p_coefficients, p_gate,
+                A_ACTIVATION, FAST, ACC, GRADS,
+            )  # fmt: skip
         following = _load_grad_row(
             p_image_grad, p_image_a, out_row, g_column, c, m_lane, out_height, out_width, C, GRADS
         )
         for step in range(ROWS):
             row = following
+            ahead = m_lane & (step < ROWS - 1)
             following = _load_grad_row(
-                p_image_grad,
-                p_image_a,
-                out_row + 1,
-                g_column,
-                c,
-                m_lane & (step < ROWS - 1),
-                out_height,
-                out_width,
-                C,
-                GRADS,
+                p_image_grad, p_image_a, out_row + 1, g_column, c, ahead, out_height, out_width, C, GRADS
             )
             newest = _convolution_gradient(
-                row,
-                out_row,
-                g_column,
-                out_height,
-                out_width,
-                a_mean,
-                a_scale,
-                a_shift,
-                of_grad,
-                of_a,
-                constant,
-                gate,
-                pooled,
-                p_a,
-                p_a_norm,
-                p_coefficients,
-                p_gate,
-                A_ACTIVATION,
-                FAST,
-                ACC,
-                GRADS,
-            )
+                row, out_row, g_column, out_height, out_width, behind, p_a, p_a_norm, p_coefficients, p_gate,
+                A_ACTIVATION, FAST, ACC, GRADS,
+            )  # fmt: skip
             kept = kept + newest
             if p_db is not None:
                 for i in tl.static_range(REACH, GRADS):
@@ -512,7 +381,7 @@ def depthwise_bwd_kernel(
                         updated = updated + (product,)
                     products = updated
                     if p_dx is not None:
-                        if p_norm is not None:
+                        if THROUGH:
                             dx = tl.where(m_x, dx * activation_gradient(n, ACTIVATION, FAST), 0.0)
                         if p_residual is not None:
                             dx += tl.load(p_residual + o_image + o_x, mask=m_x, other=0.0).to(ACC)
@@ -571,7 +440,7 @@ class _Window(NamedTuple):
 
 def _offset(*tensors: Tensor) -> tl.dtype:
     """int64 where an element's offset inside one image can be 2**31 or more."""
-    return tl.int64 if any(t[0].numel() >= 2**31 for t in tensors if t.shape[0]) else tl.int32
+    return tl.int64 if any(t.numel() // t.shape[0] >= 2**31 for t in tensors) else tl.int32
 
 
 def forward(
@@ -617,30 +486,11 @@ def forward(
     blocks = {name: value for name, value in config.items() if name != "num_warps"}
     grid = (batch * parts * triton.cdiv(channels, config["BLOCK_C"]),)
     depthwise_fwd_kernel[grid](
-        x,
-        weight,
-        norm,
-        gate,
-        out_norm,
-        bias,
-        grad,
-        y,
-        sums,
-        partials,
-        height,
-        width,
-        *size,
-        window.padding[0],
-        window.padding[2],
-        C=channels,
-        **window.constants(),
-        ACTIVATION=ACTIVATION_CODES[activation],
-        OUT_ACTIVATION=ACTIVATION_CODES[out_activation],
-        OFFSET=_offset(x, y),
-        ACC=accumulator(x.dtype),
-        **blocks,
+        x, weight, norm, gate, out_norm, bias, grad, y, sums, partials, height, width, *size, window.padding[0],
+        window.padding[2], C=channels, **window.constants(), ACTIVATION=ACTIVATION_CODES[activation],
+        OUT_ACTIVATION=ACTIVATION_CODES[out_activation], OFFSET=_offset(x, y), ACC=accumulator(x.dtype), **blocks,
         num_warps=config["num_warps"],
-    )
+    )  # fmt: skip
     return y, sums, partials
 
 
@@ -672,7 +522,7 @@ def backward(
         grad: (N, Ho, Wo, C) contiguous. With ``a`` (the stored y, same size) it is the gradient behind normalisation,
             activation and gate, and the gradient of y is A n_grad + B (a - mean) + D, where
             n_grad = (grad * gate + pooled) * a_activation'(a_norm(a)) and ``coefficients`` (4, C) are mean, A, B, D.
-        x: (N, H, W, C) contiguous, or None where neither its values nor ``norm`` are needed; ``size`` is (H, W).
+        x: (N, H, W, C) contiguous, or None where only its gradient is asked for; ``size`` is its (H, W).
         a_norm, norm: (3, C), rows mean, scale, shift. gate, pooled: (N, C).
         residual: (N, H, W, C), added to the gradient of x.
         bias: only its dtype matters. needs: gradients of x, weight, bias.
@@ -703,37 +553,15 @@ def backward(
     dw = empty(needs[1], walkers, *weight.shape)
     db = empty(needs[2], walkers, channels)
     sums = empty(needs[0] and norm is not None, walkers, 2, channels)
+    pixels = x if norm is not None or activation != "none" or needs[1] else None
     blocks = {name: config[name] for name in ("BLOCK_P", "BLOCK_C", "ROWS", "COLS")}
     depthwise_bwd_kernel[(walkers * slabs,)](
-        grad,
-        a,
-        x if norm is not None or needs[1] else None,
-        weight,
-        a_norm,
-        coefficients,
-        gate,
-        pooled,
-        norm,
-        residual,
-        dx,
-        dw,
-        db,
-        sums,
-        batch,
-        walkers,
-        *size,
-        *out_size,
-        window.padding[0],
-        window.padding[2],
-        C=channels,
-        **window.constants(),
-        A_ACTIVATION=ACTIVATION_CODES[a_activation],
-        ACTIVATION=ACTIVATION_CODES[activation],
-        OFFSET=_offset(grad, dx if dx is not None else grad),
-        ACC=accumulator(grad.dtype),
-        **blocks,
-        num_warps=config["num_warps"],
-    )
+        grad, a, pixels, weight, a_norm, coefficients, gate, pooled, norm,
+        residual, dx, dw, db, sums, batch, walkers, *size, *out_size, window.padding[0], window.padding[2],
+        C=channels, **window.constants(), A_ACTIVATION=ACTIVATION_CODES[a_activation],
+        ACTIVATION=ACTIVATION_CODES[activation], OFFSET=_offset(grad, dx if dx is not None else grad),
+        ACC=accumulator(grad.dtype), **blocks, num_warps=config["num_warps"],
+    )  # fmt: skip
     dw = None if dw is None else sum_partials(dw, weight.dtype)
     db = None if db is None else sum_partials(db, weight.dtype if bias is None else bias.dtype)
     return dx, dw, db, sums

@@ -45,6 +45,12 @@ def test_block_in_every_way(case: MBConvCase, dtype: torch.dtype, training: bool
     check(mbconv_function(case, training), mbconv_tensors(case), dtype, layout, **mbconv_bounds(case, dtype))
 
 
+def test_half_parameters() -> None:
+    case, dtype = next(case for case in MBCONV if case.name == "no_expansion_residual"), torch.bfloat16
+    bounds = mbconv_bounds(case, dtype)
+    check(mbconv_function(case, True), mbconv_tensors(case), dtype, parameter_dtype=dtype, **bounds)
+
+
 @pytest.mark.parametrize(("case", "dtype"), [(c, DTYPES[(i + 1) % 4]) for i, c in enumerate(CASES)], ids=names(CASES))
 def test_inference(case: MBConvCase, dtype: torch.dtype) -> None:
     """Without anything to differentiate another operator runs."""

@@ -142,3 +142,22 @@ def test_old_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
     assert backends._refuses_gpu(3) == "cuda:3 has compute capability 7.5, and the kernels need 8.0"
     backends._refuses_gpu.cache_clear()
+
+
+def test_compile_fullgraph() -> None:
+    """PyTorch's compiler sees one opaque operator each way, and runs it."""
+    torch.compiler.reset()
+    weight = normal(8, 1, 3, 3).requires_grad_()
+    x = normal(2, 8, 6, 5).contiguous(memory_format=torch.channels_last)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return effnet_ops.depthwise_conv2d(x, weight, stride=2, padding="same", activation="silu").square()
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    results = []
+    for run in (compiled, function):
+        out = run(x)
+        results.append((out, *torch.autograd.grad(out.sum(), weight)))
+    for value, expected in zip(*results, strict=True):
+        assert value.stride() == expected.stride()
+        assert relative_error(value, expected) <= 1e-13
