@@ -12,7 +12,11 @@ from typing import NamedTuple
 
 RESULT = re.compile(r"^\s*%(?P<name>[\w#]+)(?::\d+)? = (?P<operation>[a-z_]+\.[a-z_]+) ?(?P<rest>.*)$")
 CONSTANT = re.compile(r"(?:dense<)?(-?\d+|true|false)>? : (.*)$")
-LOOP = re.compile(r"scf\.for %(?P<name>\w+) = %(?P<first>[\w#]+) to %(?P<last>[\w#]+) step %(?P<step>[\w#]+)")
+LOOP = re.compile(
+    r"(?P<indent> *).*scf\.for %(?P<name>\w+) = %(?P<first>[\w#]+) to %(?P<last>[\w#]+) step %(?P<step>[\w#]+)"
+    r"(?: iter_args\((?P<carried>[^)]*)\))?"
+)
+CARRIED = re.compile(r"%(\w+) = %([\w#]+)")
 OPERAND = re.compile(r"%([\w#]+)")
 LIMIT = 2**31
 
@@ -55,12 +59,10 @@ def overflows(ttir: str, values: Mapping[str, int], programs: int) -> list[str]:
     """
     known = {name: Interval(value, value) for name, value in values.items()}
     found: list[str] = []
-    for line in ttir.splitlines():
-        line = line.split(" loc(")[0]
-        if loop := LOOP.search(line):
-            first, last = known.get(loop["first"]), known.get(loop["last"])
-            if first and last:
-                known[loop["name"]] = Interval(first.low, max(first.low, last.high - 1))
+    lines = [line.split(" loc(")[0] for line in ttir.splitlines()]
+    for index, line in enumerate(lines):
+        if loop := LOOP.match(line):
+            known |= _of_loop(loop, lines[index + 1 :], known)
             continue
         match = RESULT.match(line)
         if match is None:
@@ -78,6 +80,23 @@ def overflows(ttir: str, values: Mapping[str, int], programs: int) -> list[str]:
         if re.search(r"i32>?$", match["rest"]) and not (interval.low >= -LIMIT and interval.high < LIMIT):
             found.append(f"{interval.low} to {interval.high}: {line.strip()}")
     return found
+
+
+def _of_loop(loop: re.Match[str], body: list[str], known: Mapping[str, Interval]) -> dict[str, Interval]:
+    """The loop's variable, and each carried integer to which every turn adds the same constant."""
+    first, last, step = (known.get(loop[name]) for name in ("first", "last", "step"))
+    if not (first and last and step):
+        return {}
+    result = {loop["name"]: Interval(first.low, max(first.low, last.high - 1))}
+    turns = max(0, -(-(last.high - first.low) // step.low))
+    end = next((line for line in body if line.startswith(f"{loop['indent']}  scf.yield")), "")
+    for (name, start), following in zip(CARRIED.findall(loop["carried"] or ""), OPERAND.findall(end), strict=False):
+        added = next((line for line in body if re.match(rf" *%{following} = arith\.addi %{name}, ", line)), None)
+        if added and start in known and (amount := known.get(OPERAND.findall(added)[2])):
+            result[name] = Interval(
+                known[start].low + min(0, turns * amount.low), known[start].high + max(0, turns * amount.high)
+            )
+    return result
 
 
 def _interval(operation: str, rest: str, known: Mapping[str, Interval], programs: int) -> Interval | None:
