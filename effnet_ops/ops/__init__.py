@@ -1,6 +1,6 @@
 """The operators ``torch.ops.effnet_ops.*``: schema, fake kernel, gradient, autocast and FLOP formula, one file a word.
 
-The compiled library registers their CPU kernels; without it, or on another device, they run the reference.
+The compiled library registers their CPU kernels and `triton` those for CUDA; elsewhere they run the reference.
 """
 
 from effnet_ops.ops.depthwise import depthwise_conv2d
