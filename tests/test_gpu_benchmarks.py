@@ -85,6 +85,13 @@ def test_without_a_gpu_nothing_is_measured() -> None:
 
 
 @pytest.mark.slow
+def test_tuning_interpreted() -> None:
+    done = run("tune.py", "--dry-run", TRITON_INTERPRET="1")
+    assert done.stdout.endswith("complete\n"), done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.count("by the rule") == 10
+
+
+@pytest.mark.slow
 def test_kernels_of_the_benchmark_interpreted() -> None:
     done = run("ours.py", "--dry-run", "--part", "kernels", TRITON_INTERPRET="1")
     assert done.stdout.endswith("complete; 0 failed\n"), done.stdout[-3000:] + done.stderr[-3000:]

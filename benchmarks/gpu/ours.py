@@ -70,10 +70,11 @@ def _depthwise(scale: Scale, shape: Any, mode: str) -> Work:
         return Work(forward, bytes=2 * batch * c * pixels, flops=2 * batch * c * size[0] * size[1] * shape.kernel**2)
     grad, a = (_random(scale, batch, *size, c) for _ in range(2))
     gate, pooled = (torch.rand(batch, c, device=scale.device) for _ in range(2))
+    coefficients = _vectors(scale, 4, c)
 
     def backward() -> object:
         return depthwise.backward(
-            grad, x, weight, **window, coefficients=_vectors(scale, 4, c), a=a, a_norm=norm, a_activation="silu",
+            grad, x, weight, **window, coefficients=coefficients, a=a, a_norm=norm, a_activation="silu",
             gate=gate, pooled=pooled, norm=norm, activation="silu", size=(side, side), needs=(True, True, False),
         )  # fmt: skip
 

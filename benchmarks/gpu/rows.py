@@ -139,7 +139,7 @@ class Session:
             error = None if work.error is None else work.error()
             if error is not None and not error <= work.allowed:
                 raise RuntimeError(f"wrong result: error {error:.1e} where {work.allowed:.1e} is allowed")
-            times = self._times(work.run, job.graph)
+            times = self.times(work.run, job.graph)
         except (RuntimeError, ValueError, TypeError, AssertionError) as problem:
             self.failures += 1
             print(f"FAILED {job.key}: {problem}", flush=True)
@@ -155,7 +155,7 @@ class Session:
         row |= work.extra() if work.extra else {}
         return {name: value for name, value in row.items() if value is not None}
 
-    def _times(self, run: Callable[[], object], graph: bool) -> dict[str, Any]:
+    def times(self, run: Callable[[], object], graph: bool = False) -> dict[str, Any]:
         """Milliseconds of one call at the 20th, 50th and 80th percentile."""
         if self.device.type == "cpu":
             start = time.perf_counter()
