@@ -24,6 +24,7 @@ from effnet_ops.kernels.activation import (
     narrow,
     widen,
 )
+from effnet_ops.kernels.batch_norm import wide
 from effnet_ops.kernels.reduction import sum_partials
 from effnet_ops.kernels.tuning import Architecture, Config
 
@@ -559,7 +560,7 @@ def forward(
     parts = config["parts"]
     partials = None
     if statistics:
-        partials = torch.empty((images * parts, 3, c_out), dtype=_wide(x), device=x.device)
+        partials = torch.empty((images * parts, 3, c_out), dtype=wide(x), device=x.device)
     grid = (images * parts * triton.cdiv(c_out, config["block_kept"]),)
     pointwise_fwd_kernel[grid](
         x, weight, y, norm, gate, bias, out_norm, image_scale, residual, grad, partials, pixels, x.shape[1], parts,
@@ -577,10 +578,6 @@ def forward(
         num_warps=config["num_warps"],
     )  # fmt: skip
     return y, partials
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 class Through(NamedTuple):
@@ -628,7 +625,7 @@ def input_gradient(
     sums = None
     if through is not None:
         size = (images, parts, 5, c_in) if per_image else (images * parts, 2, c_in)
-        sums = torch.empty(size, dtype=_wide(grad), device=grad.device)
+        sums = torch.empty(size, dtype=wide(grad), device=grad.device)
     through_a, through_norm, activation = (None, None, "none") if through is None else through[:3]
     grid = (images * parts * triton.cdiv(c_in, config["block_kept"]),)
     pointwise_bwd_kernel_input[grid](
@@ -672,10 +669,10 @@ def weight_gradient(
     config = tuning.choose("pointwise_weight_gradient", _shape(images, pixels, weight, x), x.device)
     c_out, c_in = weight.shape[:2]
     splits = config["splits"]
-    partials = torch.empty((splits, *weight.shape), dtype=_wide(x), device=x.device)
+    partials = torch.empty((splits, *weight.shape), dtype=wide(x), device=x.device)
     bias_partials = None
     if bias is not None:
-        bias_partials = torch.empty((splits, c_out), dtype=_wide(x), device=x.device)
+        bias_partials = torch.empty((splits, c_out), dtype=wide(x), device=x.device)
     blocks = triton.cdiv(c_in, config["block_in"]) * triton.cdiv(c_out, config["block_out"])
     pointwise_bwd_kernel_weight[(splits * blocks,)](
         grad, a, x, partials, bias_partials, coefficients, image_scale, norm, gate,

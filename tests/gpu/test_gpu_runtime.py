@@ -127,7 +127,7 @@ def test_fp32_products_are_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1e-5 <= relative_error(effnet_ops.pointwise_conv2d(x, weight), exact) <= 1e-3
 
 
-def test_second_device_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_device_is_used() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     x, weight = torch.randn(2, 8, 5, 5, device="cuda:1"), torch.randn(8, 8, 1, 1, device="cuda:1")
