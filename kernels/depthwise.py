@@ -625,7 +625,8 @@ def _forward_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
 
     def registers(columns: int) -> int:
         width = (columns - 1) * shape["stride_w"] + reach
-        return 30 + vector * (open_rows * columns + taps + width) + 3 * shape["stride_h"] * width
+        ahead = shape["stride_h"] * width * (3 if shape["element_size"] == 2 else 4)
+        return 30 + vector * (open_rows * columns + taps + width) + ahead
 
     def loads(columns: int) -> int:
         return triton.cdiv(shape["width"], columns) * ((columns - 1) * shape["stride_w"] + reach)
