@@ -25,7 +25,13 @@ PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --progress-bar off 
 	|| { echo "pip failed; the end of $$log:" >&2; tail -n 40 $$log >&2; exit 1; }
 endef
 
-.PHONY: help demo test test-all bench-cpu lint format sanitize clean
+# Triton decides whether to interpret when it is imported: these tests are a session of their own.
+INTERPRET := TRITON_INTERPRET=1 $(PYTEST) tests/interpreter
+
+# Of each of the two benchmarks; together with the tests a part stays under nine minutes.
+GPU_SECONDS ?= 210
+
+.PHONY: help demo test test-all bench-cpu gpu lint format sanitize clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -36,10 +42,21 @@ demo: $(BUILD)  ## build, then classify real photographs before and after replac
 test: $(BUILD)  ## build, then run the tests
 	@echo "==> running the tests"
 	@$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+	$(if $(PYTEST_ARGS),,@$(INTERPRET) -m "not slow")
 
 test-all: $(BUILD)  ## the tests and those marked slow
 	@echo "==> running all tests, the slow ones too"
 	@$(PYTEST) $(PYTEST_ARGS)
+	$(if $(PYTEST_ARGS),,@$(INTERPRET))
+
+gpu: $(BUILD)  ## on a machine with a GPU: build, test, measure in parts (repeat until it says complete), docs/gpu.md
+	@echo "==> testing on the GPU"
+	@$(BIN)/python -m pytest -q tests/gpu
+	@echo "==> measuring; exit code 2 of a benchmark means that the time was up"
+	@for script in baselines ours; do \
+		$(BIN)/python benchmarks/gpu/$$script.py --seconds $(GPU_SECONDS) || [ $$? -eq 2 ] || exit 1; \
+	done
+	@$(BIN)/python benchmarks/gpu/report.py
 
 bench-cpu: $(BUILD)  ## measure inference against every peer; rows and plots in benchmarks/results
 	@$(BIN)/python benchmarks/end_to_end.py $(BENCH_ARGS)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.util
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,16 +17,26 @@ from effnet_ops import _native
 from effnet_ops.checks import FLOAT_DTYPES, unknown_name
 
 
+class Window(NamedTuple):
+    """Of a depthwise convolution, each (vertical, horizontal)."""
+
+    kernel: Sequence[int]
+    stride: Sequence[int]
+    dilation: Sequence[int]
+
+
 class Backend(NamedTuple):
-    """``unavailable()`` is "" or why the backend can run nothing here; ``refuses(x)`` why it cannot run on x."""
+    """``unavailable()`` is "" or why the backend can run nothing here; ``refuses(x)`` why it cannot run on x.
+
+    ``uncovered(window)`` is why it has no kernel for a depthwise convolution with this window.
+    """
 
     unavailable: Callable[[], str]
     refuses: Callable[[Tensor], str]
+    uncovered: Callable[[Window], str] = lambda window: ""
 
 
-def _cpu_refuses(x: Tensor) -> str:
-    if x.device.type != "cpu":
-        return f"x is on {x.device}"
+def _refuses_type(x: Tensor) -> str:
     if x.layout is not torch.strided:
         return f"x has layout {x.layout}"
     if x.dtype not in FLOAT_DTYPES:
@@ -32,8 +44,67 @@ def _cpu_refuses(x: Tensor) -> str:
     return ""
 
 
+def _cpu_refuses(x: Tensor) -> str:
+    return f"x is on {x.device}" if x.device.type != "cpu" else _refuses_type(x)
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+"""Whether Triton kernels are interpreted, slowly, on the CPU: Triton itself asks once, when a kernel is defined."""
+
+_OLDEST_GPU = (8, 0)
+_MOST_TAPS, _WIDEST_WINDOW, _LONGEST_STRIDE = 49, 13, 8
+
+
+@functools.cache
+def _triton_unavailable() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if INTERPRETED:
+        return ""
+    if torch.version.hip is not None:
+        return "the kernels are for NVIDIA GPUs, and this PyTorch is built for AMD's"
+    # Not is_available(), after which a forked process cannot use the GPU. Triton alone imports without a driver, too.
+    return (
+        ""
+        if torch.cuda.device_count()
+        else "there is no NVIDIA GPU, or no driver for it (TRITON_INTERPRET=1 needs none)"
+    )
+
+
+@functools.cache
+def _refuses_gpu(index: int) -> str:
+    capability = torch.cuda.get_device_capability(index)
+    if capability >= _OLDEST_GPU:
+        return ""
+    have, need = (".".join(map(str, pair)) for pair in (capability, _OLDEST_GPU))
+    return f"cuda:{index} has compute capability {have}, and the kernels need {need}"
+
+
+# What torch.compiler.assume_constant_result does, without the seconds that importing it takes.
+_refuses_gpu._dynamo_marked_constant = True
+
+
+def _triton_refuses(x: Tensor) -> str:
+    kind = x.device.type
+    if kind == "cuda" and not INTERPRETED:
+        return _refuses_gpu(x.device.index) or _refuses_type(x)
+    return _refuses_type(x) if kind == "cpu" and INTERPRETED else f"x is on {x.device}"
+
+
+def _triton_uncovered(window: Window) -> str:
+    """The kernels unroll the window, and so cannot have any size."""
+    (height, width), stride, dilation = window
+    reach = max((height - 1) * dilation[0], (width - 1) * dilation[1]) + 1
+    if height * width > _MOST_TAPS:
+        return f"a {height}x{width} kernel has more than {_MOST_TAPS} taps"
+    if reach > _WIDEST_WINDOW:
+        return f"a {height}x{width} kernel with dilation {tuple(dilation)} reaches further than {_WIDEST_WINDOW} pixels"
+    return f"stride {tuple(stride)} is longer than {_LONGEST_STRIDE}" if max(stride) > _LONGEST_STRIDE else ""
+
+
 BACKENDS: dict[str, Backend] = {
     "cpu": Backend(lambda: _native.why_missing, _cpu_refuses),
+    "triton": Backend(_triton_unavailable, _triton_refuses, _triton_uncovered),
     "reference": Backend(lambda: "", lambda x: ""),
 }
 """In the order of the automatic choice; `reference` runs everything and comes last."""
@@ -66,24 +137,46 @@ def use_backend(name: str) -> Iterator[None]:
     Raises ValueError for an unknown name, RuntimeError where the backend cannot run on this machine, and, inside,
     RuntimeError for each call that it does not cover. EFFNET_OPS_BACKEND in the environment sets the default.
     """
+    with _request(_check(name)):
+        yield
+
+
+@contextlib.contextmanager
+def _request(name: str | None) -> Iterator[None]:
     previous = getattr(_requested, "name", None)
-    _requested.name = _check(name)
+    _requested.name = name
     try:
         yield
     finally:
         _requested.name = previous
 
 
-def select(x: Tensor, uncovered: str = "") -> str:
+def requested() -> str | None:
+    """The backend that this thread asks for by `use_backend` or the environment, or None for the automatic choice."""
+    return getattr(_requested, "name", None) or _environment
+
+
+def resume(name: str | None) -> contextlib.AbstractContextManager[None]:
+    """Ask for what `requested` gave before, in the thread and at the time of a backward pass."""
+    return contextlib.nullcontext() if name == requested() else _request(name)
+
+
+def why_not(name: str, x: Tensor, window: Window | None) -> str:
+    """Why the backend has no kernel for x and, where the call has one, a depthwise convolution with this window."""
+    backend = BACKENDS[name]
+    return backend.refuses(x) or ("" if window is None else backend.uncovered(window))
+
+
+def select(x: Tensor, uncovered: str = "", window: Window | None = None) -> str:
     """The backend that runs this call on x; ``uncovered`` is why the fused operators do not fit it, if they do not."""
-    requested = getattr(_requested, "name", None) or _environment
-    if requested is not None:
-        reason = BACKENDS[requested].refuses(x) or (uncovered if requested != "reference" else "")
+    name = requested()
+    if name is not None:
+        reason = why_not(name, x, window) or (uncovered if name != "reference" else "")
         if reason:
-            raise RuntimeError(f"backend {requested!r} cannot run this call: {reason}")
-        return requested
+            raise RuntimeError(f"backend {name!r} cannot run this call: {reason}")
+        return name
     if not uncovered:
         for name in _automatic:
-            if not BACKENDS[name].refuses(x):
+            if not why_not(name, x, window):
                 return name
     return "reference"

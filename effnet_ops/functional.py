@@ -59,7 +59,8 @@ def depthwise_conv2d(
     sides = checks.padding_sides(padding)
     checks.check_activation(activation)
     checks.check_window(x, weight.shape[2:], stride, sides, dilation)
-    if backends.select(x, _uncovered_filter(weight, channels)) == "reference":
+    window = backends.Window(weight.shape[2:], stride, dilation)
+    if backends.select(x, _uncovered_filter(weight, channels), window) == "reference":
         resolved = checks.resolve_padding(sides, x.shape[2:], weight.shape[2:], stride, dilation)
         return _run_reference(reference.depthwise_conv2d, x, weight, bias, stride, resolved, dilation, activation)
     return ops.depthwise_conv2d(x, weight, bias, stride, sides, dilation, activation)
@@ -190,7 +191,8 @@ def mbconv(
     if any(conv.bias is not None and conv.norm is not None for conv in convs):
         uncovered = "a convolution has both a bias and a normalisation"
     keywords = dict(stride=stride, activation=activation, gate=gate, residual=residual, drop_path=drop_path)
-    if backends.select(x, uncovered) == "reference":
+    window = backends.Window(depthwise.weight.shape[2:], stride, (1, 1))
+    if backends.select(x, uncovered, window) == "reference":
         padding = checks.resolve_padding(sides, x.shape[2:], depthwise.weight.shape[2:], stride, (1, 1))
         y, statistics = _run_reference(
             reference.mbconv,

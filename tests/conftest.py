@@ -14,6 +14,9 @@ import effnet_ops
 # Two test processes on two cores: a second thread in each only waits. The tests that are about threads ask for more.
 torch.set_num_threads(1)
 
+# Interpreted Triton kernels need an environment, and so a session, of their own.
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreter"]
+
 AVAILABLE = [name for name, reason in effnet_ops.available_backends().items() if not reason]
 
 

@@ -17,8 +17,9 @@ from effnet_ops import BatchNormParams, ConvNormParams, backends
 X, WEIGHT = torch.zeros(1, 8, 5, 5), torch.zeros(8, 1, 3, 3)
 
 
-def python(code: str, backend: str | None) -> subprocess.CompletedProcess[str]:
+def python(code: str, backend: str | None, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "EFFNET_OPS_BACKEND"}
+    environment |= variables
     if backend is not None:
         environment["EFFNET_OPS_BACKEND"] = backend
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
@@ -129,6 +130,25 @@ def test_unknown_backend_in_the_environment() -> None:
     result = python(SELECT, "cpuu")
     assert result.returncode != 0
     assert "unknown backend 'cpuu'; did you mean 'cpu'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [
+        ({"CUDA_VISIBLE_DEVICES": ""}, "there is no NVIDIA GPU, or no driver for it (TRITON_INTERPRET=1 needs none)"),
+        ({"TRITON_INTERPRET": "1"}, ""),
+    ],
+)
+def test_triton_needs_a_gpu_or_the_interpreter(variables: dict[str, str], reason: str) -> None:
+    """Importing Triton proves nothing, and is left to the first call that needs it; the CPU keeps its kernels."""
+    code = f"""
+import sys, torch, effnet_ops
+assert effnet_ops.available_backends()["triton"] == {reason!r}, effnet_ops.available_backends()
+assert "effnet_ops.kernels.activation" not in sys.modules
+assert effnet_ops.backends.select(torch.zeros(1, 1, 1, 1)) == "cpu"
+"""
+    result = python(code, None, **variables)
+    assert result.returncode == 0, result.stderr
 
 
 def test_without_the_compiled_part() -> None:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from effnet_ops import backends
+
 NAMESPACE = "effnet_ops"
 library = torch.library.Library(NAMESPACE, "DEF")
 
@@ -99,12 +101,15 @@ def _autograd_kernel(
 
     def forward(ctx: Any, *args: Any) -> Any:
         *inputs, keyset = args
+        ctx.backend = backends.requested()
         output = run(keyset, inputs)
         setup_context(ctx, inputs, output)
         return output
 
     def differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (*backward(ctx, *grads), None)
+        # Gradients on a GPU are computed in a thread of their own, which asks for no backend.
+        with backends.resume(ctx.backend):
+            return (*backward(ctx, *grads), None)
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
     function = type(operator._schema.name.replace("::", "_"), (torch.autograd.Function,), methods)

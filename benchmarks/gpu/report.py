@@ -1,0 +1,261 @@
+"""Writes docs/gpu.md and its plots from the committed rows: what was measured, apart from what was only derived.
+
+python benchmarks/gpu/report.py                    # every file in benchmarks/results/gpu
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import byte_model
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "gpu"
+OURS = "effnet_ops"
+TARGETS = (
+    ("depthwise 3x3 forward with its fusions, 112^2 and 56^2", "75 % of the copy bandwidth"),
+    ("depthwise 5x5 forward with its fusions", "60 %"),
+    ("depthwise backward, both gradients", "55 %"),
+    ("pointwise with its fusions", "70 %"),
+    ("B0 inference, batch 256", "2x eager channels_last, 1.5x the better torch.compile mode"),
+    ("B0 inference, batch 1, CUDA graph", "0.5 ms"),
+)
+
+Row = dict[str, Any]
+
+
+class Measured:
+    """The rows of one GPU: of each key, the last."""
+
+    def __init__(self, path: Path) -> None:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        self.environments = {line["identity"]: line["environment"] for line in lines if "identity" in line}
+        rows = {line["key"]: line for line in lines if "key" in line}
+        self.failed = [row for row in rows.values() if "failed" in row]
+        self.rows = [row for row in rows.values() if "failed" not in row]
+        used = {row["environment"] for row in rows.values()}
+        self.environments = {name: value for name, value in self.environments.items() if name in used}
+        self.device = next(iter(self.environments.values()))["device"]
+        self.name = path.stem
+
+    def of(self, part: str) -> list[Row]:
+        return [row for row in self.rows if row["part"] == part]
+
+    @property
+    def copy(self) -> float | None:
+        """GB/s of a copy, read and written bytes counted."""
+        return next((row["gb_per_s"] for row in self.of("machine") if row["operation"] == "copy"), None)
+
+
+def table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    headings = list(headings)
+    lines = [headings, ["---"] * len(headings), *rows]
+    return [*(f"| {' | '.join(line)} |" for line in lines), ""]
+
+
+def _times(rows: list[Row], by: tuple[str, ...]) -> list[str]:
+    """One line for each combination of ``by``, one column a provider: milliseconds, and ours against the fastest."""
+    groups: dict[tuple[str, ...], dict[str, Row]] = defaultdict(dict)
+    for row in rows:
+        label = row["provider"] + (" graph" if row.get("graph") else "")
+        groups[tuple(row[name] for name in by)][label] = row
+    providers = sorted({label for group in groups.values() for label in group}, key=lambda p: (OURS not in p, p))
+    ours = [p for p in providers if p.startswith(OURS)]
+    others = [p for p in providers if not p.startswith(OURS)]
+    lines = []
+    for key, group in groups.items():
+        cells = [_cell(group.get(provider)) for provider in providers]
+        best = min((group[p]["p50"] for p in others if p in group), default=None)
+        mine = min((group[p]["p50"] for p in ours if p in group), default=None)
+        lines.append([*key, *cells, f"{best / mine:.2f}x" if best and mine else ""])
+    return table([*by, *(f"{p}, ms" for p in providers), "fastest other / ours"], lines)
+
+
+def _cell(row: Row | None) -> str:
+    return "" if row is None else f"{row['p50']:.4g} ({row['p20']:.4g} to {row['p80']:.4g})"
+
+
+def _kernels(measured: Measured) -> list[str]:
+    copy = measured.copy
+    lines = []
+    for row in sorted(measured.of("kernels"), key=lambda row: row["gb_per_s"]):
+        share = f"{100 * row['gb_per_s'] / copy:.0f} %" if copy else ""
+        lines.append(
+            [row["operation"], row["shape"], row["mode"], f"{row['p50']:.4g}", f"{row['gb_per_s']:.0f}", share]
+        )
+    return table(["kernel", "shape", "mode", "ms", "GB/s", "of copy"], lines)
+
+
+def _machine(measured: Measured) -> list[str]:
+    lines = []
+    for row in measured.of("machine"):
+        rate = f"{row['gb_per_s']:.0f} GB/s" if "gb_per_s" in row else f"{row['gflop_per_s'] / 1e3:.0f} TFLOP/s"
+        lines.append([row["operation"], row["dtype"], rate])
+    return table(["limit", "dtype", "measured"], lines)
+
+
+def _memory(measured: Measured) -> list[str]:
+    lines = []
+    for row in measured.of("networks"):
+        if "saved_bytes" in row or "peak_bytes" in row:
+            numbers = (f"{row[name] / 1e6:.0f}" if name in row else "" for name in ("saved_bytes", "peak_bytes"))
+            lines.append([row["operation"], row["shape"], row["mode"], row["provider"], *numbers])
+    return table(["network", "shape", "mode", "provider", "saved, MB", "peak, MB"], lines)
+
+
+def _profile(measured: Measured) -> list[str]:
+    lines = []
+    for row in measured.of("profile"):
+        total = sum(row["kernel_ms"].values())
+        for label, value in sorted(row["kernel_ms"].items(), key=lambda item: -item[1]):
+            lines.append([row["operation"], row["provider"], label, f"{value:.2f}", f"{100 * value / total:.0f} %"])
+    return table(["network", "provider", "kernel class", "ms", "share"], lines)
+
+
+def _losses(measured: Measured) -> list[str]:
+    """What is slower than the fastest of the others."""
+    groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
+    for part in ("operations", "blocks", "networks"):
+        for row in measured.of(part):
+            key = tuple(str(row.get(name)) for name in ("part", "operation", "shape", "dtype", "mode", "graph"))
+            groups[key].append(row)
+    lines = []
+    for key, rows in groups.items():
+        mine = [row for row in rows if row["provider"].startswith(OURS)]
+        others = [row for row in rows if not row["provider"].startswith(OURS)]
+        if mine and others:
+            best, fastest = min(mine, key=lambda r: r["p50"]), min(others, key=lambda r: r["p50"])
+            if best["p50"] > fastest["p50"]:
+                lines.append([*key[1:3], key[4], fastest["provider"], f"{best['p50'] / fastest['p50']:.2f}x"])
+    return table(["operation", "shape", "mode", "faster", "ours takes"], lines) if lines else ["Nothing.", ""]
+
+
+def section(measured: Measured, plots: list[str]) -> list[str]:
+    lines = [f"## {measured.device}", ""]
+    for environment in measured.environments.values():
+        versions = ", ".join(f"{name} {value}" for name, value in environment["versions"].items())
+        lines.append(f"Driver {environment.get('driver', '-')}, {versions}, commit {environment['commit'][:12]}.")
+    lines += ["", "Times are milliseconds of one call with a cold cache: median (20th to 80th percentile).", ""]
+    lines += [f"![{plot}]({plot})\n" for plot in plots]
+    parts = (
+        ("Limits of the machine", "machine", _machine),
+        ("Kernels", "kernels", _kernels),
+        ("Networks", "networks", lambda m: _times(m.of("networks"), ("operation", "shape", "mode"))),
+        ("Memory", "networks", _memory),
+        ("Blocks", "blocks", lambda m: _times(m.of("blocks"), ("operation", "shape", "mode"))),
+        ("Operations", "operations", lambda m: _times(m.of("operations"), ("operation", "shape", "mode"))),
+        ("Elementwise", "elementwise", lambda m: _times(m.of("elementwise"), ("operation", "shape", "mode"))),
+        ("Depthwise as PyTorch has it", "depthwise", lambda m: _times(m.of("depthwise"), ("shape", "dtype", "mode"))),
+        ("Where a training step's time goes", "profile", _profile),
+    )
+    for title, part, write in parts:
+        lines += [f"### {title}", "", *(write(measured) if measured.of(part) else ["Not measured.", ""])]
+    lines += ["### What lost", "", *_losses(measured)]
+    if measured.failed:
+        lines += ["### What failed", "", *table(["row", "reason"], [[r["key"], r["failed"]] for r in measured.failed])]
+    return lines
+
+
+def derived() -> list[str]:
+    """The byte model: what has to be moved, not what was."""
+    lines = ["## Derived", "", "Not measured: MB of activations an image, bf16, from [triton.md](triton.md).", ""]
+    rows = [
+        [design, *(f"{byte_model.moved(name, design) / 1e6:.1f}" for name in byte_model.RESOLUTIONS)]
+        for design in byte_model.DESIGNS
+    ]
+    return [*lines, *table(["design", *(name.upper() for name in byte_model.RESOLUTIONS)], rows)]
+
+
+def plot(measured: Measured, folder: Path) -> list[str]:
+    """Bandwidth of every kernel beside the copy's, a roofline, and end-to-end bars; the files' names."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    made = []
+    for name, draw in (("bandwidth", _draw_bandwidth), ("roofline", _draw_roofline), ("networks", _draw_networks)):
+        figure, axes = plt.subplots(figsize=(9, 5))
+        if draw(measured, axes):
+            figure.tight_layout()
+            made.append(f"gpu_{measured.name}_{name}.png")
+            figure.savefig(folder / made[-1], dpi=110)
+        plt.close(figure)
+    return made
+
+
+def _draw_bandwidth(measured: Measured, axes: Any) -> bool:
+    rows = measured.of("kernels")
+    labels = [f"{row['operation']} {row['mode']} {row['shape']}" for row in rows]
+    axes.barh(labels, [row["gb_per_s"] for row in rows])
+    axes.tick_params(axis="y", labelsize=4)
+    if measured.copy:
+        axes.axvline(measured.copy, color="black", linestyle="--", label="copy")
+        axes.legend()
+    axes.set_xlabel("GB/s")
+    return bool(rows)
+
+
+def _draw_roofline(measured: Measured, axes: Any) -> bool:
+    rows = [row for row in measured.rows if "bytes" in row and "flops" in row]
+    peak = next((r["gflop_per_s"] for r in measured.of("machine") if r["dtype"] == "bf16"), None)
+    if not rows or not measured.copy or not peak:
+        return False
+    for operation in sorted({row["operation"] for row in rows}):
+        chosen = [row for row in rows if row["operation"] == operation]
+        axes.loglog([r["flops"] / r["bytes"] for r in chosen], [r["gflop_per_s"] for r in chosen], ".", label=operation)
+    intensities = [2.0**i for i in range(-2, 12)]
+    axes.loglog(intensities, [min(peak, i * measured.copy) for i in intensities], color="black")
+    axes.set_xlabel("FLOP a byte")
+    axes.set_ylabel("GFLOP/s")
+    axes.legend()
+    return True
+
+
+def _draw_networks(measured: Measured, axes: Any) -> bool:
+    rows = [row for row in measured.of("networks") if row["operation"] == "efficientnet_b0"]
+    labels = [f"{r['mode']} {r['shape'].split('x')[0]}: {r['provider']}{' graph' if r['graph'] else ''}" for r in rows]
+    images = [int(row["shape"].split("x")[0]) / row["p50"] * 1e3 for row in rows]
+    axes.barh(labels, images)
+    axes.tick_params(axis="y", labelsize=6)
+    axes.set_xlabel("efficientnet_b0, images a second")
+    return bool(rows)
+
+
+def render(files: list[Path], folder: Path) -> str:
+    """The text of docs/gpu.md; plots go into ``folder``."""
+    lines = ["# On a GPU", "", "Written by `benchmarks/gpu/report.py`; edit that, or measure with `make gpu`.", ""]
+    measured = [Measured(path) for path in files]
+    if not measured:
+        lines += [
+            "**Nothing has been measured yet.** There is no row: no kernel of this package has run on a GPU, and no",
+            "speed is claimed. Kernels are tested in Triton's interpreter and compiled for sm_80, sm_90 and sm_100.",
+            "",
+        ]
+    for one in measured:
+        lines += section(one, plot(one, folder))
+    lines += ["## Targets", "", "On an H200, bf16, channels_last.", "", *table(["what", "at least"], TARGETS)]
+    return "\n".join([*lines, *derived()]).rstrip() + "\n"
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="The page to write; plots go beside it.")] = ROOT / "docs" / "gpu.md",
+    results: Annotated[Path, typer.Option(help="The folder with one .jsonl a GPU.")] = RESULTS,
+) -> None:
+    """Write the page from every file of rows."""
+    files = sorted(path for path in results.glob("*.jsonl") if path.stem != "cpu")
+    output.write_text(render(files, output.parent), encoding="utf-8")
+    print(f"{output} written from {len(files)} file(s) of rows")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,218 @@
+"""Rows of GPU measurements: timed on the device, written as they come, and skipped where they exist already.
+
+Needs only PyTorch. On the CPU, for a dry run, every job runs once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import math
+import platform
+import re
+import subprocess
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "gpu"
+PART_SECONDS = 540.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What is timed: ``run`` once is one call. ``error`` is checked against ``allowed`` before anything is timed.
+
+    ``bytes`` and ``flops`` are the least that the operation has to move and compute.
+    """
+
+    run: Callable[[], object]
+    bytes: int | None = None
+    flops: int | None = None
+    error: Callable[[], float] | None = None
+    allowed: float = math.inf
+    extra: Callable[[], dict[str, Any]] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One row to be: ``prepare`` allocates and returns the work. ``graph`` times the replay of a CUDA graph."""
+
+    part: str
+    operation: str
+    provider: str
+    shape: str
+    dtype: str
+    mode: str
+    prepare: Callable[[], Work]
+    graph: bool = False
+
+    @property
+    def key(self) -> str:
+        fields = (self.part, self.operation, self.provider, self.shape, self.dtype, self.mode)
+        return " | ".join((*fields, "graph")) if self.graph else " | ".join(fields)
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Where and with what the rows are measured; no two that differ share a row."""
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "triton", "torchvision", "timm", "effnet_ops"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    found: dict[str, Any] = {"device": "cpu", "versions": versions, "commit": _commit()}
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        found |= {
+            "device": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_gb": round(properties.total_memory / 1e9, 1),
+            "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        }
+    return found
+
+
+def _commit() -> str:
+    commit = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
+    changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
+    return commit + "+changes" if commit and changed else commit
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""
+
+
+def relative_error(out: Tensor, exact: Tensor) -> float:
+    return ((out.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-30)).item()
+
+
+class Session:
+    """Runs jobs until the time is used up; rows go to one file a GPU, and a key that is there is not run again."""
+
+    def __init__(self, device: str, output: Path | None, seconds: float = PART_SECONDS) -> None:
+        self.device = torch.device(device)
+        self.environment = environment(device)
+        self.identity = hashlib.sha1(json.dumps(self.environment, sort_keys=True).encode()).hexdigest()[:12]
+        self.output = output
+        self.end = time.monotonic() + seconds
+        self.done = self._existing()
+        self.failures = 0
+        # Larger than any L2, and written between two calls: a user's tensors would not be in the cache either.
+        self._flush = torch.empty(256 << 20 if device == "cuda" else 1, dtype=torch.uint8, device=self.device)
+
+    def _existing(self) -> set[str]:
+        if self.output is None or not self.output.exists():
+            return set()
+        rows = [json.loads(line) for line in self.output.read_text(encoding="utf-8").splitlines()]
+        return {row["key"] for row in rows if row.get("environment") == self.identity and "key" in row}
+
+    def run(self, jobs: Iterable[Job]) -> bool:
+        """Measure what is missing; False if the time ran out first."""
+        for job in jobs:
+            if job.key in self.done:
+                continue
+            if time.monotonic() > self.end:
+                return False
+            self._write(job, self._measured(job))
+            self.done.add(job.key)
+        return True
+
+    def _measured(self, job: Job) -> dict[str, Any]:
+        try:
+            work = job.prepare()
+            error = None if work.error is None else work.error()
+            if error is not None and not error <= work.allowed:
+                raise RuntimeError(f"wrong result: error {error:.1e} where {work.allowed:.1e} is allowed")
+            times = self.times(work.run, job.graph)
+        except (RuntimeError, ValueError, TypeError, AssertionError) as problem:
+            self.failures += 1
+            print(f"FAILED {job.key}: {problem}", flush=True)
+            return {"failed": traceback.format_exception_only(problem)[-1].strip()[:500]}
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        row = {**times, "error": error, "bytes": work.bytes, "flops": work.flops}
+        if work.bytes:
+            row["gb_per_s"] = work.bytes / times["p50"] / 1e6
+        if work.flops:
+            row["gflop_per_s"] = work.flops / times["p50"] / 1e6
+        row |= work.extra() if work.extra else {}
+        return {name: value for name, value in row.items() if value is not None}
+
+    def times(self, run: Callable[[], object], graph: bool = False) -> dict[str, Any]:
+        """Milliseconds of one call at the 20th, 50th and 80th percentile."""
+        if self.device.type == "cpu":
+            start = time.perf_counter()
+            run()
+            elapsed = 1e3 * (time.perf_counter() - start)
+            return {"p20": elapsed, "p50": elapsed, "p80": elapsed, "repetitions": 1}
+        run = self._captured(run) if graph else run
+        for _ in range(3):
+            run()
+        estimate = self._timed(run, 3)[1].item()
+        repetitions = int(min(max(200.0 / max(estimate, 1e-3), 10), 200))
+        samples = self._timed(run, repetitions)
+        p20, p50, p80 = samples.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
+        return {"p20": p20, "p50": p50, "p80": p80, "repetitions": repetitions}
+
+    def _timed(self, run: Callable[[], object], repetitions: int) -> Tensor:
+        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repetitions)]
+        for start, end in pairs:
+            self._flush.zero_()
+            start.record()
+            run()
+            end.record()
+        torch.cuda.synchronize()
+        return torch.tensor([start.elapsed_time(end) for start, end in pairs], dtype=torch.float64)
+
+    @staticmethod
+    def _captured(run: Callable[[], object]) -> Callable[[], object]:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        return graph.replay
+
+    def _write(self, job: Job, row: dict[str, Any]) -> None:
+        fields = {
+            name: getattr(job, name) for name in ("part", "operation", "provider", "shape", "dtype", "mode", "graph")
+        }
+        if "p50" in row:
+            print(f"{row['p50']:10.4f} ms  {job.key}", flush=True)
+        if self.output is None:
+            return
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        lines = []
+        if not self.done:
+            date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+            lines.append({"identity": self.identity, "environment": self.environment, "date": date})
+        lines.append({"key": job.key, "environment": self.identity, **fields, **row})
+        with self.output.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def output_path(device: str) -> Path:
+    """benchmarks/results/gpu/<name of the GPU>.jsonl"""
+    name = torch.cuda.get_device_name(0) if device == "cuda" else "cpu"
+    return RESULTS / f"{re.sub('[^a-z0-9]+', '_', name.lower()).strip('_')}.jsonl"

@@ -1,0 +1,116 @@
+"""Times configurations of our kernels around the rule's on this GPU, and writes the faster ones to kernels/tuning.json.
+
+python benchmarks/gpu/tune.py                      # at most 9 minutes; shapes that have an entry are not timed again
+
+Each number of a configuration is halved and doubled in turn, and what is at least 3 % faster is kept. A configuration
+that does not compile, or whose result differs from the rule's, is dropped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from baselines import DRY, REAL
+from ours import kernels
+from rows import PART_SECONDS, Session, relative_error
+from torch import Tensor
+
+from effnet_ops.kernels import tuning
+
+GAIN = 0.97
+
+
+def candidates(config: tuning.Config, name: str) -> Iterator[tuning.Config]:
+    for value in (config[name] // 2, config[name] * 2):
+        if value >= 1:
+            yield {**config, name: value}
+
+
+def first_result(run: Callable[[], Any]) -> Tensor:
+    result = run()
+    return result[0] if isinstance(result, tuple) else result
+
+
+class Tuner:
+    """Tunes the first operation that a call of a kernel's host function chooses a configuration for."""
+
+    def __init__(self, session: Session, run: Callable[[], Any]) -> None:
+        self.session, self.run = session, run
+        self.asked: list[tuple[str, dict[str, int]]] = []
+        choose = tuning.choose
+
+        def record(operation: str, shape: dict[str, int], device: torch.device) -> tuning.Config:
+            self.asked.append((operation, dict(shape)))
+            return choose(operation, shape, device)
+
+        with mock.patch.object(tuning, "choose", record):
+            self.expected = first_result(run)
+        self.operation, self.shape = self.asked[0]
+        self.config = tuning.from_rule(self.operation, self.shape, tuning.architecture(session.device))
+
+    def milliseconds(self, config: tuning.Config) -> float:
+        """The median, or infinity for a configuration that cannot run or is wrong."""
+        with mock.patch.object(tuning, "choose", lambda *_: config):
+            try:
+                if not relative_error(first_result(self.run), self.expected) <= 1e-2:
+                    return float("inf")
+                return self.session.times(self.run)["p50"]
+            except Exception as problem:
+                print(f"  dropped {config}: {str(problem)[:100]}")
+                return float("inf")
+
+    def best(self) -> tuple[tuning.Config, float, float]:
+        """The fastest configuration found, its time, and the rule's."""
+        best, rule = self.config, self.milliseconds(self.config)
+        fastest = rule
+        for name in self.config:
+            for config in candidates(best, name):
+                elapsed = self.milliseconds(config)
+                if elapsed < GAIN * fastest:
+                    best, fastest = config, elapsed
+        return best, fastest, rule
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=PART_SECONDS)
+    parser.add_argument("--dry-run", action="store_true", help="under TRITON_INTERPRET=1: two shapes, nothing written")
+    options = parser.parse_args()
+    if not options.dry_run and not torch.cuda.is_available():
+        print("no GPU here: nothing is tuned", file=sys.stderr)
+        return 3
+    session = Session("cpu" if options.dry_run else "cuda", None, options.seconds)
+    written = json.loads(tuning.TABLE.read_text(encoding="utf-8"))
+    for job in kernels(DRY if options.dry_run else REAL):
+        if time.monotonic() > session.end:
+            print("out of time: run the same command again to go on")
+            return 2
+        tuner = Tuner(session, job.prepare().run)
+        arch, bucket = tuning.architecture(session.device).name, tuning.bucket(tuner.shape)
+        entries = written["configurations"].setdefault(tuner.operation, {}).setdefault(arch, {})
+        if bucket in entries:
+            continue
+        config, elapsed, rule = tuner.best()
+        if elapsed == float("inf"):
+            print(f"{job.key}: nothing runs and gives the same result twice", flush=True)
+            continue
+        print(f"{job.key}: {rule:.4f} ms by the rule, {elapsed:.4f} ms with {config}", flush=True)
+        today = datetime.date.today().isoformat()
+        device, triton = session.environment["device"], session.environment["versions"].get("triton")
+        entries[bucket] = {**config, "origin": f"{device}, Triton {triton}, {today}: {elapsed:.4f} ms, rule {rule:.4f}"}
+        if not options.dry_run:
+            tuning.TABLE.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+    print("complete")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

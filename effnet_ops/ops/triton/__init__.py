@@ -1,0 +1,74 @@
+"""The operators on Triton kernels: one file a word, with functions of the operators' names and arguments.
+
+They are registered for CUDA and, where kernels are interpreted, for CPU as long as the backend `triton` is asked for.
+Triton is imported by the first call. PyTorch's compiler sees the operators only, never these kernels.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effnet_ops import backends
+from effnet_ops.ops import _library
+
+WORDS = {
+    "depthwise_conv2d": "depthwise",
+    "depthwise_conv2d_backward": "depthwise",
+    "pointwise_conv2d": "pointwise",
+    "pointwise_conv2d_backward": "pointwise",
+    "squeeze_excite": "squeeze_excite",
+    "squeeze_excite_backward": "squeeze_excite",
+    "mbconv_inference": "mbconv",
+    "mbconv_training": "mbconv",
+    "mbconv_backward": "mbconv",
+}
+"""The file that has each operator."""
+
+
+@functools.cache
+def implementation(name: str) -> Callable[..., Any]:
+    """The operator called ``name`` on Triton kernels."""
+    return getattr(importlib.import_module(f"{__name__}.{WORDS[name]}"), name)
+
+
+def _register_cuda(name: str) -> None:
+    backend, fallback = backends.BACKENDS["triton"], _library.fallbacks[name]
+
+    def kernel(first: Tensor, *args: Any) -> Any:
+        if backend.unavailable() or backend.refuses(first):
+            return fallback(first, *args)
+        # Triton launches on the current device, whatever the tensors' device is.
+        with torch.cuda.device_of(first):
+            return implementation(name)(first, *args)
+
+    _library.library.impl(name, kernel, "CUDA")
+
+
+def _register_interpreter(name: str) -> None:
+    compiled = torch.library.get_kernel(f"{_library.NAMESPACE}::{name}", "CPU")
+
+    def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        if backends.requested() == "triton":
+            return implementation(name)(*args)
+        return compiled.call_boxed(keyset, *args)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "Warning only once for all operators,  other operators may also be overridden"
+        )
+        _library.library.impl(name, kernel, "CPU", with_keyset=True, allow_override=True)
+
+
+def register() -> None:
+    """Register every operator that has kernels; called once, when all operators are defined."""
+    for name in WORDS:
+        _register_cuda(name)
+        if backends.INTERPRETED and not backends.BACKENDS["triton"].unavailable():
+            _register_interpreter(name)

@@ -1,0 +1,134 @@
+"""Compiles without a GPU what the package would launch on one, and reads what the machine code of each kernel needs.
+
+Host code runs on meta tensors while its launches are recorded, so what is compiled is what is launched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from effnet_ops.kernels import tuning
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+TYPES = {torch.float64: "*fp64", torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+
+
+class Launch(NamedTuple):
+    """One kernel with the types of its run-time arguments, its constants (by position), warps, stages, and grid."""
+
+    kernel: JITFunction
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    num_warps: int
+    num_stages: int
+    programs: int
+    values: tuple[tuple[str, int], ...]
+    """The run-time integers."""
+
+    @property
+    def compiled_key(self) -> tuple[Any, ...]:
+        """Equal where the machine code is."""
+        return self.kernel.__name__, self.signature, repr(self.constants), self.num_warps, self.num_stages
+
+    def __str__(self) -> str:
+        shown = {name: value for name, value in self.constants if value is not None}
+        return f"{self.kernel.__name__}({shown}, warps={self.num_warps})"
+
+
+class Usage(NamedTuple):
+    """What one program needs: registers a thread, bytes of stack (spilled registers live there), of shared memory."""
+
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    ttir: str
+
+
+@contextlib.contextmanager
+def recorded(architecture: str) -> Iterator[list[Launch]]:
+    """The launches inside the ``with`` block, as host code makes them for this architecture; nothing is launched."""
+    launches: list[Launch] = []
+
+    def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launches.append(_launch(kernel, args, grid, kwargs))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JITFunction, "run", run)
+        patch.setattr(tuning, "architecture", lambda device: tuning.ARCHITECTURES[architecture])
+        patch.setattr(tuning, "_chosen", {})
+        yield launches
+
+
+def distinct(launches: Iterable[Launch]) -> list[Launch]:
+    """One launch for each machine code."""
+    return list({launch.compiled_key: launch for launch in launches}.values())
+
+
+def _launch(kernel: JITFunction, args: tuple[Any, ...], grid: Any, kwargs: dict[str, Any]) -> Launch:
+    options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+    values = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
+    constant = {param.name for param in kernel.params if param.is_constexpr}
+    signature, constants, integers = {}, {}, {}
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            signature[name] = TYPES[value.dtype]
+        elif value is None or name in constant:
+            constants[name] = value
+        elif isinstance(value, int):
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            integers[name] = value
+        else:
+            signature[name] = "fp32"
+    programs = 1
+    for size in grid(values) if callable(grid) else grid:
+        programs *= size
+    return Launch(
+        kernel,
+        tuple(signature.items()),
+        tuple(constants.items()),
+        options.get("num_warps", 4),
+        options.get("num_stages", 3),
+        programs,
+        tuple(integers.items()),
+    )
+
+
+def compile_launch(launch: Launch, architecture: str) -> Usage:
+    """Compile for an architecture such as "sm_90"; pointers are taken to be 16-byte aligned, as PyTorch's are."""
+    names, types = launch.kernel.arg_names, dict(launch.signature)
+    signature = {name: types.get(name, "constexpr") for name in names}
+    constants = {(names.index(name),): value for name, value in launch.constants}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+    source = ASTSource(launch.kernel, signature, constants, aligned)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+    compiled = triton.compile(source, target=target, options=options)
+    return Usage(*_resources(compiled.asm["cubin"]), compiled.metadata.shared, compiled.asm["ttir"])
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of stack) of the only kernel in a cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(CUOBJDUMP), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {text!r}")
+    registers, stack, local = map(int, found.groups())
+    return registers, stack + local

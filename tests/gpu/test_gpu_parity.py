@@ -1,0 +1,129 @@
+"""Every operator on a GPU against the fp64 reference, over the cases, layouts and precisions of all backends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import DEPTHWISE, MBCONV, POINTWISE, SQUEEZE_EXCITE, DepthwiseCase, MBConvCase, PointwiseCase
+from cases import SqueezeExciteCase as SECase
+from helpers import (
+    HALF,
+    LAYOUTS,
+    Function,
+    Tensors,
+    check,
+    gate_tolerance,
+    mbconv_bounds,
+    mbconv_function,
+    mbconv_tensors,
+    names,
+    normal,
+    relative_error,
+)
+from test_depthwise import problem as depthwise_problem
+from test_pointwise import problem as pointwise_problem
+from test_squeeze_excite import problem as squeeze_excite_problem
+from torch import Tensor
+
+import effnet_ops
+from effnet_ops import backends
+
+DTYPES = (torch.float32, *HALF)
+by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def same_strides(x: Tensor, device: str) -> Tensor:
+    """x on another device, a view of as much memory around it and with the same strides."""
+    size = x.untyped_storage().nbytes() // x.element_size()
+    return x.as_strided((size,), (1,), 0).to(device).as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+class OnGPU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return same_strides(x.detach(), "cuda")
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return same_strides(grad, "cpu")
+
+
+class OnCPU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return same_strides(x.detach(), "cpu")
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return same_strides(grad, "cuda")
+
+
+def on_gpu(function: Function) -> Function:
+    """The function with its tensors moved to the GPU and its result back, through autograd and with all strides."""
+
+    def moved(tensors: Tensors) -> Tensor:
+        given = {name: None if value is None else OnGPU.apply(value) for name, value in tensors.items()}
+        if next(value for value in given.values() if value is not None).dtype != torch.float64:
+            assert backends.select(given["x"]) == "triton"
+        return OnCPU.apply(function(given))
+
+    return moved
+
+
+def parity(function: Function, tensors: Tensors, dtype: torch.dtype, layout: str, **tolerances: Any) -> None:
+    check(on_gpu(function), tensors, dtype, layout, **tolerances)
+
+
+def laid_out(cases: list[Any]) -> list[tuple[Any, str]]:
+    return [(case, LAYOUTS[i % 4]) for i, case in enumerate(cases)]
+
+
+@pytest.mark.parametrize(("case", "layout"), laid_out(DEPTHWISE), ids=names(DEPTHWISE))
+@by_dtype
+def test_depthwise(case: DepthwiseCase, layout: str, dtype: torch.dtype) -> None:
+    parity(*depthwise_problem(case), dtype, layout)
+
+
+@pytest.mark.parametrize(("case", "layout"), laid_out(POINTWISE), ids=names(POINTWISE))
+@by_dtype
+def test_pointwise(case: PointwiseCase, layout: str, dtype: torch.dtype) -> None:
+    parity(*pointwise_problem(case), dtype, layout)
+
+
+@pytest.mark.parametrize(("case", "layout"), laid_out(SQUEEZE_EXCITE), ids=names(SQUEEZE_EXCITE))
+@by_dtype
+def test_squeeze_excite(case: SECase, layout: str, dtype: torch.dtype) -> None:
+    tolerance = {} if dtype in HALF else {"gradient_tolerance": gate_tolerance(case.gate, dtype)}
+    parity(*squeeze_excite_problem(case), dtype, layout, **tolerance)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize(("case", "layout"), laid_out(MBCONV), ids=names(MBCONV))
+@by_dtype
+def test_mbconv(case: MBConvCase, layout: str, dtype: torch.dtype, training: bool) -> None:
+    parity(mbconv_function(case, training), mbconv_tensors(case), dtype, layout, **mbconv_bounds(case, dtype))
+
+
+@by_dtype
+def test_realistic_size(dtype: torch.dtype) -> None:
+    """Many programs at once: what the interpreter, which runs them in turn, cannot show."""
+    case = MBConvCase("b0_stage_3", (32, 24, 56, 56), 40, 144, 6, kernel=(5, 5), stride=2)
+    function, tensors = mbconv_function(case, True), mbconv_tensors(case)
+    parity(function, tensors, dtype, "channels_last", **mbconv_bounds(case, dtype))
+
+
+def test_more_than_two_to_the_31_elements() -> None:
+    """The last image of a batch whose activations do not fit 32-bit offsets equals the same image alone."""
+    if torch.cuda.mem_get_info()[0] < 24 << 30:
+        pytest.skip("needs 24 GB of free GPU memory")
+    weight = normal(16, 16, 1, 1).bfloat16().cuda()
+    image = normal(1, 16, 512, 512).bfloat16().cuda().to(memory_format=torch.channels_last)
+    x = image.expand(520, -1, -1, -1).contiguous(memory_format=torch.channels_last)
+    assert x.numel() > 2**31
+    expected = effnet_ops.pointwise_conv2d(image, weight, activation="silu")
+    assert torch.equal(effnet_ops.pointwise_conv2d(x, weight, activation="silu")[-1:], expected)
+    filters = normal(16, 1, 3, 3).bfloat16().cuda()
+    expected = effnet_ops.depthwise_conv2d(image, filters, padding=1)
+    assert relative_error(effnet_ops.depthwise_conv2d(x, filters, padding=1)[-1:], expected.double()) <= 1e-6

@@ -1,0 +1,91 @@
+"""The choice of tile sizes: the table first, then the rule, logged once, and never a measurement."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import torch
+
+from effnet_ops.kernels import batch_norm, pointwise, squeeze_excite, tuning
+
+SHAPE = {"images": 1, "pixels": 802816, "channels_in": 16, "channels_out": 96, "element_size": 2}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_chosen", {})
+    tuning._announce.cache_clear()
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "architecture", lambda device: tuning.ARCHITECTURES["sm_90"])
+
+
+def test_rule_is_logged_once(hopper: None, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="effnet_ops.kernels.tuning"):
+        first = tuning.choose("pointwise_forward", SHAPE, CPU)
+        assert tuning.choose("pointwise_forward", SHAPE, CPU) == first
+        tuning.choose("pointwise_forward", {**SHAPE, "pixels": 802815}, CPU)
+    assert [record.message for record in caplog.records] == [
+        "no tuned configuration of pointwise_forward for sm_90 at channels_in=16,channels_out=96,element_size=2,"
+        "images=1,pixels=1048576: using the rule"
+    ]
+
+
+def test_interpreter_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="effnet_ops.kernels.tuning"):
+        tuning.choose("pointwise_forward", SHAPE, CPU)
+    assert not caplog.records
+
+
+def test_table_comes_first(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = {"block_p": 32, "num_warps": 2, "origin": "H200, measured"}
+    table = {"pointwise_forward": {"sm_90": {tuning.bucket(SHAPE): entry}}}
+    monkeypatch.setattr(tuning, "table", lambda: table)
+    assert tuning.choose("pointwise_forward", SHAPE, CPU) == {"block_p": 32, "num_warps": 2}
+    other = {**SHAPE, "channels_in": 24}
+    assert tuning.choose("pointwise_forward", other, CPU)["block_reduced"] == 32
+
+
+def test_unknown_operation() -> None:
+    with pytest.raises(ValueError, match=r"pointwise_forwards.*pointwise_forward"):
+        tuning.choose("pointwise_forwards", SHAPE, CPU)
+
+
+def test_table_is_valid() -> None:
+    """Each entry has its origin and the fields of its operation's rule, for known operations and architectures."""
+    written = json.loads(tuning.TABLE.read_text(encoding="utf-8"))
+    assert set(written) == {"configurations"}
+    for operation, architectures in written["configurations"].items():
+        assert operation in tuning._heuristics
+        for architecture, buckets in architectures.items():
+            assert architecture.startswith("sm_")
+            for name, entry in buckets.items():
+                assert entry.pop("origin")
+                shape = {key: int(value) for key, value in (part.split("=") for part in name.split(","))}
+                arch = tuning.ARCHITECTURES.get(architecture, tuning.ARCHITECTURES["sm_90"])
+                assert set(entry) == set(tuning.from_rule(operation, shape, arch))
+
+
+@pytest.mark.parametrize("architecture", tuning.ARCHITECTURES)
+def test_rules_give_tiles_that_triton_takes(architecture: str) -> None:
+    """Powers of two, at least 16 for a product, at least one part, for shapes from one pixel to millions."""
+    arch = tuning.ARCHITECTURES[architecture]
+    for module in (pointwise, batch_norm, squeeze_excite):
+        assert module.tuning is tuning
+    for images, pixels in ((1, 1), (1, 49), (1, 12544), (256, 49), (256, 12544), (1, 256 * 12544)):
+        for c_in, c_out in ((1, 1), (16, 96), (96, 24), (3840, 640), (13, 19)):
+            for size in (2, 4):
+                shape = {"images": images, "pixels": pixels, "channels_in": c_in, "channels_out": c_out}
+                shape |= {"element_size": size, "channels": c_in, "reduced": max(1, c_in // 24), "sums": 5}
+                for operation in [name for name in tuning._heuristics if not name.startswith("depthwise")]:
+                    config = tuning.from_rule(operation, shape, arch)
+                    blocks = {key: value for key, value in config.items() if key.startswith("block")}
+                    assert all(value & (value - 1) == 0 and value > 0 for value in blocks.values()), (operation, config)
+                    if operation.startswith("pointwise"):
+                        assert min(blocks.values()) >= 16, (operation, shape, config)
+                    assert all(value >= 1 for value in config.values()), (operation, config)
