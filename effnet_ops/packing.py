@@ -29,6 +29,11 @@ def unpack(packed: Tensor, columns: int, depth: int) -> Tensor:
     return rows.reshape(rows.shape[0] * PANEL, -1)[:columns, :depth].contiguous()
 
 
+def is_packed(weight: Tensor) -> bool:
+    """Whether a product's weight is packed, and not (columns, depth)."""
+    return weight.dim() > 2
+
+
 def pack_convolution(weight: Tensor) -> Tensor:
     """Panels of a dense convolution's weight (out, in, kh, kw), the terms in the order (kh, kw, in)."""
     return pack(weight.permute(0, 2, 3, 1).flatten(1))
@@ -36,8 +41,12 @@ def pack_convolution(weight: Tensor) -> Tensor:
 
 def unpack_convolution(packed: Tensor, out: int, channels: int, kernel: tuple[int, int]) -> Tensor:
     """The weight (out, in, kh, kw) that `pack_convolution` packed."""
-    depth = channels * kernel[0] * kernel[1]
-    return unpack(packed, out, depth).view(out, *kernel, channels).permute(0, 3, 1, 2).contiguous()
+    return rows_to_convolution(unpack(packed, out, channels * kernel[0] * kernel[1]), channels, kernel)
+
+
+def rows_to_convolution(rows: Tensor, channels: int, kernel: tuple[int, int]) -> Tensor:
+    """(out, kh * kw * in) as (out, in, kh, kw)."""
+    return rows.view(-1, *kernel, channels).permute(0, 3, 1, 2).contiguous()
 
 
 def pack_depthwise(weight: Tensor) -> Tensor:

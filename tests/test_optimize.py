@@ -178,6 +178,10 @@ def test_copies_pickles_and_moves(dtype: torch.dtype | None) -> None:
     assert torch.equal(twin(x), y)
     moved = copy.deepcopy(optimized).double()
     assert moved(x.double()).dtype == torch.float64
+    elsewhere = copy.deepcopy(optimized).to("meta")
+    assert elsewhere(x.to("meta")).shape == y.shape
+    with effnet_ops.use_backend("reference"):
+        assert relative_difference(optimized(x), y) < (1e-5 if dtype in (None, torch.float64) else 0.1)
     assert relative_difference(moved(x.double()), y) < (1e-4 if dtype in (None, torch.float64) else 0.2)
     assert optimized.to("meta")(x.to("meta")).shape == y.shape
 

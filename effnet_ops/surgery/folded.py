@@ -11,8 +11,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from effnet_ops import backends, functional, packing
-from effnet_ops.checks import check_input, padding_sides
+from effnet_ops import backends, functional, packing, reference
+from effnet_ops.checks import check_input, padding_sides, resolve_padding
 from effnet_ops.ops import packed
 from effnet_ops.params import ConvNormParams, SqueezeExciteParams
 from effnet_ops.reference import activate, compute_dtype
@@ -63,11 +63,19 @@ class Folded(nn.Module):
         self._repack()
 
     def runs_packed(self, x: Tensor, channels: int) -> bool:
-        """Whether the operator takes x, which must have ``channels``; the reference takes what it does not."""
+        """Whether the packed operator takes x, which must have ``channels``."""
         if x.dim() != 4 or x.shape[1] != channels:
             check_input(x)
             raise ValueError(f"x must have {channels} channels, got shape {tuple(x.shape)}")
-        return backends.select(x) != "reference"
+        return backends.select(x) == "cpu"
+
+    def plain(self, name: str) -> Tensor | None:
+        """The weight of a product as (columns, depth), whether it is packed or not."""
+        weight = parameter(self, name)
+        if weight is None or not packing.is_packed(weight):
+            return weight
+        bias = parameter(self, name.replace("weight", "bias"))
+        return packing.unpack(weight, bias.shape[0], self.depths[name])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)
@@ -76,17 +84,16 @@ class Folded(nn.Module):
         return self
 
     def _repack(self) -> None:
-        """Pack the products for the dtype that the activations have now."""
+        """Pack the products for the dtype that the activations have now; away from the CPU they stay plain."""
         like = self._buffers.get("activations")
-        for name, depth in self.depths.items():
+        for name in self.depths:
             weight = self._parameters[name]
-            if weight is None:
-                continue
             wanted = self._product_dtype(name, weight.dtype if like is None else like.dtype)
-            pairs = wanted is torch.bfloat16
-            if weight.dtype is not wanted or (weight.dim() == 4) is not pairs:
-                rows = packing.unpack(weight.data, weight.shape[0] * packing.PANEL, depth)
-                self._parameters[name] = frozen(packing.pack(rows.to(wanted)))
+            on_cpu, pairs = weight.device.type == "cpu", wanted is torch.bfloat16
+            fits = packing.is_packed(weight) is on_cpu and (not on_cpu or (weight.dim() == 4) is pairs)
+            if weight.dtype is not wanted or not fits:
+                rows = self.plain(name).detach().to(wanted)
+                self._parameters[name] = frozen(packing.pack(rows) if on_cpu else rows)
 
     def _product_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
         return dtype if dtype is torch.bfloat16 else compute_dtype(dtype)
@@ -125,8 +132,11 @@ class FoldedPointwise(Folded, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.cast(x)
-        run = packed.pointwise if self.runs_packed(x, self.in_channels) else packed.reference_pointwise
-        return run(x, parameter(self, "weight"), parameter(self, "bias"), self.activation)
+        bias = parameter(self, "bias")
+        if self.runs_packed(x, self.in_channels):
+            return packed.pointwise(x, parameter(self, "weight"), bias, self.activation)
+        weight = self.plain("weight")[:, :, None, None]
+        return functional.pointwise_conv2d(x, weight, bias, activation=self.activation)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation}"
@@ -154,9 +164,13 @@ class FoldedConvolution(Folded, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.cast(x)
-        run = packed.convolution if self.runs_packed(x, self.in_channels) else packed.reference_convolution
-        weight, bias = parameter(self, "weight"), parameter(self, "bias")
-        return run(x, weight, bias, self.kernel_size, self.stride, self.sides, self.activation)
+        bias = parameter(self, "bias")
+        if self.runs_packed(x, self.in_channels):
+            weight = parameter(self, "weight")
+            return packed.convolution(x, weight, bias, self.kernel_size, self.stride, self.sides, self.activation)
+        weight = packing.rows_to_convolution(self.plain("weight"), self.in_channels, self.kernel_size)
+        sides = resolve_padding(self.sides, x.shape[2:], self.kernel_size, self.stride, (1, 1))
+        return reference.convolution(x, weight, bias, self.stride, sides, self.activation)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation}"
@@ -179,9 +193,10 @@ class FoldedLinear(Folded, nn.Linear):
         x = self.cast(x)
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x must have {self.in_features} features, got shape {tuple(x.shape)}")
-        rows = x.reshape(-1, self.in_features, 1, 1)
-        run = packed.pointwise if self.runs_packed(rows, self.in_features) else packed.reference_pointwise
-        y = run(rows, parameter(self, "weight"), parameter(self, "bias"), "none")
+        rows, bias = x.reshape(-1, self.in_features, 1, 1), parameter(self, "bias")
+        if not self.runs_packed(rows, self.in_features):
+            return nn.functional.linear(x, self.plain("weight").to(x.dtype), bias.to(x.dtype))
+        y = packed.pointwise(rows, parameter(self, "weight"), bias, "none")
         return y.view(*x.shape[:-1], self.out_features)
 
 
@@ -251,22 +266,41 @@ class FoldedMBConv(Folded):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.cast(x)
-        run = packed.mbconv if self.runs_packed(x, self.in_channels) else packed.reference_mbconv
+        y = self._run_packed(x) if self.runs_packed(x, self.in_channels) else self._run_plain(x)
+        return y if self.after == "none" else activate(y, self.after)
+
+    def _run_packed(self, x: Tensor) -> Tensor:
         tensors = list(self._parameters.values())
         if len(tensors) != len(_TENSORS):
             # A replica of nn.DataParallel has plain attributes instead.
             tensors = [getattr(self, name) for name in _TENSORS]
-        y = run(
+        config = (self.residual, self.activation, self.squeeze_activation, self.gate)
+        return packed.mbconv(x, *tensors, self.stride, self.padding, *config)
+
+    def _run_plain(self, x: Tensor) -> Tensor:
+        """The block by `effnet_ops.mbconv`, on whatever backend that chooses."""
+
+        def conv(name: str) -> ConvNormParams | None:
+            weight = self.plain(f"{name}_weight")
+            return None if weight is None else ConvNormParams(weight[:, :, None, None], parameter(self, f"{name}_bias"))
+
+        reduce, excite, squeeze_excite = conv("reduce"), conv("excite"), None
+        if reduce is not None:
+            squeeze_excite = SqueezeExciteParams(*reduce[:2], *excite[:2], self.squeeze_activation)
+        filters = packing.unpack_depthwise(parameter(self, "depthwise_weight"))
+        return functional.mbconv(
             x,
-            *tensors,
-            self.stride,
-            self.padding,
-            self.residual,
-            self.activation,
-            self.squeeze_activation,
-            self.gate,
+            conv("expand"),
+            ConvNormParams(filters, parameter(self, "depthwise_bias")),
+            squeeze_excite,
+            conv("project"),
+            stride=self.stride,
+            padding=self.padding or "same",
+            activation=self.activation,
+            gate=self.gate,
+            residual=self.residual,
+            training=False,
         )
-        return y if self.after == "none" else activate(y, self.after)
 
     def extra_repr(self) -> str:
         return f"stride={self.stride}, padding={self.padding}, activation={self.activation}, residual={self.residual}"
