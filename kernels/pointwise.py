@@ -431,11 +431,18 @@ def _few(images: int, pixels: int, block_p: int, channels: int, block: int, arch
 
 
 def _product_rule(
-    shape: Mapping[str, int], arch: Architecture, reduced: int, kept: int, most_rows: int, most_kept: int
+    shape: Mapping[str, int],
+    arch: Architecture,
+    reduced: int,
+    kept: int,
+    most_rows: int,
+    most_kept: int,
+    four_warps: int,
 ) -> Config:
     """Tiles of a product of (images x pixels, reduced) with (reduced, kept).
 
-    The limits keep each operand and the result at 32 to 64 registers a thread: more spill (tests compile them all).
+    The limits keep each operand and the result at 16 to 64 registers a thread: more spill (tests compile them all).
+    ``four_warps`` is the largest tile that four warps work on.
     """
     images, pixels, size = shape["images"], shape["pixels"], shape["element_size"]
     block_kept = _width(kept, reduced, most_kept)
@@ -452,7 +459,7 @@ def _product_rule(
         "block_reduced": block_reduced,
         "block_kept": block_kept,
         "parts": _parts(images, triton.cdiv(pixels, block_p), blocks, arch),
-        "num_warps": 8 if block_p * max(block_kept, block_reduced) > (2048 if shape.get("sums") else 4096) else 4,
+        "num_warps": 4 if block_p * max(block_kept, block_reduced) <= four_warps else 8,
         "stages": 3 if size == 2 else 2,
     }
 
@@ -460,14 +467,14 @@ def _product_rule(
 @tuning.heuristic("pointwise_forward")
 def _forward_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
     limits = (128, 64) if _wide_tiles(shape, arch) else (64, 32)
-    return _product_rule(shape, arch, shape["channels_in"], shape["channels_out"], *limits)
+    return _product_rule(shape, arch, shape["channels_in"], shape["channels_out"], *limits, 4096)
 
 
 @tuning.heuristic("pointwise_input_gradient")
 def _input_gradient_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
-    """Sums of the result with its own input need three more tiles of its size in registers."""
-    limits = (64 if shape["sums"] else 128, 64) if _wide_tiles(shape, arch) else (32, 32)
-    return _product_rule(shape, arch, shape["channels_out"], shape["channels_in"], *limits)
+    """Smaller than the forward's: two tensors are read for each operand, and sums need more tiles of the result."""
+    limits = (64, 64) if _wide_tiles(shape, arch) else (32, 32)
+    return _product_rule(shape, arch, shape["channels_out"], shape["channels_in"], *limits, 2048)
 
 
 @tuning.heuristic("pointwise_weight_gradient")
