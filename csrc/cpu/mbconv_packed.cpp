@@ -15,9 +15,9 @@ struct Cut {
     // The cut with the fewest estimated cycles, one vector being worked on in a cycle:
     //   work: products, taps and activations, of the rows and channels that are computed (neighbouring chunks share
     //   rows of the expanded tensor, and the last slab overlaps where the channels do not divide); a factor for threads
-    //   that wait for the last task, for rows that do not stay in L1, and for tiles one vector wide; what the threads
-    //   must fetch from each other's cache, unless a thread's rows are its own in the next step, too.
-    Cut(const PackedBlock& b, int64_t images, int64_t lanes, int64_t element, int64_t row_bytes, int64_t threads) {
+    //   that wait for the last task, and for tiles one vector wide; what the threads must fetch
+    //   from each other's cache, unless a thread's rows are its own in the next step, too.
+    Cut(const PackedBlock& b, int64_t images, int64_t lanes, int64_t element, int64_t threads) {
         const DepthwiseShape& s = b.depthwise_shape;
         const double in_pixels = double(images * s.height * s.width),
                      out_pixels = double(images * s.out_height * s.out_width);
@@ -41,7 +41,6 @@ struct Cut {
 
   private:
     static constexpr double activate = 14, copy = 2, load_taps = 1.4, fetched_bytes = 4;
-    static constexpr int64_t l1_bytes = 24 << 10;
 };
 
 template <class T>
@@ -101,16 +100,16 @@ class PackedRun {
     struct Images {
         int64_t first, count, threads, chunks;
         T* convolved;
-        A* sums;  // [images][chunks][channels], of the activated values
+        A* sums;  // [images][output rows][channels], of the activated values: the same for every cut
     };
 
     // Images [first, last), by `threads` threads.
     void images(int64_t first, int64_t last, int64_t threads) const {
         const int64_t count = last - first;
         const int64_t width = larger(s_.pad_left + s_.width, (s_.out_width - 1) * s_.stride_w + s_.kernel_w);
-        const Cut cut(b_, count, L, sizeof(T), width * L * int64_t(sizeof(A)), threads);
+        const Cut cut(b_, count, L, sizeof(T), threads);
         const Scratch<T> convolved(count * image_out_ * channels_);
-        const Scratch<A> sums(b_.reduced == 0 ? 0 : count * cut.chunks * padded_);
+        const Scratch<A> sums(b_.reduced == 0 ? 0 : count * s_.out_height * padded_);
         const Images done{first, count, threads, cut.chunks, convolved, sums};
         TermRows<T> terms(x_ + first * image_in_ * b_.in, b_.in, b_.expand == nullptr ? 0 : count * image_in_);
         const E* const input = b_.expand == nullptr ? nullptr : terms(0, count * image_in_);
@@ -147,7 +146,6 @@ class PackedRun {
         const auto slot = [&](int64_t row) { return rows.ring + row % s_.kernel_h * width * S + s_.pad_left * S; };
         const int64_t begin = s_.out_height * piece.chunk / to.chunks,
                       end = s_.out_height * (piece.chunk + 1) / to.chunks;
-        Vec<A> sum[W] = {};
         int64_t staged = larger(0, begin * s_.stride_h - s_.pad_top);
         for (int64_t oy = begin; oy < end; ++oy) {
             const int64_t top = oy * s_.stride_h - s_.pad_top, bottom = smaller(s_.height, top + s_.kernel_h);
@@ -163,11 +161,8 @@ class PackedRun {
             RowLayout<A> at{S, S, padded_, rows.out, S};
             at.start = depthwise_bias_ + c;
             convolve_row<A>(pairs, at, s_.kernel_w, s_.stride_w, 1, s_.out_width);
-            finish_row<W>(rows.out, (piece.image * s_.out_height + oy) * s_.out_width, c, to.convolved, sum);
+            finish_row<W>(rows.out, (piece.image * s_.out_height + oy) * s_.out_width, c, to);
         }
-        if (b_.reduced == 0) return;
-        for (int w = 0; w < W; ++w)
-            store(to.sums + (piece.image * to.chunks + piece.chunk) * padded_ + c + w * L, sum[w]);
     }
 
     // One row of the depthwise convolution's input: expanded and activated, or copied.
@@ -192,8 +187,8 @@ class PackedRun {
     }
 
     template <int W>
-    void finish_row(const A* values, int64_t pixel, int64_t c, T* convolved, Vec<A> (&sum)[W]) const {
-        T* const to = convolved + pixel * channels_ + c;
+    void finish_row(const A* values, int64_t pixel, int64_t c, const Images& done) const {
+        T* const to = done.convolved + pixel * channels_ + c;
         with_activation(b_.activation, [&](auto kind) {
             for (int w = 0; w < W; ++w) {
                 const int n = int(smaller(L, channels_ - c - w * L));
@@ -203,7 +198,7 @@ class PackedRun {
                     total += v;
                     store(to + p * channels_ + w * L, v, n);
                 }
-                sum[w] += total;
+                if (b_.reduced != 0) store(done.sums + pixel / s_.out_width * padded_ + c + w * L, total);
             }
         });
     }
@@ -217,8 +212,8 @@ class PackedRun {
         for (int64_t image = 0; image < done.count; ++image)
             for (int64_t c = 0; c < padded_; c += L) {
                 Vec<A> sum = {};
-                for (int64_t chunk = 0; chunk < done.chunks; ++chunk)
-                    sum += load(done.sums + (image * done.chunks + chunk) * padded_ + c);
+                for (int64_t row = 0; row < s_.out_height; ++row)
+                    sum += load(done.sums + (image * s_.out_height + row) * padded_ + c);
                 store(mean + image * padded_ + c, sum * factor);
             }
         const Panels<A> reduce{static_cast<const A*>(b_.reduce), channels_, b_.reduced},
