@@ -17,6 +17,7 @@ import torch
 
 import effnet_ops
 from effnet_ops import _native
+from effnet_ops.scaling.machine import cpu_model
 
 PACKAGES = ("torch", "torchvision", "timm", "efficientnet_pytorch", "onnx", "onnxruntime", "openvino")
 _ORIGIN = ("commit", "uncommitted_changes", "cpu", "cores", "isa", "versions")
@@ -87,16 +88,6 @@ def environment() -> dict[str, Any]:
         **_commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def cpu_model() -> str:
-    """The processor's name as the operating system has it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _versions() -> dict[str, str]:

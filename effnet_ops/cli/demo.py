@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 import effnet_ops
-from effnet_ops.benchmark.rows import cpu_model
 from effnet_ops.benchmark.timing import Timing, interleave
 from effnet_ops.cli.console import console, need
 from effnet_ops.cli.pictures import imagenet_labels, lite0_state_dict, preprocess, read_image
+from effnet_ops.scaling.machine import cpu_model
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -10,8 +10,8 @@ from rich.table import Table
 
 import effnet_ops
 from effnet_ops import _native
-from effnet_ops.benchmark.rows import cpu_model
 from effnet_ops.cli.console import console
+from effnet_ops.scaling.machine import cpu_model
 
 PACKAGES = (
     "triton",
