@@ -8,6 +8,7 @@ parameters of their own dtype or fp32 and are accumulated in fp32; fp64 in fp64.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -187,12 +188,8 @@ def mbconv(
     convs = [conv for conv in (expand, depthwise, project) if conv is not None]
     if training:
         _check_batch_size(convs, x, size)
-    uncovered = _uncovered_filter(depthwise.weight, depthwise.weight.shape[0])
-    if any(conv.bias is not None and conv.norm is not None for conv in convs):
-        uncovered = "a convolution has both a bias and a normalisation"
     keywords = dict(stride=stride, activation=activation, gate=gate, residual=residual, drop_path=drop_path)
-    window = backends.Window(depthwise.weight.shape[2:], stride, (1, 1))
-    if backends.select(x, uncovered, window) == "reference":
+    if _block_backend(x, convs, depthwise, stride) == "reference":
         padding = checks.resolve_padding(sides, x.shape[2:], depthwise.weight.shape[2:], stride, (1, 1))
         y, statistics = _run_reference(
             reference.mbconv,
@@ -214,6 +211,61 @@ def mbconv(
     if training:
         _update_running_statistics((expand, depthwise, project), statistics, x, size)
     return y
+
+
+def _block_backend(
+    x: Tensor, convs: Sequence[ConvNormParams], depthwise: ConvNormParams, stride: tuple[int, int]
+) -> str:
+    uncovered = _uncovered_filter(depthwise.weight, depthwise.weight.shape[0])
+    if any(conv.bias is not None and conv.norm is not None for conv in convs):
+        uncovered = "a convolution has both a bias and a normalisation"
+    return backends.select(x, uncovered, backends.Window(depthwise.weight.shape[2:], stride, (1, 1)))
+
+
+class MBConvInference:
+    """`mbconv` in evaluation without gradients, for one block: what was checked at one call is not checked at the next.
+
+    The checks of some twenty parameters take longer than a small block on a fast processor.
+    """
+
+    __slots__ = ("_checked",)
+
+    def __init__(self) -> None:
+        # One tuple, which threads that run the same block exchange as a whole: key, state, arguments of the operator.
+        self._checked: tuple[Any, Sequence[Any], tuple[Any, ...]] | None = None
+
+    def __call__(
+        self,
+        x: Tensor,
+        state: Sequence[Any],
+        block: Callable[[], Sequence[Any]],
+        stride: tuple[int, int],
+        padding: Padding,
+        activation: str,
+        gate: str,
+        residual: bool,
+    ) -> Tensor:
+        """The block's output for x; the arguments are those of `mbconv`.
+
+        ``block()`` gives expand, depthwise, squeeze_excite and project; ``state`` is all that these are made of, the
+        depthwise weight first: while it holds the same objects as before, they are not asked for.
+        """
+        weight = state[0]
+        key = (x.shape[1:], x.dtype, x.device, weight.dtype, weight.device, backends.requested())
+        checked = self._checked
+        if checked is not None and key == checked[0] and all(map(is_, state, checked[1])):
+            return ops.infer_mbconv(x, checked[2])
+        expand, depthwise, squeeze_excite, project = block()
+        settings = dict(stride=stride, activation=activation, gate=gate, residual=residual)
+        y = mbconv(x, expand, depthwise, squeeze_excite, project, padding=padding, training=False, **settings)
+        convs = [conv for conv in (expand, depthwise, project) if conv is not None]
+        arguments = None
+        if _block_backend(x, convs, depthwise, stride) != "reference":
+            params = (expand, depthwise, squeeze_excite, project)
+            sides = checks.padding_sides(padding)
+            arguments = ops.inference_arguments(x, *params, stride, sides, activation, gate, residual)
+        self._checked = None if arguments is None else (key, state, arguments)
+        return y
 
 
 # Asked once: torch.compile does not trace the question, and torch.compiler's decorators import it, which takes seconds.

@@ -7,10 +7,16 @@
 
 EFFNET_NAMESPACE_BEGIN
 
-// x with its magnitude cut off at 89, in integers: those instructions have ports to spare. NaN becomes a number.
+// x with its magnitude cut off at 89. NaN becomes a number.
 EFFNET_INLINE Vec<float> within_exp(Vec<float> x) {
+#if defined(__AVX512DQ__)
+    constexpr int smaller_magnitude_with_sign_of_first = 2;
+    return (Vec<float>)_mm512_range_ps((__m512)x, _mm512_set1_ps(89.0f), smaller_magnitude_with_sign_of_first);
+#else
+    // In integers: those instructions have ports to spare.
     const U32 bits = bit_cast<U32>(x), magnitude = bits & 0x7fffffffu, most = bit_cast<U32>(broadcast(89.0f));
     return bit_cast<Vec<float>>((magnitude < most ? magnitude : most) | (bits & 0x80000000u));
+#endif
 }
 
 // exp(-x) in fp32, for a sum with 1: -x = n ln 2 + r and 2^n times a polynomial in r. Relative error below 1.5e-7 for

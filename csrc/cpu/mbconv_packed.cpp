@@ -117,7 +117,7 @@ class PackedRun {
         // The larger of image and weights stays in cache while the other passes by.
         const bool weights_stay = b_.expand != nullptr && channels_ > image_in_;
         parallel_tasks(
-            parts * cut.slabs, [&] { return Rows(s_.kernel_h * width * slab, s_.out_width * slab); },
+            parts * cut.slabs, [&] { return Rows(ring_rows(cut.vectors) * width * slab, s_.out_width * slab); },
             [&](int64_t task, const Rows& rows) {
                 if (b_.reduced != 0) fetch_excitation(task, ceil_div(parts * cut.slabs, threads));
                 const int64_t part = weights_stay ? task % parts : task / cut.slabs;
@@ -138,23 +138,30 @@ class PackedRun {
         }
     }
 
+    // Rows that are expanded at a time: as many as one tile has room for.
+    int64_t rows_at_once(int vectors) const {
+        const int64_t height = vectors == 3 ? tile_height<3> : vectors == 2 ? tile_height<2> : tile_height<1>;
+        return b_.expand == nullptr ? 1 : larger(1, smaller(height / s_.width, s_.height));
+    }
+    int64_t ring_rows(int vectors) const { return s_.kernel_h + rows_at_once(vectors) - 1; }
+
     template <int W>
     void convolve(const Piece& piece, const Images& to, const E* input, int64_t width, const Rows& rows) const {
         constexpr int64_t S = W * L;
         // The last slab overlaps the one before it where the channels do not divide.
         const int64_t c = smaller(piece.slab * W, ceil_div(channels_, L) - W) * L;
-        const auto slot = [&](int64_t row) { return rows.ring + row % s_.kernel_h * width * S + s_.pad_left * S; };
+        const int64_t capacity = ring_rows(W), at_once = rows_at_once(W);
+        const auto slot = [&](int64_t row) { return rows.ring + row % capacity * width * S + s_.pad_left * S; };
         const int64_t begin = s_.out_height * piece.chunk / to.chunks,
                       end = s_.out_height * (piece.chunk + 1) / to.chunks;
         int64_t staged = larger(0, begin * s_.stride_h - s_.pad_top);
         for (int64_t oy = begin; oy < end; ++oy) {
             const int64_t top = oy * s_.stride_h - s_.pad_top, bottom = smaller(s_.height, top + s_.kernel_h);
+            for (; staged < bottom; staged += at_once)
+                make_rows<W>(piece.image * s_.height, staged, smaller(at_once, s_.height - staged), to.first, c, input,
+                             slot);
             RowPairs<A> pairs;
             for (int64_t iy = larger(0, top); iy < bottom; ++iy) {
-                if (iy >= staged) {
-                    make_row<W>((piece.image * s_.height + iy) * s_.width, to.first, c, input, slot(iy));
-                    staged = iy + 1;
-                }
                 pairs.rows[pairs.count] = slot(iy) - s_.pad_left * S;
                 pairs.weights[pairs.count++] = depthwise_ + (iy - top) * s_.kernel_w * padded_ + c;
             }
@@ -165,24 +172,40 @@ class PackedRun {
         }
     }
 
-    // One row of the depthwise convolution's input: expanded and activated, or copied.
-    template <int W>
-    void make_row(int64_t pixel, int64_t first_image, int64_t c, const E* input, A* to) const {
+    // Rows of the depthwise convolution's input, [row, row + count) of an image: expanded and activated, or copied.
+    template <int W, class Slot>
+    void make_rows(int64_t image_row, int64_t row, int64_t count, int64_t first_image, int64_t c, const E* input,
+                   const Slot& slot) const {
         constexpr int64_t S = W * L;
+        const int64_t pixel = (image_row + row) * s_.width;
         if (b_.expand == nullptr) {
             const T* from = x_ + (first_image * image_in_ + pixel) * channels_ + c;
             for (int w = 0; w < W; ++w) {
                 const int n = int(smaller(L, channels_ - c - w * L));
-                for (int64_t p = 0; p < s_.width; ++p) store(to + p * S + w * L, load(from + p * channels_ + w * L, n));
+                A* const to = slot(row) + w * L;
+                for (int64_t p = 0; p < s_.width; ++p) store(to + p * S, load(from + p * channels_ + w * L, n));
             }
             return;
         }
         const int64_t terms = term_count<E>(b_.in);
         const Panels<E> panels{static_cast<const E*>(b_.expand), terms, padded_};
         const auto left = Left<E>::rows(input + pixel * terms, terms, terms);
-        Multiply<W, E, A>(left, panels, c / L, expand_bias_)(0, s_.width, to, S);
+        const Multiply<W, E, A> multiply(left, panels, c / L, expand_bias_);
+        constexpr int height = tile_height<W>;
+        alignas(64) A values[height * S];
+        multiply.each_tile(count * s_.width, [&](int64_t first, int64_t pixels, const E* next) {
+            multiply.template tile<height>(pixels, first, next, values, S);
+            for (int64_t done = 0; done < pixels;) {
+                const int64_t at = first + done, x = at % s_.width, run = smaller(pixels - done, s_.width - x);
+                activate_run(values + done * S, slot(row + at / s_.width) + x * S, run * S);
+                done += run;
+            }
+        });
+    }
+
+    void activate_run(const A* from, A* to, int64_t count) const {
         with_activation(b_.activation, [&](auto kind) {
-            for (int64_t i = 0; i < s_.width * S; i += L) store(to + i, activate_as<T>(load(to + i), kind.value));
+            for (int64_t i = 0; i < count; i += L) store(to + i, activate_as<T>(load(from + i), kind.value));
         });
     }
 

@@ -5,11 +5,20 @@ The compiled library registers their CPU kernels and `triton` those for CUDA; el
 
 from effnet_ops.ops import packed
 from effnet_ops.ops.depthwise import depthwise_conv2d
-from effnet_ops.ops.mbconv import mbconv, set_recompute
+from effnet_ops.ops.mbconv import infer_mbconv, inference_arguments, mbconv, set_recompute
 from effnet_ops.ops.pointwise import pointwise_conv2d
 from effnet_ops.ops.squeeze_excite import squeeze_excite
 from effnet_ops.ops.triton import register as _register_triton
 
-__all__ = ["depthwise_conv2d", "mbconv", "packed", "pointwise_conv2d", "set_recompute", "squeeze_excite"]
+__all__ = [
+    "depthwise_conv2d",
+    "infer_mbconv",
+    "inference_arguments",
+    "mbconv",
+    "packed",
+    "pointwise_conv2d",
+    "set_recompute",
+    "squeeze_excite",
+]
 
 _register_triton()

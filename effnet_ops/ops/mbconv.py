@@ -298,6 +298,55 @@ def _eps(conv: ConvNormParams | None) -> float:
     return 0.0 if conv is None or conv.norm is None else conv.norm.eps
 
 
+def _arguments(
+    x: Tensor,
+    expand: ConvNormParams | None,
+    depthwise: ConvNormParams,
+    squeeze_excite: SqueezeExciteParams | None,
+    project: ConvNormParams,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    activation: str,
+    gate: str,
+    residual: bool,
+    drop_path: Tensor | None,
+    training: bool,
+) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
+    """The tensors and the settings of a block in the order of the operators' schemas."""
+    se = (None, None, None, None) if squeeze_excite is None else squeeze_excite[:4]
+    se_activation = activation if squeeze_excite is None else squeeze_excite.activation or activation
+    if drop_path is not None:
+        drop_path = drop_path.to(reference.compute_dtype(x.dtype))
+    block = (
+        x,
+        *((None,) * 5 if expand is None else _norm_arguments(expand, training)),
+        *_norm_arguments(depthwise, training),
+        *se,
+        *_norm_arguments(project, training),
+        drop_path,
+    )
+    eps = (_eps(expand), _eps(depthwise), _eps(project))
+    return block, (eps, stride, padding, residual, activation, se_activation, gate)
+
+
+def inference_arguments(x: Tensor, *args: Any) -> tuple[Any, ...] | None:
+    """What `infer_mbconv` takes behind x, or None where the block needs batch statistics.
+
+    ``args`` are those of `_arguments` from ``expand`` to ``residual``.
+    """
+    block, config = _arguments(x, *args, None, False)
+    return None if _needs_batch_statistics(block) else (*block[1:], *config)
+
+
+def infer_mbconv(x: Tensor, arguments: Sequence[Any]) -> Tensor:
+    """The block in evaluation and without drop path, where gradients are off."""
+    return _library.call(_inference_operator, x, *arguments)
+
+
+def _needs_batch_statistics(block: Sequence[Tensor | None]) -> bool:
+    return any(block[i] is not None and block[i + 2] is None for i in (2, 7, 16))
+
+
 def mbconv(
     x: Tensor,
     expand: ConvNormParams | None,
@@ -318,23 +367,11 @@ def mbconv(
     Returns:
         y, and for expand, depthwise and project the mean and biased variance (C,) of the batch where they were used.
     """
-    se = (None, None, None, None) if squeeze_excite is None else squeeze_excite[:4]
-    se_activation = activation if squeeze_excite is None else squeeze_excite.activation or activation
-    if drop_path is not None:
-        drop_path = drop_path.to(reference.compute_dtype(x.dtype))
-    block = (
-        x,
-        *((None,) * 5 if expand is None else _norm_arguments(expand, training)),
-        *_norm_arguments(depthwise, training),
-        *se,
-        *_norm_arguments(project, training),
-        drop_path,
+    block, config = _arguments(
+        x, expand, depthwise, squeeze_excite, project, stride, padding, activation, gate, residual, drop_path, training
     )
-    eps = (_eps(expand), _eps(depthwise), _eps(project))
-    config = (eps, stride, padding, residual, activation, se_activation, gate)
     differentiate = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in block)
-    batch_statistics = any(block[i] is not None and block[i + 2] is None for i in (2, 7, 16))
-    if not differentiate and not batch_statistics:
+    if not differentiate and not _needs_batch_statistics(block):
         return _inference_operator(*block, *config), [None, None, None]
     save_expanded = differentiate and (_policy == "never" or (_policy == "auto" and x.shape[1] > _AUTO_CHANNELS))
     y, *stages = _training_operator(*block, *config, save_expanded)

@@ -89,6 +89,7 @@ class BlockPlan(NamedTuple):
     activation: str
     residual: bool
     after: str
+    inference: functional.MBConvInference
 
     def mixed(self) -> bool:
         """Whether some normalisations train and others do not; `effnet_ops.mbconv` has one flag for all."""
@@ -98,22 +99,47 @@ class BlockPlan(NamedTuple):
         )
 
     def run(self, x: Tensor, drop_path: Tensor | None) -> Tensor:
-        squeeze_excite = self.squeeze_excite
-        y = functional.mbconv(
-            x,
+        gate = "sigmoid" if self.squeeze_excite is None else self.squeeze_excite.gate
+        training = self.depthwise[1].training
+        if training or drop_path is not None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            y = functional.mbconv(
+                x,
+                *self._params(),
+                stride=self.stride,
+                padding=self.padding,
+                activation=self.activation,
+                gate=gate,
+                residual=self.residual,
+                drop_path=drop_path,
+                training=training,
+            )
+        else:
+            settings = (self.stride, self.padding, self.activation, gate, self.residual)
+            y = self.inference(x, self._state(), self._params, *settings)
+        return y if self.after == "none" else activate(y, self.after)
+
+    def _params(self) -> tuple[Any, ...]:
+        """expand, depthwise, squeeze_excite and project as `effnet_ops.mbconv` takes them."""
+        return (
             None if self.expand is None else conv_norm_params(*self.expand),
             conv_norm_params(*self.depthwise),
-            None if squeeze_excite is None else squeeze_excite.params(),
+            None if self.squeeze_excite is None else self.squeeze_excite.params(),
             conv_norm_params(*self.project),
-            stride=self.stride,
-            padding=self.padding,
-            activation=self.activation,
-            gate="sigmoid" if squeeze_excite is None else squeeze_excite.gate,
-            residual=self.residual,
-            drop_path=drop_path,
-            training=self.depthwise[1].training,
         )
-        return y if self.after == "none" else activate(y, self.after)
+
+    def _state(self) -> list[Any]:
+        """All that `_params` reads, the depthwise weight first."""
+        state: list[Any] = []
+        for stage in (self.depthwise, self.project, self.expand):
+            if stage is not None:
+                conv, norm = stage
+                buffers = norm._buffers
+                state += parameter(conv, "weight"), parameter(norm, "weight"), parameter(norm, "bias")
+                state += buffers["running_mean"], buffers["running_var"], norm.eps
+        if self.squeeze_excite is not None:
+            for conv in self.squeeze_excite[:2]:
+                state += parameter(conv, "weight"), parameter(conv, "bias")
+        return state
 
 
 def parameter(module: nn.Module, name: str) -> Tensor | None:
@@ -343,6 +369,7 @@ def block_plan(
         activation,
         residual,
         after,
+        functional.MBConvInference(),
     )
 
 
