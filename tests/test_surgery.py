@@ -410,23 +410,47 @@ LATER: dict[str, Callable[[nn.Module], object]] = {
     "eps": lambda b: setattr(b.bn3, "eps", 1.0),
     "a new parameter": lambda b: setattr(b.conv_dw, "weight", nn.Parameter(torch.ones(32, 1, 3, 3).double())),
     "statistics": lambda b: b.bn1.running_mean.add_(1.0),
+    "weights written through .data": lambda b: b.conv_dw.weight.data.mul_(2),
     "loaded weights": lambda b: b.load_state_dict({k: v * 2 for k, v in b.state_dict().items()}),
 }
 
 
+@pytest.mark.parametrize("gradients", [True, False])
 @pytest.mark.parametrize("name", LATER)
-def test_change_after_replacement(name: str, x: Tensor) -> None:
+def test_change_after_replacement(name: str, gradients: bool, x: Tensor) -> None:
     block = timm_block()
     replace_layers(block)
     stock = copy.deepcopy(block)
     restore_layers(stock)
-    before = block(x)
-    for module in (block, stock):
-        LATER[name](module)
-    after = stock.eval()(x)
-    unchanged = before.shape == after.shape and torch.allclose(before, after, rtol=1e-3)
-    assert unchanged == (name == "SyncBatchNorm of timm")
-    torch.testing.assert_close(block.eval()(x), after)
+    with torch.set_grad_enabled(gradients):
+        before = block(x)
+        for module in (block, stock):
+            LATER[name](module)
+        after = stock.eval()(x)
+        unchanged = before.shape == after.shape and torch.allclose(before, after, rtol=1e-3)
+        assert unchanged == (name == "SyncBatchNorm of timm")
+        torch.testing.assert_close(block.eval()(x), after)
+
+
+def test_inference_notices_another_dtype_size_and_backend(x: Tensor) -> None:
+    block = timm_block()
+    replace_layers(block)
+    with torch.no_grad():
+        wanted = block(x)
+        torch.testing.assert_close(block(x[:2, :, 3:]), restored(block)(x[:2, :, 3:]))
+        torch.testing.assert_close(block.float()(x.float()), wanted.float())
+        with pytest.raises(TypeError, match=r"weight must be torch\.float64"):
+            block(x)
+        with effnet_ops.use_backend("reference"):
+            assert not torch.equal(block(x.float()), wanted.float())
+        with pytest.raises(ValueError, match=r"expand\.weight must have shape"):
+            block(x.float()[:, 1:])
+
+
+def restored(block: nn.Module) -> nn.Module:
+    stock = copy.deepcopy(block)
+    restore_layers(stock)
+    return stock
 
 
 def test_removed_hook_lets_the_block_run_fused_again(x: Tensor) -> None:
