@@ -496,6 +496,15 @@ Tensor mbconv_packed(const Tensor& x, const OptionalTensor& expand_weight, const
     return y.finish();
 }
 
+Tensor average_pool(const Tensor& x) {
+    STD_TORCH_CHECK(x.dim() == 4 && x.size(2) * x.size(3) > 0, "x must be (N, C, H, W) with at least one pixel");
+    const Tensor y = torch::stable::empty({x.size(0), x.size(1), 1, 1}, x.scalar_type());
+    const Tensor input = nhwc(x);
+    cpu::kernels(kernel_dtype(x.scalar_type()))
+        .average_pool(x.size(0), x.size(2) * x.size(3), x.size(1), input.const_data_ptr(), y.mutable_data_ptr());
+    return y;
+}
+
 Tensor pointwise_packed(const Tensor& x, const Tensor& weight, const Tensor& bias, const std::string& activation) {
     STD_TORCH_CHECK(x.dim() == 4, "x must be (N, C, H, W)");
     const cpu::PointwiseShape s{x.size(0), x.size(2) * x.size(3), x.size(1), bias.numel()};
@@ -679,6 +688,7 @@ STABLE_TORCH_LIBRARY_IMPL(effnet_ops, CPU, m) {
     m.impl("squeeze_excite_backward", TORCH_BOX(&effnet::squeeze_excite_backward));
     m.impl("mbconv_inference", TORCH_BOX(&effnet::mbconv_inference));
     m.impl("mbconv_packed", TORCH_BOX(&effnet::mbconv_packed));
+    m.impl("average_pool", TORCH_BOX(&effnet::average_pool));
     m.impl("pointwise_packed", TORCH_BOX(&effnet::pointwise_packed));
     m.impl("convolution_packed", TORCH_BOX(&effnet::convolution_packed));
     m.impl("mbconv_training", TORCH_BOX(&effnet::mbconv_training));

@@ -160,6 +160,8 @@ struct Kernels {
                                  const void* residual, Activation, void* y);
     void (*pointwise_backward)(const PointwiseShape&, const void* grad, const void* x, const void* weight,
                                const void* bias, Activation, void* grad_x, void* grad_weight, void* grad_bias);
+    // The mean over each image's pixels: [images][channels].
+    void (*average_pool)(int64_t images, int64_t pixels, int64_t channels, const void* x, void* y);
     void (*squeeze_excite)(const SqueezeExciteShape&, const void* x, const SqueezeExciteParams&, void* y, void* pooled);
     void (*squeeze_excite_backward)(const SqueezeExciteShape&, const void* grad, const void* x, const void* pooled,
                                     const SqueezeExciteParams&, void* grad_x, const SqueezeExciteGrads&);

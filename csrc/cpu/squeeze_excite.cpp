@@ -59,6 +59,35 @@ void squeeze_excite_backward(const SqueezeExciteShape& s, const void* grad, cons
                     static_cast<T*>(grad_x));
 }
 
+// Channels go to the threads by the same shares as the columns of the product before, which left them in its cache.
+template <class T>
+void average_pool(int64_t images, int64_t pixels, int64_t channels, const void* x, void* y) {
+    using A = Compute<T>;
+    constexpr int64_t L = lanes<A>, run = 64;
+    const int64_t vectors = ceil_div(channels, L), parts = smaller(vectors, ceil_div(thread_count(), larger(images, 1)));
+    parallel_tasks(
+        images * parts, [] { return 0; },
+        [&](int64_t task, int) {
+            const int64_t image = task / parts, part = task % parts;
+            const T* const from = static_cast<const T*>(x) + image * pixels * channels;
+            T* const to = static_cast<T*>(y) + image * channels;
+            for (int64_t c = vectors * part / parts * L; c < smaller(channels, vectors * (part + 1) / parts * L);
+                 c += L) {
+                const int n = int(smaller(L, channels - c));
+                // Runs are summed apart: rounding errors grow with the length of a sum.
+                Vec<A> total = {};
+                for (int64_t first = 0; first < pixels; first += run) {
+                    Vec<A> sum = {};
+                    for (int64_t p = first; p < smaller(pixels, first + run); ++p)
+                        sum += load(from + p * channels + c, n);
+                    total += sum;
+                }
+                store(to + c, total / A(pixels), n);
+            }
+        });
+}
+
+EFFNET_INSTANTIATE(average_pool)
 EFFNET_INSTANTIATE(squeeze_excite)
 EFFNET_INSTANTIATE(squeeze_excite_backward)
 

@@ -12,6 +12,7 @@ constexpr Kernels kernels_of() {
     kernels.pointwise_packed = pointwise_packed<T>;
     kernels.convolution_packed = convolution_packed<T>;
     kernels.pointwise_backward = pointwise_backward<T>;
+    kernels.average_pool = average_pool<T>;
     kernels.squeeze_excite = squeeze_excite<T>;
     kernels.squeeze_excite_backward = squeeze_excite_backward<T>;
     kernels.mbconv_inference = mbconv_inference<T>;

@@ -35,6 +35,8 @@ template <class T>
 void pointwise_backward(const PointwiseShape&, const void* grad, const void* x, const void* weight, const void* bias,
                         Activation, void* grad_x, void* grad_weight, void* grad_bias);
 template <class T>
+void average_pool(int64_t images, int64_t pixels, int64_t channels, const void* x, void* y);
+template <class T>
 void squeeze_excite(const SqueezeExciteShape&, const void* x, const SqueezeExciteParams&, void* y, void* pooled);
 template <class T>
 void squeeze_excite_backward(const SqueezeExciteShape&, const void* grad, const void* x, const void* pooled,

@@ -113,6 +113,7 @@ class EfficientNet(_Trunk):
         self.num_features = spec.head_channels
         self.conv_head = layers.dense_conv(spec.stages()[-1][-1].out_channels, self.num_features, 1)
         self.bn2 = self._norm(self.num_features)
+        self.global_pool = nn.AdaptiveAvgPool2d(1)
         self.reset_classifier(num_classes)
         initialize(self)
 
@@ -140,7 +141,7 @@ class EfficientNet(_Trunk):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pooled features (N, ``num_features``) where ``pre_logits``, else the classifier's output."""
-        x = F.dropout(x.mean((2, 3)), self.drop_rate, self.training)
+        x = F.dropout(self.global_pool(x).flatten(1), self.drop_rate, self.training)
         return x if pre_logits else self.classifier(x)
 
     def forward(self, x: Tensor) -> Tensor:

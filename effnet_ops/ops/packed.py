@@ -1,4 +1,4 @@
-"""The operators on packed weights (see `effnet_ops.packing`), which have no gradient: inference only."""
+"""The operators of optimized models, most on packed weights (see `effnet_ops.packing`), without gradient kernels."""
 
 from __future__ import annotations
 
@@ -121,6 +121,14 @@ def _convolution_fake(
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
+def reference_average_pool(x: Tensor) -> Tensor:
+    return x.to(reference.compute_dtype(x.dtype)).mean((2, 3), keepdim=True).to(x.dtype).contiguous()
+
+
+def _average_pool_fake(x: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:2], 1, 1)
+
+
 def _define(schema: str, fallback: Any, fake: Any) -> torch._ops.OpOverload:
     """An operator whose gradient is the fallback's, by PyTorch's autograd: these are rare, and have no kernel."""
     operator = _library.define(schema, fallback, fake)
@@ -154,6 +162,8 @@ _convolution_operator = _define(
     reference_convolution,
     _convolution_fake,
 )
+
+_average_pool_operator = _define("average_pool(Tensor x) -> Tensor", reference_average_pool, _average_pool_fake)
 
 
 @register_flop_formula(torch.ops.effnet_ops.mbconv_packed)
@@ -202,3 +212,8 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor, *args: Any) -> Tensor:
         if fit
         else reference_convolution(x, weight, bias, *args)
     )
+
+
+def average_pool(x: Tensor) -> Tensor:
+    """The mean over the pixels of x (N, C, H, W), as (N, C, 1, 1)."""
+    return _library.call(_average_pool_operator, x)

@@ -200,6 +200,15 @@ class FoldedLinear(Folded, nn.Linear):
         return y.view(*x.shape[:-1], self.out_features)
 
 
+class FoldedPool(Folded, nn.AdaptiveAvgPool2d):
+    """The average over an image, behind folded blocks; made of an ``nn.AdaptiveAvgPool2d`` with one output pixel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 4 and 0 not in x.shape and backends.select(x) == "cpu":
+            return packed.average_pool(x)
+        return nn.AdaptiveAvgPool2d.forward(self, x)
+
+
 _TENSORS = tuple(
     f"{part}_{kind}" for part in ("expand", "depthwise", "reduce", "excite", "project") for kind in ("weight", "bias")
 )

@@ -28,6 +28,7 @@ from effnet_ops.surgery.folded import (
     FoldedMBConv,
     FoldedNorm,
     FoldedPointwise,
+    FoldedPool,
     fold,
 )
 from effnet_ops.surgery.fused import (
@@ -134,7 +135,7 @@ def optimize_for_inference(model: nn.Module, *, dtype: torch.dtype | None = None
         if isinstance(module, _BatchNorm):
             report.left.setdefault(name, f"{type(module).__name__} does not follow a known convolution")
     if report.blocks:
-        _pack_linears(model)
+        _convert_head(model)
     report.replaced = replace_layers(model)
     model.requires_grad_(False)
     if dtype is not None:
@@ -143,15 +144,21 @@ def optimize_for_inference(model: nn.Module, *, dtype: torch.dtype | None = None
     return model
 
 
-def _pack_linears(model: nn.Module) -> None:
-    """Pack the linear layers behind folded blocks, except where a child does more than its class says."""
+def _convert_head(model: nn.Module) -> None:
+    """Convert the pool and the linear layers behind folded blocks, except where one does more than its class says."""
     for name, module in model.named_modules():
-        if type(module) is nn.Linear and module.weight.dtype in FLOAT_DTYPES:
-            try:
-                check_untouched(name, module)
-            except Unfit:
-                continue
+        linear = type(module) is nn.Linear and module.weight.dtype in FLOAT_DTYPES
+        pool = type(module) is nn.AdaptiveAvgPool2d and module.output_size in (1, (1, 1))
+        if not linear and not pool:
+            continue
+        try:
+            check_untouched(name, module)
+        except Unfit:
+            continue
+        if linear:
             FoldedLinear.convert(module)
+        else:
+            module.__class__ = FoldedPool
 
 
 def _check_dtype(dtype: object) -> None:
