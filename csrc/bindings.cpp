@@ -124,6 +124,8 @@ class Parameters {
 
     const void* operator()(const Tensor& p, int64_t elements, const char* name) {
         STD_TORCH_CHECK(p.numel() == elements, name, " must have ", elements, " elements, got ", p.numel());
+        // Asking costs less than a call through the dispatcher, of which a block would make ten.
+        if (p.scalar_type() == type_ && p.is_contiguous()) return p.const_data_ptr();
         kept_.push_back(torch::stable::contiguous(as_dtype(p, type_)));
         return kept_.back().const_data_ptr();
     }
@@ -449,51 +451,107 @@ const void* panels(const Tensor& packed, const Tensor& x, bool products_in_stora
     return packed.const_data_ptr();
 }
 
+// The tensors of a block with packed weights; null pointers where it has no expansion or no gate.
+struct PackedTensors {
+    const Tensor *expand_weight, *expand_bias, *depthwise_weight, *depthwise_bias, *reduce_weight, *reduce_bias,
+        *excite_weight, *excite_bias, *project_weight, *project_bias;
+};
+
+struct PackedConfig {
+    Ints stride, padding;
+    bool residual;
+    Activation activation, squeeze_activation;
+    Gate gate;
+};
+
+Tensor run_packed(const Tensor& x, const PackedTensors& t, const PackedConfig& config) {
+    STD_TORCH_CHECK(x.dim() == 4 && t.depthwise_weight->dim() == 3,
+                    "x must be (N, C, H, W), depthwise_weight (kh, kw, C)");
+    cpu::PackedBlock block{};
+    const int64_t channels = t.depthwise_weight->size(2);
+    block.depthwise_shape =
+        depthwise_shape(x, Filter{t.depthwise_weight->size(0), t.depthwise_weight->size(1), channels}, config.stride,
+                        config.padding, {1, 1});
+    const cpu::DepthwiseShape& s = block.depthwise_shape;
+    block.in = x.size(1), block.out = t.project_bias->numel();
+    Parameters parameter(x);
+    if (t.expand_weight != nullptr) {
+        STD_TORCH_CHECK(t.expand_bias != nullptr, "expand_weight needs expand_bias");
+        block.expand = panels(*t.expand_weight, x, true, block.in, channels, "expand_weight");
+        block.expand_bias = parameter(*t.expand_bias, channels, "expand_bias");
+    } else {
+        STD_TORCH_CHECK(channels == block.in, "depthwise_weight must have ", block.in, " channels, got ", channels);
+    }
+    block.depthwise = parameter(*t.depthwise_weight, s.kernel_h * s.kernel_w * channels, "depthwise_weight");
+    block.depthwise_bias = parameter(*t.depthwise_bias, channels, "depthwise_bias");
+    if (t.reduce_weight != nullptr) {
+        STD_TORCH_CHECK(t.reduce_bias != nullptr && t.excite_weight != nullptr && t.excite_bias != nullptr,
+                        "squeeze-and-excitation takes two weights and two biases");
+        block.reduced = t.reduce_bias->numel();
+        block.reduce = panels(*t.reduce_weight, x, false, channels, block.reduced, "reduce_weight");
+        block.reduce_bias = parameter(*t.reduce_bias, block.reduced, "reduce_bias");
+        block.excite = panels(*t.excite_weight, x, false, block.reduced, channels, "excite_weight");
+        block.excite_bias = parameter(*t.excite_bias, channels, "excite_bias");
+    }
+    block.project = panels(*t.project_weight, x, true, channels, block.out, "project_weight");
+    block.project_bias = parameter(*t.project_bias, block.out, "project_bias");
+    STD_TORCH_CHECK(!config.residual || (block.in == block.out && s.height == s.out_height && s.width == s.out_width),
+                    "residual needs an output of the input's size");
+    block.residual = config.residual;
+    block.activation = config.activation;
+    block.squeeze_activation = config.squeeze_activation;
+    block.gate = config.gate;
+    const Output y(x, {s.batch, block.out, s.out_height, s.out_width});
+    if (s.batch == 0) return y.finish();
+    const Tensor input = nhwc(x);
+    cpu::kernels(kernel_dtype(x.scalar_type())).mbconv_packed(block, input.const_data_ptr(), y.data());
+    return y.finish();
+}
+
 Tensor mbconv_packed(const Tensor& x, const OptionalTensor& expand_weight, const OptionalTensor& expand_bias,
                      const Tensor& depthwise_weight, const Tensor& depthwise_bias, const OptionalTensor& reduce_weight,
                      const OptionalTensor& reduce_bias, const OptionalTensor& excite_weight,
                      const OptionalTensor& excite_bias, const Tensor& project_weight, const Tensor& project_bias,
                      const Ints& stride, const Ints& padding, bool residual, const std::string& activation,
                      const std::string& squeeze_activation, const std::string& gate) {
-    STD_TORCH_CHECK(x.dim() == 4 && depthwise_weight.dim() == 3,
-                    "x must be (N, C, H, W), depthwise_weight (kh, kw, C)");
-    cpu::PackedBlock block{};
-    const int64_t channels = depthwise_weight.size(2);
-    block.depthwise_shape = depthwise_shape(x, Filter{depthwise_weight.size(0), depthwise_weight.size(1), channels},
-                                            stride, padding, {1, 1});
-    const cpu::DepthwiseShape& s = block.depthwise_shape;
-    block.in = x.size(1), block.out = project_bias.numel();
-    Parameters parameter(x);
-    if (expand_weight.has_value()) {
-        block.expand = panels(*expand_weight, x, true, block.in, channels, "expand_weight");
-        block.expand_bias = parameter(expand_bias, channels, "expand_bias");
-    } else {
-        STD_TORCH_CHECK(channels == block.in, "depthwise_weight must have ", block.in, " channels, got ", channels);
+    const auto address = [](const OptionalTensor& t) { return t.has_value() ? &*t : nullptr; };
+    return run_packed(
+        x,
+        {address(expand_weight), address(expand_bias), &depthwise_weight, &depthwise_bias, address(reduce_weight),
+         address(reduce_bias), address(excite_weight), address(excite_bias), &project_weight, &project_bias},
+        {stride, padding, residual, activation_of(activation), activation_of(squeeze_activation), gate_of(gate)});
+}
+
+// Blocks one after the other. `blocks` has 13 numbers for each: whether it has an expansion and a gate, the stride,
+// whether padding is given (else SAME) and its four sides, the residual, then activation, the gate's activation and the
+// gate as places in their enumerations.
+Tensor mbconv_sequence_packed(const Tensor& x, const std::vector<Tensor>& tensors, const Ints& blocks) {
+    constexpr int64_t numbers = 13, activations = 5, gates = 2;
+    STD_TORCH_CHECK(!blocks.empty() && blocks.size() % numbers == 0, "blocks takes ", numbers,
+                    " numbers for each block, got ", blocks.size());
+    size_t next = 0;
+    const auto take = [&](bool has) -> const Tensor* {
+        if (!has) return nullptr;
+        STD_TORCH_CHECK(next < tensors.size(), "the blocks need more tensors than the ", tensors.size(), " given");
+        return &tensors[next++];
+    };
+    Tensor y = x;
+    for (auto b = blocks.begin(); b != blocks.end(); b += numbers) {
+        const auto place = [&](int at, int64_t count) {
+            STD_TORCH_CHECK(b[at] >= 0 && b[at] < count, "number ", at, " of a block is ", b[at], ", of ", count);
+            return int(b[at]);
+        };
+        const bool expands = b[0] != 0, gated = b[1] != 0;
+        // In the order of mbconv_packed: braces evaluate from left to right.
+        const PackedTensors t{take(expands), take(expands), take(true),  take(true), take(gated),
+                              take(gated),   take(gated),   take(gated), take(true), take(true)};
+        y = run_packed(
+            y, t,
+            {Ints(b + 2, b + 4), b[4] != 0 ? Ints(b + 5, b + 9) : Ints{}, b[9] != 0, Activation(place(10, activations)),
+             Activation(place(11, activations)), Gate(place(12, gates))});
     }
-    block.depthwise = parameter(depthwise_weight, s.kernel_h * s.kernel_w * channels, "depthwise_weight");
-    block.depthwise_bias = parameter(depthwise_bias, channels, "depthwise_bias");
-    if (reduce_weight.has_value()) {
-        STD_TORCH_CHECK(reduce_bias.has_value() && excite_weight.has_value() && excite_bias.has_value(),
-                        "squeeze-and-excitation takes two weights and two biases");
-        block.reduced = reduce_bias->numel();
-        block.reduce = panels(*reduce_weight, x, false, channels, block.reduced, "reduce_weight");
-        block.reduce_bias = parameter(reduce_bias, block.reduced, "reduce_bias");
-        block.excite = panels(*excite_weight, x, false, block.reduced, channels, "excite_weight");
-        block.excite_bias = parameter(excite_bias, channels, "excite_bias");
-    }
-    block.project = panels(project_weight, x, true, channels, block.out, "project_weight");
-    block.project_bias = parameter(project_bias, block.out, "project_bias");
-    STD_TORCH_CHECK(!residual || (block.in == block.out && s.height == s.out_height && s.width == s.out_width),
-                    "residual needs an output of the input's size");
-    block.residual = residual;
-    block.activation = activation_of(activation);
-    block.squeeze_activation = activation_of(squeeze_activation);
-    block.gate = gate_of(gate);
-    const Output y(x, {s.batch, block.out, s.out_height, s.out_width});
-    if (s.batch == 0) return y.finish();
-    const Tensor input = nhwc(x);
-    cpu::kernels(kernel_dtype(x.scalar_type())).mbconv_packed(block, input.const_data_ptr(), y.data());
-    return y.finish();
+    STD_TORCH_CHECK(next == tensors.size(), "the blocks need ", next, " tensors, got ", tensors.size());
+    return y;
 }
 
 Tensor average_pool(const Tensor& x) {
@@ -688,6 +746,7 @@ STABLE_TORCH_LIBRARY_IMPL(effnet_ops, CPU, m) {
     m.impl("squeeze_excite_backward", TORCH_BOX(&effnet::squeeze_excite_backward));
     m.impl("mbconv_inference", TORCH_BOX(&effnet::mbconv_inference));
     m.impl("mbconv_packed", TORCH_BOX(&effnet::mbconv_packed));
+    m.impl("mbconv_sequence_packed", TORCH_BOX(&effnet::mbconv_sequence_packed));
     m.impl("average_pool", TORCH_BOX(&effnet::average_pool));
     m.impl("pointwise_packed", TORCH_BOX(&effnet::pointwise_packed));
     m.impl("convolution_packed", TORCH_BOX(&effnet::convolution_packed));

@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import effnet_ops
 from effnet_ops import layers, optimize_for_inference, replace_layers
+from effnet_ops.surgery.folded import FoldedSequence
 
 SIZE = 64
 # As in test_surgery_networks: statistics of fewer pixels amplify rounding.
@@ -213,6 +214,52 @@ def test_compiles_to_one_graph(dtype: torch.dtype | None) -> None:
         found, expected = compiled(x), optimized(x)
     assert found.dtype == expected.dtype
     assert relative_difference(found, expected) < (1e-4 if dtype is None else 0.1)
+
+
+def later_hook(block: nn.Module, calls: list[str]) -> None:
+    block.register_forward_hook(lambda *_: calls.append("hook"))
+
+
+def later_forward(block: nn.Module, calls: list[str]) -> None:
+    block.forward = lambda x: calls.append("forward") or type(block).forward(block, x)
+
+
+LATER: dict[str, Callable[[nn.Module, nn.Module, list[str]], object]] = {
+    "hook": lambda stage, block, calls: later_hook(block, calls),
+    "pre hook on the stage": lambda stage, block, calls: stage.register_forward_pre_hook(
+        lambda *_: calls.append("pre")
+    ),
+    "forward of an instance": lambda stage, block, calls: later_forward(block, calls),
+    "another activation": lambda stage, block, calls: setattr(block, "activation", "relu"),
+    "no residual": lambda stage, block, calls: setattr(block, "residual", False),
+    "another module": lambda stage, block, calls: setattr(stage, "1", nn.Identity()),
+    "a block more": lambda stage, block, calls: stage.append(copy.deepcopy(block)),
+    "new weights": lambda stage, block, calls: setattr(block, "depthwise_bias", nn.Parameter(block.depthwise_bias + 1)),
+    "weights changed in place": lambda stage, block, calls: block.project_bias.data.add_(1),
+    "one block in fp64": lambda stage, block, calls: block.double(),
+    "one block in bf16": lambda stage, block, calls: block.set_activations(torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_blocks_in_one_call_notice_what_changed(name: str) -> None:
+    model = with_statistics(timm.create_model("efficientnet_b0"), SIZE)
+    optimized, x = optimize_for_inference(model), torch.randn(2, 3, SIZE, SIZE)
+    assert type(optimized.blocks) is FoldedSequence and type(optimized.blocks[0]) is nn.Sequential
+    with torch.inference_mode():
+        before = optimized(x)
+        calls: list[str] = []
+        stage = optimized.blocks[3]
+        LATER[name](stage, stage[1], calls)
+        one_by_one = copy.deepcopy(optimized)
+        for module in list(one_by_one.modules()):
+            if type(module) is FoldedSequence:
+                module.__class__ = nn.Sequential
+        calls.clear()
+        found, heard = optimized(x), list(calls)
+        assert torch.equal(found, one_by_one(x))
+    listens = name in ("hook", "pre hook on the stage", "forward of an instance")
+    assert bool(heard) == listens and torch.equal(found, before) == listens
 
 
 def test_inputs_have_gradients() -> None:

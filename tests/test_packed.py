@@ -172,6 +172,76 @@ def test_threads_change_no_bit(name: str) -> None:
         assert torch.equal(one, other)
 
 
+def sequence(name: str, dtype: torch.dtype) -> tuple[Tensor, list[Tensor], list[int], list[list[Any]]]:
+    """x, the arguments of a sequence whose last block has neither expansion nor gate, and those of its blocks."""
+    first, x, _ = block(name, dtype)
+    out = first[9].shape[0]
+    project = packing.pack((normal(3, out) / out**0.5).to(product_dtype(dtype)))
+    filters, bias = first[2].new_ones(3, 1, out) / 3, first[3].new_ones(out) / 8
+    last = [
+        None,
+        None,
+        filters,
+        bias,
+        *[None] * 4,
+        project,
+        bias[:3],
+        (2, 1),
+        (),
+        False,
+        "hardswish",
+        "none",
+        "hard_sigmoid",
+    ]
+    blocks = [first, first, last] if out == x.shape[1] else [first, last]
+    tensors = [p for arguments in blocks for p in arguments[:10] if p is not None]
+    numbers = [
+        number
+        for arguments in blocks
+        for number in packed.SequenceBlock.of(arguments[0] is not None, arguments[4] is not None, *arguments[10:])
+    ]
+    return x.to(dtype), tensors, numbers, blocks
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["wide", "odd channels", "one image", "no gate"])
+def test_sequence_is_its_blocks(name: str, dtype: torch.dtype) -> None:
+    x, tensors, numbers, blocks = sequence(name, dtype)
+    for layout in LAYOUTS:
+        y = given = lay_out(x, layout)
+        for arguments in blocks:
+            y = packed.mbconv(y, *arguments)
+        found = packed.mbconv_sequence(given, tensors, numbers)
+        assert torch.equal(found, y) and found.stride() == y.stride()
+        assert relative_error(packed.reference_mbconv_sequence(given, tensors, numbers), y) < FORWARD_TOLERANCE[dtype]
+
+
+def test_sequence_with_wrong_arguments() -> None:
+    x, tensors, numbers, _ = sequence("wide", torch.float32)
+    for given, settings, message in (
+        (tensors[:-1], numbers, "more tensors than the"),
+        ([*tensors, x], numbers, "tensors, got"),
+        (tensors, numbers[:-1], "13 numbers"),
+        (tensors, [], "13 numbers"),
+        (tensors, [*numbers[:10], 5, *numbers[11:]], "number 10 of a block is 5"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            OPS.mbconv_sequence_packed(x, given, settings)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1280, 7, 7), (3, 19, 5, 4), (2, 40, 90, 100), (2, 8, 1, 1), (0, 8, 3, 3)], ids=str
+)
+def test_average_pool(isa: str, shape: tuple[int, ...], dtype: torch.dtype, poison: None) -> None:
+    x = normal(*shape) + 1
+    (exact,) = rounded(x, dtype=dtype)
+    for layout in LAYOUTS:
+        y = packed.average_pool(lay_out(x.to(dtype), layout))
+        assert y.shape == (*shape[:2], 1, 1) and y.is_contiguous()
+        assert shape[0] == 0 or relative_error(y, exact.mean((2, 3), keepdim=True)) < FORWARD_TOLERANCE[dtype]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_operators_keep_their_contracts(dtype: torch.dtype) -> None:
     args, x, _ = block("odd channels", dtype)
@@ -183,12 +253,20 @@ def test_operators_keep_their_contracts(dtype: torch.dtype) -> None:
     dense = packing.pack_convolution(torch.randn(5, x.shape[1], 3, 3))
     convolution = (x.to(dtype), dense, bias, (3, 3), (2, 2), (), "none")
     torch.library.opcheck(OPS.convolution_packed.default, convolution, test_utils=tests)
+    torch.library.opcheck(OPS.average_pool.default, (x.to(dtype),), test_utils=tests)
+    torch.library.opcheck(OPS.mbconv_sequence_packed.default, sequence("wide", dtype)[:3], test_utils=tests)
 
 
 def test_gradients_are_the_references() -> None:
     args, x, _ = block("one image", torch.float64)
     x.requires_grad_()
     torch.autograd.gradcheck(lambda x: packed.mbconv(x[:, :, :6, :6], *args), x, fast_mode=True)
+    torch.autograd.gradcheck(packed.average_pool, x, fast_mode=True)
+    x, tensors, numbers, _ = sequence("odd channels", torch.float64)
+    x.requires_grad_()
+    torch.autograd.gradcheck(lambda x: packed.mbconv_sequence(x, tensors, numbers), x, fast_mode=True)
+    tensors[1].requires_grad_()
+    assert packed.mbconv_sequence(x.detach(), tensors, numbers).requires_grad
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,6 +76,71 @@ def _mbconv_fake(x: Tensor, *args: Any) -> Tensor:
     return _library.empty_result(
         x, (x.shape[0], project_bias.shape[0], *_size(x, depthwise_weight.shape[:2], stride, padding))
     )
+
+
+class SequenceBlock(NamedTuple):
+    """The settings of one block of `mbconv_sequence`, as the operator takes them; names as places in their lists."""
+
+    expands: int
+    gated: int
+    stride_h: int
+    stride_w: int
+    padded: int
+    top: int
+    bottom: int
+    left: int
+    right: int
+    residual: int
+    activation: int
+    squeeze_activation: int
+    gate: int
+
+    @classmethod
+    def of(
+        cls,
+        expands: bool,
+        gated: bool,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        residual: bool,
+        activation: str,
+        squeeze_activation: str,
+        gate: str,
+    ) -> SequenceBlock:
+        sides = tuple(padding) or (0, 0, 0, 0)
+        places = (_ACTIVATIONS.index(activation), _ACTIVATIONS.index(squeeze_activation), _GATES.index(gate))
+        return cls(expands, gated, *stride, bool(padding), *sides, residual, *places)
+
+    def arguments(self, tensors: Iterator[Tensor]) -> tuple[Any, ...]:
+        """The arguments of `mbconv_packed` behind x, with the block's tensors taken from ``tensors``."""
+
+        def take(count: int, there: int = 1) -> list[Tensor | None]:
+            return [next(tensors) if there else None for _ in range(count)]
+
+        parameters = (*take(2, self.expands), *take(2), *take(4, self.gated), *take(2))
+        padding = self[5:9] if self.padded else ()
+        names = (_ACTIVATIONS[self.activation], _ACTIVATIONS[self.squeeze_activation], _GATES[self.gate])
+        return *parameters, (self.stride_h, self.stride_w), padding, bool(self.residual), *names
+
+
+# In the order of the enumerations in csrc/cpu/kernels.h.
+_ACTIVATIONS = ("none", "relu", "relu6", "silu", "hardswish")
+_GATES = ("sigmoid", "hard_sigmoid")
+
+
+def _run_sequence(x: Tensor, tensors: Sequence[Tensor], blocks: Sequence[int], run: Callable[..., Tensor]) -> Tensor:
+    width, remaining = len(SequenceBlock._fields), iter(tensors)
+    for at in range(0, len(blocks), width):
+        x = run(x, *SequenceBlock(*blocks[at : at + width]).arguments(remaining))
+    return x
+
+
+def reference_mbconv_sequence(x: Tensor, tensors: Sequence[Tensor], blocks: Sequence[int]) -> Tensor:
+    return _run_sequence(x, tensors, blocks, reference_mbconv)
+
+
+def _mbconv_sequence_fake(x: Tensor, tensors: Sequence[Tensor], blocks: Sequence[int]) -> Tensor:
+    return _run_sequence(x, tensors, blocks, _mbconv_fake)
 
 
 def _size(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> tuple[int, int]:
@@ -151,6 +216,11 @@ _mbconv_operator = _define(
     reference_mbconv,
     _mbconv_fake,
 )
+_sequence_operator = _define(
+    "mbconv_sequence_packed(Tensor x, Tensor[] tensors, int[] blocks) -> Tensor",
+    reference_mbconv_sequence,
+    _mbconv_sequence_fake,
+)
 _pointwise_operator = _define(
     "pointwise_packed(Tensor x, Tensor weight, Tensor bias, str activation) -> Tensor",
     reference_pointwise,
@@ -166,7 +236,6 @@ _convolution_operator = _define(
 _average_pool_operator = _define("average_pool(Tensor x) -> Tensor", reference_average_pool, _average_pool_fake)
 
 
-@register_flop_formula(torch.ops.effnet_ops.mbconv_packed)
 def _mbconv_flops(x: Sequence[int], *args: Any, out_shape: Sequence[int], **kwargs: Any) -> int:
     kernel_h, kernel_w, channels = args[2]
     pixels_in, pixels_out = x[0] * x[2] * x[3], x[0] * out_shape[2] * out_shape[3]
@@ -174,6 +243,26 @@ def _mbconv_flops(x: Sequence[int], *args: Any, out_shape: Sequence[int], **kwar
     if args[0] is not None:
         flops += 2 * pixels_in * x[1] * channels
     return flops if args[4] is None else flops + 4 * x[0] * channels * args[5][0]
+
+
+register_flop_formula(torch.ops.effnet_ops.mbconv_packed)(_mbconv_flops)
+
+
+@register_flop_formula(torch.ops.effnet_ops.mbconv_sequence_packed)
+def _sequence_flops(
+    x: Sequence[int], tensors: Sequence[Sequence[int]], blocks: Sequence[int], *_: Any, **kwargs: Any
+) -> int:
+    flops = 0
+
+    def run(x: Sequence[int], *args: Any) -> tuple[int, ...]:
+        nonlocal flops
+        sides = resolve_padding(args[11], x[2:], args[2][:2], args[10], (1, 1))
+        out_shape = (x[0], args[9][0], *output_size(x[2:], args[2][:2], args[10], sides, (1, 1)))
+        flops += _mbconv_flops(x, *args, out_shape=out_shape)
+        return out_shape
+
+    _run_sequence(x, tensors, blocks, run)
+    return flops
 
 
 @register_flop_formula(torch.ops.effnet_ops.pointwise_packed)
@@ -197,6 +286,14 @@ def fits(x: Tensor, product: Tensor) -> bool:
 def mbconv(x: Tensor, *args: Any) -> Tensor:
     """An MBConv block with folded normalisations; the arguments are those of the operator's schema."""
     return _library.call(_mbconv_operator, x, *args) if fits(x, args[8]) else reference_mbconv(x, *args)
+
+
+def mbconv_sequence(x: Tensor, tensors: Sequence[Tensor], blocks: Sequence[int]) -> Tensor:
+    """Blocks one after the other in one call, which fit x (`fits`); ``blocks`` are the numbers of `SequenceBlock`s.
+
+    ``tensors``: those of all blocks in the order of `mbconv`, without the ones that a block lacks.
+    """
+    return _library.call(_sequence_operator, x, tensors, blocks)
 
 
 def pointwise(x: Tensor, *args: Any) -> Tensor:

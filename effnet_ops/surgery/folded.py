@@ -6,17 +6,19 @@ Weights of products are packed (see `effnet_ops.packing`) for the dtype of the a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NoReturn
+from operator import itemgetter
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from effnet_ops import backends, functional, packing, reference
 from effnet_ops.checks import check_input, padding_sides, resolve_padding
 from effnet_ops.ops import packed
 from effnet_ops.params import ConvNormParams, SqueezeExciteParams
 from effnet_ops.reference import activate, compute_dtype
-from effnet_ops.surgery.fused import parameter
+from effnet_ops.surgery.fused import HOOKS, Unfit, check_untouched, parameter
 
 
 def fold(conv: ConvNormParams, dtype: torch.dtype | None = None) -> ConvNormParams:
@@ -313,3 +315,97 @@ class FoldedMBConv(Folded):
 
     def extra_repr(self) -> str:
         return f"stride={self.stride}, padding={self.padding}, activation={self.activation}, residual={self.residual}"
+
+
+_SEQUENCE = "_effnet_ops_sequence"
+_settings = itemgetter("stride", "padding", "residual", "activation", "squeeze_activation", "gate")
+
+
+class FoldedSequence(nn.Sequential):
+    """Folded blocks, or such sequences, one after the other: on the CPU one call; made of an ``nn.Sequential``.
+
+    Inside a network, whose weights have thrown everything else out of the caches, the Python around a block takes
+    several times as long as in a loop of its own.
+    """
+
+    @classmethod
+    def convert(cls, sequence: nn.Module) -> None:
+        """Make ``sequence`` one, in place, if it is a plain ``nn.Sequential`` with two folded blocks or more inside."""
+        if type(sequence) is nn.Sequential and len(_blocks_of(sequence) or ()) > 1:
+            sequence.__class__ = cls
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(input, Tensor):
+            return super().forward(input)
+        known = self.__dict__.get(_SEQUENCE)
+        if known is None or not known.holds(self):
+            known = self.__dict__[_SEQUENCE] = _Sequence(self)
+        y = known.run(input)
+        return super().forward(input) if y is None else y
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != _SEQUENCE}
+
+
+def _blocks_of(sequence: nn.Sequential) -> list[FoldedMBConv] | None:
+    """All blocks in the order of their calls, or None where there is anything else, or a hook."""
+    blocks: list[FoldedMBConv] = []
+    for child in sequence.children():
+        try:
+            check_untouched("", child)
+        except Unfit:
+            return None
+        if type(child) in (nn.Sequential, FoldedSequence):
+            inner = _blocks_of(child)
+            if inner is None:
+                return None
+            blocks += inner
+        elif type(child) is FoldedMBConv and child.after == "none":
+            blocks.append(child)
+        else:
+            return None
+    return blocks
+
+
+class _Sequence:
+    """What a `FoldedSequence` was when it was looked at: a call compares lists to see that it still is that."""
+
+    def __init__(self, sequence: FoldedSequence) -> None:
+        sequence.__dict__.setdefault(_SEQUENCE, None)
+        inner = [module.__dict__ for module in sequence.modules() if module is not sequence]
+        self._links = [sequence._modules, *(state["_modules"] for state in inner)]
+        self._hooks = [state[name] for state in inner for name in HOOKS]
+        self._inner = inner
+        self._blocks = _blocks_of(sequence) or []
+        self._states = [block.__dict__ for block in self._blocks]
+        self._read_from = self._read()
+        numbers = [
+            packed.SequenceBlock.of(block.expand_weight is not None, block.reduce_weight is not None, *_settings(state))
+            for block, state in zip(self._blocks, self._states, strict=True)
+        ]
+        self._numbers = [number for block in numbers for number in block]
+
+    def _read(self) -> tuple[list[Any], ...]:
+        links = [list(links.values()) for links in self._links]
+        # A new instance attribute can be a forward of its own.
+        return links, list(map(len, self._inner)), list(map(_settings, self._states))
+
+    def holds(self, sequence: FoldedSequence) -> bool:
+        """Whether nothing has changed since. A replica has children of its own."""
+        return self._links[0] is sequence._modules and not any(self._hooks) and self._read() == self._read_from
+
+    def run(self, x: Tensor) -> Tensor | None:
+        """The blocks in one call, or None where one of them would not run packed on what it is given."""
+        if len(self._blocks) < 2 or _has_any_global_hook():
+            return None
+        first, tensors = self._blocks[0], []
+        x = first.cast(x)
+        for state in self._states:
+            parameters, like = state["_parameters"], state["_buffers"].get("activations")
+            project = parameters.get("project_weight")
+            if project is None or not packed.fits(x, project) or (like is not None and like.dtype is not x.dtype):
+                return None
+            tensors += parameters.values()
+        if not first.runs_packed(x, first.in_channels):
+            return None
+        return packed.mbconv_sequence(x, [p for p in tensors if p is not None], self._numbers)

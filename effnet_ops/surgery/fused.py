@@ -21,7 +21,7 @@ from effnet_ops.params import BatchNormParams, ConvNormParams, SqueezeExcitePara
 from effnet_ops.reference import activate
 
 _CACHE = "_effnet_ops_plan"
-_HOOKS = {
+HOOKS = {
     "_forward_hooks": "forward",
     "_forward_pre_hooks": "forward_pre",
     "_backward_hooks": "backward",
@@ -413,7 +413,7 @@ def check_untouched(name: str, module: nn.Module) -> None:
     if isinstance(module, torch.jit.ScriptModule):
         raise Unfit(f"{name} is a TorchScript module")
     state = module.__dict__
-    for attribute, kind in _HOOKS.items():
+    for attribute, kind in HOOKS.items():
         if state.get(attribute):
             raise Unfit(f"{name} has a {kind} hook")
     if "forward" in state:
@@ -433,7 +433,7 @@ class _CachedPlan:
         layer.__dict__.setdefault(_CACHE, None)
         self._modules = [module for module in layer.modules() if module is not layer]
         self._dicts = [module.__dict__ for module in self._modules]
-        self._hooks = [state[name] for state in self._dicts for name in _HOOKS if name in state]
+        self._hooks = [state[name] for state in self._dicts for name in HOOKS if name in state]
         self._links = [layer._modules, *(module._modules for module in self._modules if module._modules)]
         self._convs = [module.__dict__ for module in self._modules if isinstance(module, nn.Conv2d)]
         self._hooked = any(self._hooks)

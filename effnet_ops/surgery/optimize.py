@@ -29,6 +29,7 @@ from effnet_ops.surgery.folded import (
     FoldedNorm,
     FoldedPointwise,
     FoldedPool,
+    FoldedSequence,
     fold,
 )
 from effnet_ops.surgery.fused import (
@@ -136,6 +137,8 @@ def optimize_for_inference(model: nn.Module, *, dtype: torch.dtype | None = None
             report.left.setdefault(name, f"{type(module).__name__} does not follow a known convolution")
     if report.blocks:
         _convert_head(model)
+        for module in model.modules():
+            FoldedSequence.convert(module)
     report.replaced = replace_layers(model)
     model.requires_grad_(False)
     if dtype is not None:
