@@ -554,9 +554,10 @@ Tensor mbconv_sequence_packed(const Tensor& x, const std::vector<Tensor>& tensor
     return y;
 }
 
-Tensor average_pool(const Tensor& x) {
+Tensor average_pool(const Tensor& x, bool keepdim) {
     STD_TORCH_CHECK(x.dim() == 4 && x.size(2) * x.size(3) > 0, "x must be (N, C, H, W) with at least one pixel");
-    const Tensor y = torch::stable::empty({x.size(0), x.size(1), 1, 1}, x.scalar_type());
+    const Ints size{x.size(0), x.size(1), 1, 1};
+    const Tensor y = torch::stable::empty(Ints(size.begin(), size.end() - (keepdim ? 0 : 2)), x.scalar_type());
     const Tensor input = nhwc(x);
     cpu::kernels(kernel_dtype(x.scalar_type()))
         .average_pool(x.size(0), x.size(2) * x.size(3), x.size(1), input.const_data_ptr(), y.mutable_data_ptr());

@@ -15,12 +15,13 @@ import torch
 import torchvision
 from networks import photographs, relative_difference, timm_lite0, with_statistics
 from surgery_models import BLOCKS, CHANNELS
+from timm.layers import SelectAdaptivePool2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import effnet_ops
 from effnet_ops import layers, optimize_for_inference, replace_layers
-from effnet_ops.surgery.folded import FoldedSequence
+from effnet_ops.surgery.folded import FoldedPool, FoldedSequence
 
 SIZE = 64
 # As in test_surgery_networks: statistics of fewer pixels amplify rounding.
@@ -260,6 +261,26 @@ def test_blocks_in_one_call_notice_what_changed(name: str) -> None:
         assert torch.equal(found, one_by_one(x))
     listens = name in ("hook", "pre hook on the stage", "forward of an instance")
     assert bool(heard) == listens and torch.equal(found, before) == listens
+
+
+@pytest.mark.parametrize(
+    ("pool", "kernel"),
+    [
+        (SelectAdaptivePool2d(pool_type="avg", flatten=True), True),
+        (nn.Sequential(nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten()), True),
+        (SelectAdaptivePool2d(pool_type="max", flatten=True), False),
+        (SelectAdaptivePool2d(pool_type="avgmax", flatten=True), False),
+        (nn.Sequential(SelectAdaptivePool2d(pool_type="avg"), nn.Flatten()), True),
+        (nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.AvgPool2d(2), nn.Flatten()), False),
+    ],
+    ids=["timm", "torch", "maximum", "both", "not flat", "four pixels"],
+)
+def test_pools(pool: nn.Module, kernel: bool) -> None:
+    model, x = small(), torch.randn(2, 3, SIZE, SIZE)
+    model.global_pool = pool
+    optimized = optimize_for_inference(model)
+    assert any(isinstance(module, FoldedPool) for module in optimized.modules()) == kernel
+    torch.testing.assert_close(optimized(x), model(x), rtol=1e-3, atol=1e-4)
 
 
 def test_inputs_have_gradients() -> None:

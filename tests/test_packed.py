@@ -237,8 +237,9 @@ def test_average_pool(isa: str, shape: tuple[int, ...], dtype: torch.dtype, pois
     x = normal(*shape) + 1
     (exact,) = rounded(x, dtype=dtype)
     for layout in LAYOUTS:
-        y = packed.average_pool(lay_out(x.to(dtype), layout))
+        y = packed.average_pool(lay_out(x.to(dtype), layout), True)
         assert y.shape == (*shape[:2], 1, 1) and y.is_contiguous()
+        assert torch.equal(packed.average_pool(lay_out(x.to(dtype), layout), False), y.flatten(1))
         assert shape[0] == 0 or relative_error(y, exact.mean((2, 3), keepdim=True)) < FORWARD_TOLERANCE[dtype]
 
 
@@ -253,7 +254,7 @@ def test_operators_keep_their_contracts(dtype: torch.dtype) -> None:
     dense = packing.pack_convolution(torch.randn(5, x.shape[1], 3, 3))
     convolution = (x.to(dtype), dense, bias, (3, 3), (2, 2), (), "none")
     torch.library.opcheck(OPS.convolution_packed.default, convolution, test_utils=tests)
-    torch.library.opcheck(OPS.average_pool.default, (x.to(dtype),), test_utils=tests)
+    torch.library.opcheck(OPS.average_pool.default, (x.to(dtype), True), test_utils=tests)
     torch.library.opcheck(OPS.mbconv_sequence_packed.default, sequence("wide", dtype)[:3], test_utils=tests)
 
 
@@ -261,7 +262,7 @@ def test_gradients_are_the_references() -> None:
     args, x, _ = block("one image", torch.float64)
     x.requires_grad_()
     torch.autograd.gradcheck(lambda x: packed.mbconv(x[:, :, :6, :6], *args), x, fast_mode=True)
-    torch.autograd.gradcheck(packed.average_pool, x, fast_mode=True)
+    torch.autograd.gradcheck(lambda x: packed.average_pool(x, False), x, fast_mode=True)
     x, tensors, numbers, _ = sequence("odd channels", torch.float64)
     x.requires_grad_()
     torch.autograd.gradcheck(lambda x: packed.mbconv_sequence(x, tensors, numbers), x, fast_mode=True)

@@ -186,12 +186,12 @@ def _convolution_fake(
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def reference_average_pool(x: Tensor) -> Tensor:
-    return x.to(reference.compute_dtype(x.dtype)).mean((2, 3), keepdim=True).to(x.dtype).contiguous()
+def reference_average_pool(x: Tensor, keepdim: bool) -> Tensor:
+    return x.to(reference.compute_dtype(x.dtype)).mean((2, 3), keepdim=keepdim).to(x.dtype).contiguous()
 
 
-def _average_pool_fake(x: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:2], 1, 1)
+def _average_pool_fake(x: Tensor, keepdim: bool) -> Tensor:
+    return x.new_empty(*x.shape[:2], 1, 1) if keepdim else x.new_empty(x.shape[:2])
 
 
 def _define(schema: str, fallback: Any, fake: Any) -> torch._ops.OpOverload:
@@ -233,7 +233,9 @@ _convolution_operator = _define(
     _convolution_fake,
 )
 
-_average_pool_operator = _define("average_pool(Tensor x) -> Tensor", reference_average_pool, _average_pool_fake)
+_average_pool_operator = _define(
+    "average_pool(Tensor x, bool keepdim) -> Tensor", reference_average_pool, _average_pool_fake
+)
 
 
 def _mbconv_flops(x: Sequence[int], *args: Any, out_shape: Sequence[int], **kwargs: Any) -> int:
@@ -311,6 +313,6 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor, *args: Any) -> Tensor:
     )
 
 
-def average_pool(x: Tensor) -> Tensor:
-    """The mean over the pixels of x (N, C, H, W), as (N, C, 1, 1)."""
-    return _library.call(_average_pool_operator, x)
+def average_pool(x: Tensor, keepdim: bool) -> Tensor:
+    """The mean over the pixels of x (N, C, H, W), as (N, C, 1, 1) or, without ``keepdim``, (N, C)."""
+    return _library.call(_average_pool_operator, x, keepdim)

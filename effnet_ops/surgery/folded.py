@@ -202,13 +202,30 @@ class FoldedLinear(Folded, nn.Linear):
         return y.view(*x.shape[:-1], self.out_features)
 
 
-class FoldedPool(Folded, nn.AdaptiveAvgPool2d):
-    """The average over an image, behind folded blocks; made of an ``nn.AdaptiveAvgPool2d`` with one output pixel."""
+class FoldedPool(Folded):
+    """Base of the classes for the average over an image, behind folded blocks.
+
+    Each derives from the class that it takes the place of, too, whose ``forward`` runs on other devices.
+    """
+
+    keepdim: bool
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 4 and 0 not in x.shape and backends.select(x) == "cpu":
-            return packed.average_pool(x)
-        return nn.AdaptiveAvgPool2d.forward(self, x)
+            return packed.average_pool(x, self.keepdim)
+        return super().forward(x)
+
+
+class FoldedAdaptivePool(FoldedPool, nn.AdaptiveAvgPool2d):
+    """Made of an ``nn.AdaptiveAvgPool2d`` with one output pixel."""
+
+    keepdim = True
+
+
+POOLS: dict[type[nn.Module], Callable[[Any], type[FoldedPool] | None]] = {
+    nn.AdaptiveAvgPool2d: lambda pool: FoldedAdaptivePool if pool.output_size in (1, (1, 1)) else None
+}
+"""What takes the place of a pool, by its class, or None where it is not the average over the image."""
 
 
 _TENSORS = tuple(

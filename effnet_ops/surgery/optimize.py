@@ -22,13 +22,13 @@ from effnet_ops.checks import FLOAT_DTYPES
 from effnet_ops.models import efficientnet
 from effnet_ops.params import BatchNormParams, ConvNormParams
 from effnet_ops.surgery.folded import (
+    POOLS,
     Folded,
     FoldedConvolution,
     FoldedLinear,
     FoldedMBConv,
     FoldedNorm,
     FoldedPointwise,
-    FoldedPool,
     FoldedSequence,
     fold,
 )
@@ -151,17 +151,18 @@ def _convert_head(model: nn.Module) -> None:
     """Convert the pool and the linear layers behind folded blocks, except where one does more than its class says."""
     for name, module in model.named_modules():
         linear = type(module) is nn.Linear and module.weight.dtype in FLOAT_DTYPES
-        pool = type(module) is nn.AdaptiveAvgPool2d and module.output_size in (1, (1, 1))
-        if not linear and not pool:
+        pool = POOLS[type(module)](module) if type(module) in POOLS else None
+        if not linear and pool is None:
             continue
         try:
-            check_untouched(name, module)
+            for inner_name, inner in module.named_modules():
+                check_untouched(_join(name, inner_name), inner)
         except Unfit:
             continue
         if linear:
             FoldedLinear.convert(module)
         else:
-            module.__class__ = FoldedPool
+            module.__class__ = pool
 
 
 def _check_dtype(dtype: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from timm.layers import ConvNormAct, activations, activations_me
+from timm.layers.adaptive_avgmax_pool import SelectAdaptivePool2d
 from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.drop import DropPath
 from timm.layers.norm_act import BatchNormAct2d
@@ -12,6 +13,7 @@ from timm.models import efficientnet, mobilenetv3
 from torch import Tensor, nn
 
 from effnet_ops.surgery.drop_path import bernoulli_scale
+from effnet_ops.surgery.folded import POOLS, FoldedPool
 from effnet_ops.surgery.fused import (
     ACTIVATIONS,
     CHAINS,
@@ -72,6 +74,21 @@ UNSUPPORTED.update(
         blocks.UniversalInvertedResidual: "UniversalInvertedResidual is not fused as a block",
     }
 )
+
+
+class FoldedSelectPool(FoldedPool, SelectAdaptivePool2d):
+    """The pool of timm's networks, where it is the average, flattened."""
+
+    keepdim = False
+
+
+def _select_pool(pool: SelectAdaptivePool2d) -> type[FoldedSelectPool] | None:
+    parts = [type(part) for part in pool.children()]
+    fits = parts == [nn.AdaptiveAvgPool2d, nn.Flatten] and pool.pool.output_size in (1, (1, 1))
+    return FoldedSelectPool if fits else None
+
+
+POOLS[SelectAdaptivePool2d] = _select_pool
 
 
 @fuses(Conv2dSame)
