@@ -15,7 +15,7 @@ ENVIRONMENT := $(VENV)/.environment
 BUILD := $(VENV)/.build
 # Two workers with two threads each on two cores: threads that spin while they wait would make the tests several times slower.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n 2 --durations=10
-CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # $(call install,log name,pip arguments): one line a package while it runs, the log's end if it fails.
 define install
@@ -88,7 +88,7 @@ $(ENVIRONMENT): requirements-dev.txt
 	@$(call install,environment,-r requirements-dev.txt)
 	@touch $@
 
-$(BUILD): $(ENVIRONMENT) setup.py pyproject.toml $(CXX_SOURCES)
+$(BUILD): $(ENVIRONMENT) setup.py setup_cuda.py pyproject.toml $(CXX_SOURCES)
 	@echo "==> building effnet_ops"
 	@$(call install,build,--no-build-isolation -v -e .)
 	@sed -n 's/^ *\(effnet_ops: .*\)/    \1/p' $(VENV)/build.log

@@ -1,15 +1,15 @@
 """The operators ``torch.ops.effnet_ops.*``: schema, fake kernel, gradient, autocast and FLOP formula, one file a word.
 
-The compiled library registers their CPU kernels and `triton` those for CUDA; elsewhere they run the reference.
+The compiled library registers their CPU kernels and `gpu` those for CUDA; elsewhere they run the reference.
 """
 
-from effnet_ops.ops import packed
+from effnet_ops.ops import gpu, packed, triton
 from effnet_ops.ops.depthwise import depthwise_conv2d
 from effnet_ops.ops.mbconv import mbconv, set_recompute
 from effnet_ops.ops.pointwise import pointwise_conv2d
 from effnet_ops.ops.squeeze_excite import squeeze_excite
-from effnet_ops.ops.triton import register as _register_triton
 
 __all__ = ["depthwise_conv2d", "mbconv", "packed", "pointwise_conv2d", "set_recompute", "squeeze_excite"]
 
-_register_triton()
+gpu.register()
+triton.register_interpreter()

@@ -1,0 +1,70 @@
+"""`depthwise_conv2d` and its gradient on CUDA C++ kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from effnet_ops.checks import resolve_padding
+from effnet_ops.ops import _library
+
+
+def depthwise_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+) -> Tensor:
+    sides = resolve_padding(padding, x.shape[2:], weight.shape[2:], stride, dilation)
+    y, _, _ = torch.ops.effnet_ops.cuda_depthwise_forward(
+        x, weight, bias, None, None, None, None, stride[0], sides, "none", activation, False, False
+    )
+    return y
+
+
+def depthwise_conv2d_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    wanted = [needs[0], needs[1], needs[2] and bias is not None]
+    if x.shape[0] == 0 or not any(wanted):
+        return tuple(result.zero_() for result in _library.empty_gradients(x, (x, weight, bias), needs))
+    sides = resolve_padding(padding, x.shape[2:], weight.shape[2:], stride, dilation)
+    if activation != "none":
+        # The gradient in front of the activation, from the convolution formed again: y was not saved.
+        grad, _, _ = torch.ops.effnet_ops.cuda_depthwise_forward(
+            x, weight, bias, None, None, None, grad, stride[0], sides, "none", activation, False, False
+        )
+    # Without an activation and a gradient of the weight autograd did not save x: it may be uninitialised.
+    pixels = x if wanted[1] else None
+    return torch.ops.effnet_ops.cuda_depthwise_backward(
+        grad,
+        pixels,
+        weight,
+        bias,
+        None,
+        None,
+        None,
+        None,
+        None,
+        None,
+        None,
+        x,
+        stride[0],
+        sides,
+        "none",
+        "none",
+        wanted,
+    )[:3]

@@ -1,0 +1,29 @@
+"""`squeeze_excite` and its gradient on CUDA C++ kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effnet_ops import reference
+from effnet_ops.ops import _library
+
+
+def squeeze_excite(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    if x.numel() == 0:
+        pooled = x.new_empty(x.shape[:2], dtype=reference.compute_dtype(x.dtype))
+        return _library.empty_result(x, x.shape), pooled
+    *parameters, activation, gate = args
+    y, pooled, _ = torch.ops.effnet_ops.cuda_squeeze_excite_forward(
+        x, None, *parameters, "none", activation, gate, True
+    )
+    return y, pooled
+
+
+def squeeze_excite_backward(grad: Tensor, x: Tensor, pooled: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *tensors, _activation, _gate, needs = args
+    if x.numel() == 0:
+        return tuple(value.zero_() for value in _library.empty_gradients(x, (x, *tensors), needs))
+    return torch.ops.effnet_ops.cuda_squeeze_excite_backward(grad, x, pooled, *args)
