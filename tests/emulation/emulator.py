@@ -27,8 +27,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CUDA = ROOT / "csrc" / "cuda"
 FOLDER = ROOT / "build" / "emulation"
+_INCLUDE = "tests/emulation/include"
 
-_COMMON = ["-std=c++17", "-g1", "-fPIC", "-Wall", "-Wno-unknown-pragmas"]
+_COMMON = ["-std=c++17", "-g1", "-fno-omit-frame-pointer", "-fPIC", "-Wall", "-Wno-unknown-pragmas"]
 _RUNTIME = [*_COMMON, "-O2"]
 # Nothing of this changes what a kernel computes. Without -ffp-contract=off the compiler might fuse what the source does not.
 _DEVICE = [
@@ -163,6 +164,15 @@ class Machine:
         """
         self.library.emulation_reset(seed, multiprocessors, shared_limit, *blocks)
 
+    def sabotage(self, file: str = "", line: int = 0, *, late_groups: int = 0) -> None:
+        """Break the kernels until the next reset, to see that it is noticed.
+
+        Args:
+            file, line: barriers there do nothing; ``file`` is the end of its path.
+            late_groups: waits for asynchronous copies leave so many groups more open.
+        """
+        self.library.emulation_break(file.encode(), line, late_groups)
+
     @property
     def accesses(self) -> int:
         """How many accesses to shared and global memory were checked since the last reset."""
@@ -216,11 +226,15 @@ class Machine:
         """The report with source lines instead of code addresses."""
         report = re.sub(r"\{kernel:(\d+)\}", lambda match: self._frames(int(match[1]))[-1][0], report)
 
-        def line(match: re.Match[str]) -> str:
-            # The address is where the call to the detector returns to.
-            return self._frames(int(match[1]) - 1)[0][1]
+        def stack(match: re.Match[str]) -> str:
+            # What stands for an instruction is not the culprit, and below the kernel is the machinery of the launch.
+            found = [place for offset in match[1].split() for _, place in self._frames(int(offset) - 1)]
+            places = [place for place in found if "tests/emulation/runtime" not in place and _INCLUDE not in place]
+            return "".join(f"\n    {place}" for place in places if not place.startswith(("/usr", "?")))
 
-        return re.sub(r"\{code:(\d+)\}", line, report)
+        report = re.sub(r"\{stack:([\d ]*)\}", stack, report)
+        # The address is where the call to the detector returns to.
+        return re.sub(r"\{code:(\d+)\}", lambda match: self._frames(int(match[1]) - 1)[0][1], report)
 
     @functools.lru_cache(maxsize=256)  # noqa: B019
     def _frames(self, offset: int) -> list[tuple[str, str]]:

@@ -257,7 +257,7 @@ __global__ void overflowing_offset(Arguments a) {
 template <bool broken>
 __global__ void blocks_write_the_same(Arguments a) {
     a.out[position()] = 2 * a.in[position() ^ 1];
-    if (broken && threadIdx.x == 0) a.out[5] = a.in[4] * 2;
+    if (broken && position() == threads) a.out[5] = a.in[4] * 2;
 }
 
 template <bool broken>

@@ -284,6 +284,13 @@ void check_one_site(const Block& block, const char* what) {
             return fail("%s in divergent code:%s", what, describe_all(block).c_str());
 }
 
+bool skipped(Site site) {
+    if (site.line != machine.skipped_line) return false;
+    const std::string file = site.file;
+    const std::string& name = machine.skipped_file;
+    return file.size() >= name.size() && file.compare(file.size() - name.size(), name.size(), name) == 0;
+}
+
 void finish_grid_barrier() {
     machine.settled = machine.epoch;
     for (size_t i = 0; i < volume(machine.launch->grid); ++i) {
@@ -330,6 +337,7 @@ uint32_t code_offset(const void* code) {
 void* shared_memory() { return machine.block->shared; }
 
 void block_barrier(Site site) {
+    if (skipped(site)) return;
     Block& block = *machine.block;
     machine.thread->site = site;
     machine.thread->state = State::block_barrier;
@@ -341,6 +349,7 @@ void block_barrier(Site site) {
 }
 
 void grid_barrier(unsigned* counter, unsigned arrivals, Site site) {
+    if (skipped(site)) return;
     Block& block = *machine.block;
     const size_t blocks = volume(machine.launch->grid);
     if (!machine.launch->cooperative) fail("a grid barrier in a launch that is not cooperative (%s:%d)", site.file, site.line);
@@ -375,7 +384,9 @@ void collective(const Collective& what, unsigned mask, void* data, Site site) {
     if (!finish_collective(block, thread)) to_scheduler();
 }
 
-void warp_barrier(unsigned mask, Site site) { collective(synchronisation, mask, nullptr, site); }
+void warp_barrier(unsigned mask, Site site) {
+    if (!skipped(site)) collective(synchronisation, mask, nullptr, site);
+}
 
 namespace {
 
@@ -454,11 +465,27 @@ void commit_copies() {
 
 void wait_copies(int open) {
     auto& groups = machine.thread->groups;
-    const size_t keep = std::min<size_t>(open, groups.size());
+    const size_t keep = std::min<size_t>(open + machine.late_groups, groups.size());
     for (size_t i = 0; i + keep < groups.size(); ++i)
         for (const Copy& copy : groups[i]) land_copy(copy);
     groups.erase(groups.begin(), groups.end() - keep);
 }
+
+namespace {
+
+// Return addresses on the running thread's stack, the innermost first.
+std::string backtrace() {
+    std::string text;
+    const auto begin = reinterpret_cast<uintptr_t>(machine.thread->stack);
+    auto* frame = static_cast<void**>(__builtin_frame_address(0));
+    while (reinterpret_cast<uintptr_t>(frame) - begin < stack_bytes && text.size() < 400) {
+        if (frame[1] != nullptr) text += (text.empty() ? "" : " ") + std::to_string(code_offset(frame[1]));
+        frame = static_cast<void**>(frame[0]);
+    }
+    return text;
+}
+
+}  // namespace
 
 void fail(const char* format, ...) {
     char text[4096];
@@ -476,6 +503,7 @@ void fail(const char* format, ...) {
         if (machine.thread != nullptr) {
             const Index& index = machine.thread->index;
             where += ", thread (" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " + std::to_string(index.z) + ")";
+            where += "{stack:" + backtrace() + "}";
         }
         machine.error = text + where;
     }
