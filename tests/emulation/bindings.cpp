@@ -4,7 +4,7 @@
 using namespace effnet::cuda;
 namespace effnet::cuda {
 #define W(S) __attribute__((weak)) const char* why_not(const S&, const Device&); __attribute__((weak)) Plan plan(const S&, const Device&); __attribute__((weak)) cudaError_t run(const S&, const Device&);
-W(DepthwiseBackward) W(SqueezeExciteForward) W(SqueezeExciteBackward)
+W(SqueezeExciteForward) W(SqueezeExciteBackward)
 }
 
 #define EMULATION_BINDINGS(STRUCT)                                                                                  \

@@ -149,3 +149,97 @@ def exact_forward(geometry: Geometry, fusion: Fusion, given: dict[str, Tensor]) 
     y.requires_grad_()
     (slope,) = torch.autograd.grad(activate(y, fusion.out_activation).sum(), y)
     return images(given["grad"]) * slope
+
+
+@dataclass(frozen=True)
+class BackwardFusion:
+    """What is differentiated beside the convolution, and which results are wanted.
+
+    ``after``: the gradient comes through normalisation and ``a_activation`` behind the convolution, with ``gate`` also
+    through gate and pool, and with ``statistics`` through batch statistics. ``norm``, ``activation``: in front of it.
+    """
+
+    after: bool = False
+    a_activation: str = "none"
+    statistics: bool = False
+    gate: bool = False
+    norm: bool = False
+    activation: str = "none"
+    residual: bool = False
+    wanted: tuple[str, ...] = ("dx", "dw", "db")
+
+    @property
+    def needs_x(self) -> bool:
+        return "dw" in self.wanted or self.norm or self.activation != "none"
+
+
+def backward_operands(geometry: Geometry, fusion: BackwardFusion, dtype: torch.dtype) -> dict[str, Tensor | None]:
+    """By the names of kernels.h; None for what there is not."""
+    batch, channels = geometry.batch, geometry.channels
+    norm = vectors(channels) if fusion.norm else None
+    a_norm = vectors(channels) if fusion.after else None
+    x = normal(*geometry.x_shape) + (norm[0].double() if fusion.norm else 0.0)
+    a = normal(*geometry.y_shape) + (a_norm[0].double() if fusion.after else 0.0)
+    coefficients = None
+    if fusion.statistics:
+        coefficients = torch.stack([a_norm[0], *(normal(channels).float() for _ in range(3))])
+    return {
+        "grad": normal(*geometry.y_shape).to(dtype),
+        "a": a.to(dtype) if fusion.after else None,
+        "x": x.to(dtype) if fusion.needs_x else None,
+        "weight": normal(channels, geometry.kernel**2).float(),
+        "a_norm": a_norm,
+        "coefficients": coefficients,
+        "gate": torch.rand(batch, channels) if fusion.gate else None,
+        "pooled": normal(batch, channels).float() if fusion.gate else None,
+        "norm": norm,
+        "residual": normal(*geometry.x_shape).to(dtype) if fusion.residual else None,
+    }
+
+
+def run_backward(
+    kernels: Kernels, geometry: Geometry, fusion: BackwardFusion, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Operands and results of a backward by the names of kernels.h."""
+    operands = backward_operands(geometry, fusion, dtype)
+    given = {name: kernels.upload(name, value) for name, value in operands.items() if value is not None}
+    settings = {
+        "shape": geometry.struct, "dtype": dtype, "a_activation": fusion.a_activation, "activation": fusion.activation,
+    }  # fmt: skip
+    wanted = dict.fromkeys(fusion.wanted, 1)
+    assert kernels.why_not("DepthwiseBackward", **given, **settings, **wanted) is None
+    plan = kernels.plan("DepthwiseBackward", **given, **settings, **wanted)
+    channels, f32 = geometry.channels, torch.float32
+    shapes = {
+        "dx": (geometry.x_shape, dtype), "dw": ((channels, geometry.kernel**2), f32), "db": ((channels,), f32),
+        "sums": ((plan.parts, 2, channels), f32),
+    }  # fmt: skip
+    made = {name: kernels.empty(name, *shapes[name]) for name in fusion.wanted}
+    workspace = kernels.empty("workspace", (plan.workspace_bytes // 4,), f32) if plan.workspace_bytes else None
+    kernels.run("DepthwiseBackward", **given, **settings, **made, workspace=workspace)
+    return given, made
+
+
+def exact_backward(geometry: Geometry, fusion: BackwardFusion, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """dx (N, C, H, W), dw, db, and the sums over the batch (2, C), in fp64."""
+    y_grad = images(given["grad"])
+    if fusion.after:
+        a, a_norm = images(given["a"]), given["a_norm"]
+        normalised = normalise(a, a_norm).requires_grad_()
+        (slope,) = torch.autograd.grad(activate(normalised, fusion.a_activation).sum(), normalised)
+        y_grad = (y_grad * per_image(given.get("gate"), 1.0) + per_image(given.get("pooled"), 0.0)) * slope
+        if fusion.statistics:
+            _, of_grad, of_a, constant = given["coefficients"].double()[:, :, None, None]
+            y_grad = of_grad * y_grad + of_a * (a - a_norm[0].double()[:, None, None]) + constant
+    x = images(given["x"]) if "x" in given else y_grad.new_zeros(geometry.batch, geometry.channels, *geometry.size)
+    inner = normalise(x, given.get("norm")).requires_grad_()
+    weight = given["weight"].double().requires_grad_()
+    y = geometry.convolve(activate(inner, fusion.activation), weight)
+    dx, dw = torch.autograd.grad(y, (inner, weight), y_grad)
+    if fusion.residual:
+        dx = dx + images(given["residual"])
+    exact = {"dx": dx, "dw": dw, "db": y_grad.sum((0, 2, 3))}
+    if fusion.norm:
+        centred = x - given["norm"][0].double()[:, None, None]
+        exact["sums"] = torch.stack([dx.sum((0, 2, 3)), (dx * centred).sum((0, 2, 3))])
+    return exact

@@ -269,6 +269,7 @@ void land_copy(const Copy& copy) {
 }
 
 bool fill(void* pointer, int value, size_t size) {
+    if (size == 0) return true;
     const auto address = reinterpret_cast<uintptr_t>(pointer);
     const Region* region = tensor_at(address, {size, true, code_offset(__builtin_return_address(0))});
     if (region == nullptr) return false;
