@@ -523,4 +523,342 @@ __global__ __launch_bounds__(Traits::threads, Traits::blocks) void depthwise_for
     }
 }
 
+enum class BackwardKind : int {
+    plain,  // gradients of a convolution alone
+    fused,  // between two normalisations with SiLU: a, coefficients, perhaps gate and pooled; norm
+    any
+};
+
+template <class T>
+struct BackwardArguments {
+    DepthwiseSizes size;
+    DepthwiseTile tile;
+    const T *grad, *a, *x;
+    const float *weight, *a_norm, *coefficients, *gate, *pooled, *norm;
+    const T* residual;
+    Activation a_activation, activation;
+    T* dx;
+    float *partials, *sums;  // (walkers, rows, C): one row a tap where dw is wanted, then one for db; (walkers, 2, C)
+    bool dw, db;
+};
+
+template <class T, int kernel_, int stride_, BackwardKind kind_>
+struct BackwardTraits : Window<kernel_, stride_> {
+    using Base = Window<kernel_, stride_>;
+    using Element = T;
+    static constexpr BackwardKind kind = kind_;
+    static constexpr int width = kernel_ == 3 ? 2 : 1;   // channels a thread
+    static constexpr int columns = kernel_ < 7 ? 7 : 4;  // strides of input columns a thread
+    static constexpr int grads = columns + Base::reach;  // output gradients of a row that these meet
+    static constexpr int threads = 128, blocks = kernel_ < 7 ? 3 : 2, stages = 4;
+    static constexpr int values = Base::taps + 3;  // sums a thread's channel: dw, db, and two of dx
+
+    // A place in the ring: a row of gradients, one of a, and the rows of x of one stride.
+    static __host__ __device__ constexpr int grad_pixels(int groups) { return groups * columns + Base::reach; }
+    static __host__ __device__ constexpr int row_pixels(int groups) { return groups * columns * stride_; }
+    static __host__ __device__ constexpr int slot_pixels(int groups, bool a, bool x) {
+        return grad_pixels(groups) * (a ? 2 : 1) + (x ? row_pixels(groups) * stride_ : 0);
+    }
+    // In the end, the threads' sums take the ring's place.
+    static constexpr int shared_bytes(int groups, int pitch, int slab, bool a, bool x) {
+        const int ring = stages * slot_pixels(groups, a, x) * pitch * static_cast<int>(sizeof(T));
+        const int sums = values * groups * slab * static_cast<int>(sizeof(float));
+        return ring > sums ? ring : sums;
+    }
+};
+
+// What a thread keeps in registers.
+template <class Traits>
+struct BackwardThread {
+    using T = typename Traits::Element;
+    static constexpr int width = Traits::width, columns = Traits::columns, stride = Traits::stride, open = Traits::open;
+    static constexpr int grads = Traits::grads, reach = Traits::reach, kernel = Traits::kernel, taps = Traits::taps;
+    static constexpr bool fast = coarse<T>;
+    static constexpr BackwardKind kind = Traits::kind;
+
+    const BackwardArguments<T>& arguments;
+    const Lane lane;
+    const Norm<width> a_norm, norm;
+    float of_grad[width], of_a[width], constant[width], gate[width], pooled[width], weight[taps][width];
+    float kept[open][grads * width];  // gradients of the convolution, the newest row last
+    float dw[taps][width], db[width], total[width], moment[width];
+    unsigned grads_inside, inside;  // which columns of the output and of the input exist
+    int64_t offset;                 // of the strip's first pixel, in x
+    int steps;                      // how many it has
+
+    __device__ inline BackwardThread(const BackwardArguments<T>& arguments, int slab)
+        : arguments(arguments),
+          lane(arguments.tile, slab, arguments.size.channels, width),
+          a_norm(kind == BackwardKind::plain ? nullptr : arguments.a_norm, arguments.size.channels, lane),
+          norm(kind == BackwardKind::plain ? nullptr : arguments.norm, arguments.size.channels, lane) {
+        const int channels = arguments.size.channels;
+        const float* of = kind == BackwardKind::plain ? nullptr : arguments.coefficients;
+        load_vector(of == nullptr ? of : of + channels, 1.0f, lane, of_grad);
+        load_vector(of == nullptr ? of : of + 2 * channels, 0.0f, lane, of_a);
+        load_vector(of == nullptr ? of : of + 3 * channels, 0.0f, lane, constant);
+        load_weights<taps>(arguments.weight, lane, weight);
+#pragma unroll
+        for (int v = 0; v < width; ++v) {
+            db[v] = total[v] = moment[v] = 0.0f;
+#pragma unroll
+            for (int tap = 0; tap < taps; ++tap) dw[tap][v] = 0.0f;
+        }
+    }
+
+    __device__ inline bool has_a() const {
+        return kind == BackwardKind::fused || (kind == BackwardKind::any && arguments.a != nullptr);
+    }
+    __device__ inline bool has_norm() const {
+        return kind == BackwardKind::fused || (kind == BackwardKind::any && arguments.norm != nullptr);
+    }
+
+    __device__ inline void begin(const Strip& strip) {
+        const DepthwiseSizes& size = arguments.size;
+        const int step = strip.column + lane.group * columns, left = step * stride - size.left;
+        steps = lane.works ? strip.rows : 0;
+        grads_inside = columns_inside<grads>(step - reach, size.out_width);
+        inside = columns_inside<columns * stride>(left, size.width);
+        offset = ((strip.image * size.height + strip.row * stride - size.top) * size.width + left) * size.channels +
+                 lane.channel;
+        if (kind == BackwardKind::plain) return;
+        const int64_t image = strip.image * size.channels;
+        load_vector(arguments.gate == nullptr ? nullptr : arguments.gate + image, 1.0f, lane, gate);
+        load_vector(arguments.pooled == nullptr ? nullptr : arguments.pooled + image, 0.0f, lane, pooled);
+    }
+
+    // Reads the gradient of the convolution's row `out_row`: through gate, activation and normalisation where there is
+    // a.
+    __device__ inline void read(const T* grad_row, const T* a_row, int out_row) {
+        float (&g)[grads * width] = kept[open - 1];
+        const int pitch = arguments.tile.pitch;
+        load_pixels<grads>(grad_row, pitch, g);
+        if (!has_a()) return;
+        float a[grads * width];
+        load_pixels<grads>(a_row, pitch, a);
+#pragma unroll
+        for (int i = 0; i < grads * width; ++i) {
+            a[i] -= a_norm.mean[i % width];
+            g[i] = fmaf(g[i], gate[i % width], pooled[i % width]);
+        }
+        if (kind == BackwardKind::fused || arguments.a_norm != nullptr) {
+#pragma unroll
+            for (int i = 0; i < grads; ++i) {
+                float n[width], derivative[width];
+#pragma unroll
+                for (int v = 0; v < width; ++v) n[v] = fmaf(a[i * width + v], a_norm.scale[v], a_norm.shift[v]);
+                differentiate<fast>(n, derivative,
+                                    kind == BackwardKind::fused ? Activation::silu : arguments.a_activation);
+#pragma unroll
+                for (int v = 0; v < width; ++v) g[i * width + v] *= derivative[v];
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < grads * width; ++i)
+            g[i] = fmaf(of_grad[i % width], g[i], fmaf(of_a[i % width], a[i], constant[i % width]));
+        // Padding has no gradient, but the constants of a normalisation's.
+        const unsigned exist = out_row >= 0 && out_row < arguments.size.out_height ? grads_inside : 0;
+        if (exist != all_columns<grads>) {
+#pragma unroll
+            for (int i = 0; i < grads * width; ++i) g[i] = exist >> (i / width) & 1 ? g[i] : 0.0f;
+        }
+    }
+
+    // Adds what is this thread's own of the newest row to the bias' gradient.
+    __device__ inline void add_bias() {
+#pragma unroll
+        for (int i = reach * width; i < grads * width; ++i) db[i % width] += kept[open - 1][i];
+    }
+
+    // Row j of a stride: `row` are its pixels in the ring, `at` where it begins in the image. Each meets the gradients
+    // of its window: dx gathers them times the weights, dw times the pixel.
+    template <int j>
+    __device__ inline void meet(const T* row, int64_t at) {
+        const DepthwiseSizes& size = arguments.size;
+#pragma unroll
+        for (int b = 0; b < columns * stride; ++b) {
+            const bool exists = inside >> b & 1;
+            float centred[width], n[width], u[width], derivative[width], dx[width];
+            if (kind != BackwardKind::any || arguments.x != nullptr) {
+                load(row + b * arguments.tile.pitch, u);
+            } else {
+#pragma unroll
+                for (int v = 0; v < width; ++v) u[v] = 0.0f;
+            }
+#pragma unroll
+            for (int v = 0; v < width; ++v) {
+                centred[v] = kind == BackwardKind::plain ? u[v] : u[v] - norm.mean[v];
+                n[v] = kind == BackwardKind::plain ? u[v] : fmaf(centred[v], norm.scale[v], norm.shift[v]);
+                u[v] = n[v];
+                dx[v] = 0.0f;
+            }
+            if (kind != BackwardKind::plain) {
+                differentiate<fast>(u, derivative,
+                                    kind == BackwardKind::fused ? Activation::silu : arguments.activation);
+                // Padding is zero behind the normalisation, not in front of it.
+#pragma unroll
+                for (int v = 0; v < width; ++v) u[v] = exists ? u[v] : 0.0f;
+            }
+#pragma unroll
+            for (int tap = 0; tap < taps; ++tap) {
+                const int kh = tap / kernel, kw = tap % kernel;
+                if (kh % stride != j || (b + kernel * stride - kw) % stride != 0) continue;
+                const int column = (b - kw + kernel * stride) / stride - kernel + reach;
+#pragma unroll
+                for (int v = 0; v < width; ++v) {
+                    const float g = kept[open - 1 - kh / stride][column * width + v];
+                    dx[v] = fmaf(g, weight[tap][v], dx[v]);
+                    dw[tap][v] = fmaf(g, u[v], dw[tap][v]);
+                }
+            }
+            if (arguments.dx == nullptr || !exists) continue;
+            if (kind != BackwardKind::plain) {
+#pragma unroll
+                for (int v = 0; v < width; ++v) dx[v] *= derivative[v];
+            }
+            if (kind != BackwardKind::fused && arguments.residual != nullptr) {
+                float residual[width];
+                load_some(arguments.residual + at + b * size.channels, residual, lane.count, arguments.tile.together);
+#pragma unroll
+                for (int v = 0; v < width; ++v) dx[v] += residual[v];
+            }
+            store_some(arguments.dx + at + b * size.channels, dx, lane.count, arguments.tile.together);
+            if (kind != BackwardKind::plain) {
+#pragma unroll
+                for (int v = 0; v < width; ++v) {
+                    total[v] += dx[v];
+                    moment[v] = fmaf(dx[v], centred[v], moment[v]);
+                }
+            }
+        }
+    }
+
+    // Makes room for the next row of gradients.
+    __device__ inline void shift() {
+#pragma unroll
+        for (int age = 0; age < open - 1; ++age)
+#pragma unroll
+            for (int i = 0; i < grads * width; ++i) kept[age][i] = kept[age + 1][i];
+    }
+
+    // Leaves all sums in shared memory, [values][groups][slab].
+    __device__ inline void leave(float* shared) const {
+        const DepthwiseTile& tile = arguments.tile;
+        const int plane = tile.groups * tile.slab;
+#pragma unroll
+        for (int v = 0; v < width; ++v) {
+            if (v >= lane.count) continue;
+            float* const to = shared + lane.group * tile.slab + lane.vector * width + v;
+#pragma unroll
+            for (int tap = 0; tap < taps; ++tap) to[tap * plane] = dw[tap][v];
+            to[taps * plane] = db[v];
+            to[(taps + 1) * plane] = total[v];
+            to[(taps + 2) * plane] = moment[v];
+        }
+    }
+};
+
+// Adds the threads' sums over the groups, and stores those that are wanted.
+template <int taps>
+__device__ inline void store_sums(const float* sums, float* partials, float* of_dx, bool dw, bool db,
+                                  const DepthwiseTile& tile, int first, int channels) {
+    for (int i = threadIdx.x; i < (taps + 3) * tile.slab; i += blockDim.x) {
+        const int value = i / tile.slab, c = i % tile.slab;
+        if (first + c >= channels) continue;
+        float sum = 0.0f;
+        for (int g = 0; g < tile.groups; ++g) sum += sums[(value * tile.groups + g) * tile.slab + c];
+        if (value > taps) {
+            if (of_dx != nullptr) of_dx[(value - taps - 1) * channels + first + c] = sum;
+        } else if (value == taps ? db : dw) {
+            partials[(dw ? value : 0) * channels + first + c] = sum;
+        }
+    }
+}
+
+// Gradients of input, weight and bias. gridDim.x = slabs * walkers. Outputs that lie in padding alone have no pixel,
+// but their share of the bias: steps go on until they are read.
+template <class Traits>
+__global__ __launch_bounds__(Traits::threads, Traits::blocks) void depthwise_backward_kernel(
+    const BackwardArguments<typename Traits::Element> arguments) {
+    using T = typename Traits::Element;
+    constexpr int stride = Traits::stride, before = Traits::open - 1, stages = Traits::stages;
+    constexpr int columns = Traits::columns, width = Traits::width;
+    const DepthwiseSizes& size = arguments.size;
+    const DepthwiseTile& tile = arguments.tile;
+    // Blocks that run side by side share pixels, and so the cache lines that two slabs have in common.
+    const int slab = blockIdx.x % tile.slabs, walker = blockIdx.x / tile.slabs, first_channel = slab * tile.slab;
+    BackwardThread<Traits> thread(arguments, slab);
+    const Lane& lane = thread.lane;
+
+    const bool has_a = thread.has_a(), has_x = arguments.x != nullptr;
+    const int grad_pixels = Traits::grad_pixels(tile.groups), row_pixels = Traits::row_pixels(tile.groups);
+    const int slot_elements = Traits::slot_pixels(tile.groups, has_a, has_x) * tile.pitch;
+    const int a_at = grad_pixels * tile.pitch, x_at = a_at * (has_a ? 2 : 1), row_elements = row_pixels * tile.pitch;
+    const int all_rows = max((size.height + size.top + stride - 1) / stride, size.out_height);
+    T* const ring = shared_memory<T>();
+    const auto copy = [&](const Cursor& cursor) {
+        if (cursor.item < tile.items) {
+            const Strip strip(cursor.item, tile, columns, all_rows);
+            T* const to = ring + cursor.slot * slot_elements;
+            const int out_row = strip.row + cursor.step - before;
+            const int64_t of_grad = strip.image * size.out_height * size.out_width * size.channels;
+            const auto copy_grad = [&](T* to, const T* from) {
+                copy_row<T, width>(to, from + of_grad, out_row, strip.column - Traits::reach, grad_pixels, tile,
+                                   first_channel, size.channels, size.out_height, size.out_width);
+            };
+            copy_grad(to, arguments.grad);
+            if (has_a) copy_grad(to + a_at, arguments.a);
+            if (has_x && cursor.step >= before)
+                for (int j = 0; j < stride; ++j)
+                    copy_row<T, width>(to + x_at + j * row_elements,
+                                       arguments.x + strip.image * size.height * size.width * size.channels,
+                                       out_row * stride - size.top + j, strip.column * stride - size.left, row_pixels,
+                                       tile, first_channel, size.channels, size.height, size.width);
+        }
+        copy_async_commit();
+    };
+    const int steps = tile.strip_rows + before;
+    Cursor ahead{walker, 0, 0};
+    for (int i = 0; i < stages - 1; ++i) {
+        copy(ahead);
+        ahead.advance(steps, tile.walkers, stages);
+    }
+    int slot = 0;
+    for (int item = walker; item < tile.items; item += tile.walkers) {
+        const Strip strip(item, tile, columns, all_rows);
+        thread.begin(strip);
+        for (int step = 0; step < steps; ++step) {
+            copy_async_wait<stages - 2>();
+            // Everybody's copies of this step are there, and the slot that is filled next has been read by all.
+            __syncthreads();
+            copy(ahead);
+            ahead.advance(steps, tile.walkers, stages);
+            const T* const mine = ring + slot * slot_elements + lane.group * columns * tile.pitch + lane.vector * width;
+            slot = slot + 1 == stages ? 0 : slot + 1;
+            if (step - before >= thread.steps) continue;
+            const int row = step - before;
+            thread.read(mine, mine + a_at, strip.row + row);
+            if (row >= 0) {
+                if (arguments.db) thread.add_bias();
+                const T* const pixels = mine + x_at + lane.group * columns * (stride - 1) * tile.pitch;
+                const int h = (strip.row + row) * stride - size.top;
+                const int64_t at = thread.offset + row * stride * size.width * size.channels;
+                if (h >= 0 && h < size.height) thread.template meet<0>(pixels, at);
+                if (stride == 2 && h + 1 >= 0 && h + 1 < size.height)
+                    thread.template meet<1>(pixels + row_elements, at + size.width * size.channels);
+            }
+            thread.shift();
+        }
+    }
+    // Copies of steps that nobody asked for are empty, but the ring is still being read.
+    copy_async_wait<0>();
+    __syncthreads();
+    float* const sums = shared_memory<float>();
+    thread.leave(sums);
+    __syncthreads();
+    const int rows = (arguments.dw ? Traits::taps : 0) + (arguments.db ? 1 : 0);
+    store_sums<Traits::taps>(sums, arguments.partials + int64_t(walker) * rows * size.channels,
+                             arguments.sums == nullptr ? nullptr : arguments.sums + int64_t(walker) * 2 * size.channels,
+                             arguments.dw, arguments.db, tile, first_channel, size.channels);
+}
+
 }  // namespace effnet::cuda

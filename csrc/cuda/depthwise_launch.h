@@ -55,6 +55,14 @@ Plan plan_backward(const DepthwiseBackward&, const Device&);
 template <class T>
 cudaError_t run_backward(const DepthwiseBackward&, const Device&);
 
+// Rows of a walker's partial sums.
+inline int partial_rows(const DepthwiseBackward& problem) {
+    return (problem.dw ? problem.shape.kernel * problem.shape.kernel : 0) + (problem.db ? 1 : 0);
+}
+
+// Adds up dw and db over the walkers.
+cudaError_t sum_partials(const DepthwiseBackward&, int walkers, const Device&);
+
 // f(T()) for the type that a dtype stands for.
 template <class F>
 auto with_type(DType dtype, const F& f) {
