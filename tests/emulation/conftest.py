@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import emulator
 import pytest
+
 from kernels import Kernels
 
 

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from cases import DepthwiseCase
 from helpers import normal
-from kernels import Kernels
 from torch import Tensor
 
 from effnet_ops.checks import output_size, padding_sides, resolve_padding
 from effnet_ops.reference import activate
+from kernels import Kernels
 
 
 @dataclass(frozen=True)

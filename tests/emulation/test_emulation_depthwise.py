@@ -17,8 +17,9 @@ from depthwise_problems import (
     run_forward,
 )
 from helpers import FORWARD_TOLERANCE, GRADIENT_TOLERANCE, names, relative_error
-from kernels import Kernels
 from torch import Tensor
+
+from kernels import Kernels
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 COVERED = [case for case in DEPTHWISE if covered(case)]

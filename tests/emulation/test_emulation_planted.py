@@ -60,14 +60,22 @@ def pointer(tensor: Tensor | None) -> ctypes.c_void_p | None:
 
 
 def launch(
-    machine: Machine, name: str, bug: bool, *, counter: int | None = None, blocks: int = BLOCKS, shared: int | None = None
+    machine: Machine,
+    name: str,
+    bug: bool,
+    *,
+    counter: int | None = None,
+    blocks: int = BLOCKS,
+    shared: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Input and output of a planted kernel."""
     x = machine.upload("in", torch.arange(1.0, N + 1))
     out = machine.empty("out", (N,), torch.float32)
     if counter is None and name in COOPERATIVE:
         counter = 0
-    count = None if counter is None else machine.upload("counter", torch.tensor([counter], dtype=torch.int32), kind="inout")
+    count = (
+        None if counter is None else machine.upload("counter", torch.tensor([counter], dtype=torch.int32), kind="inout")
+    )
     shared = shared if shared is not None else 4 * THREADS * (4 if name == "copy_past_the_tensor" else 1)
     error = machine.call("planted", name.encode(), bug, pointer(x), pointer(out), pointer(count), N, blocks, shared)
     assert error == 0
