@@ -23,6 +23,8 @@
 
 #if defined(EFFNET_EMULATED)
 #define EFFNET_DISPATCH_KEY CPU
+extern "C" void emulation_reset(uint64_t seed, int multiprocessors, size_t shared_limit, uint64_t first, uint64_t last);
+extern "C" void emulation_adopt(const char* name, const void* pointer, size_t bytes, int kind);
 #else
 #define EFFNET_DISPATCH_KEY CUDA
 #endif
@@ -71,14 +73,22 @@ Gate gate_of(const std::string& name) {
 
 #if defined(EFFNET_EMULATED)
 
-// An H200 with few multiprocessors, so that grids are small.
+// An H200 with few multiprocessors, so that grids are small. Each call begins with an empty memory.
 class Here {
   public:
-    explicit Here(const Tensor&) : device{0, 4, 9, 0, 227 * 1024, nullptr} {}
+    explicit Here(const Tensor&) : device{0, 4, 9, 0, 227 * 1024, nullptr} {
+        emulation_reset(0, device.multiprocessors, device.max_shared_bytes, 0, UINT64_MAX);
+    }
     const cuda::Device device;
 };
 
+void hand_over(const Tensor& t, const char* name, bool output) {
+    emulation_adopt(name, t.const_data_ptr(), t.numel() * t.element_size(), output ? 1 : 0);
+}
+
 #else
+
+void hand_over(const Tensor&, const char*, bool) {}
 
 struct Limits {
     int multiprocessors, major, minor, max_shared_bytes;
@@ -139,7 +149,9 @@ bool is_dense_nhwc(const Tensor& x) {
 bool keeps_channels_last(const Tensor& x) { return x.size(1) > 1 && x.stride(1) == 1 && !x.is_contiguous(); }
 
 Tensor empty(const Tensor& like, const Ints& size, ScalarType type, MemoryFormat format = MemoryFormat::Contiguous) {
-    return torch::stable::empty(size, type, std::nullopt, like.device(), std::nullopt, format);
+    const Tensor made = torch::stable::empty(size, type, std::nullopt, like.device(), std::nullopt, format);
+    hand_over(made, "a result", true);
+    return made;
 }
 
 Tensor nothing(const Tensor& x, ScalarType type) { return empty(x, {0}, type); }
@@ -166,7 +178,7 @@ class Operands {
         if (!(channels_last ? is_dense_nhwc(dense) : dense.is_contiguous()))
             dense =
                 torch::stable::contiguous(dense, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-        return keep(aligned(dense)).const_data_ptr();
+        return keep(aligned(dense), name).const_data_ptr();
     }
     const void* activation(const Optional& t, const Ints& size, bool channels_last, const char* name) {
         return t.has_value() ? activation(*t, size, channels_last, name) : nullptr;
@@ -177,21 +189,23 @@ class Operands {
         check_device(t, name);
         STD_TORCH_CHECK(t.numel() == elements, name, " must have ", elements, " elements, got ", t.numel());
         const Tensor dense = torch::stable::contiguous(as_dtype(t, ScalarType::Float));
-        return static_cast<const float*>(keep(aligned(dense)).const_data_ptr());
+        return static_cast<const float*>(keep(aligned(dense), name).const_data_ptr());
     }
     const float* vector(const Optional& t, int64_t elements, const char* name) {
         return t.has_value() ? vector(*t, elements, name) : nullptr;
     }
 
     void* workspace(size_t bytes) {
-        return bytes == 0 ? nullptr : keep(empty(x_, {int64_t(bytes)}, ScalarType::Byte)).mutable_data_ptr();
+        if (bytes == 0) return nullptr;
+        return keep(empty(x_, {int64_t(bytes)}, ScalarType::Byte), "workspace").mutable_data_ptr();
     }
 
   private:
     void check_device(const Tensor& t, const char* name) const {
         STD_TORCH_CHECK(t.device() == x_.device(), name, " is not on the device of x");
     }
-    const Tensor& keep(Tensor t) {
+    const Tensor& keep(Tensor t, const char* name) {
+        hand_over(t, name, false);
         kept_.push_back(std::move(t));
         return kept_.back();
     }
