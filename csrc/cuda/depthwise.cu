@@ -17,7 +17,9 @@ cudaError_t run(const DepthwiseForward& problem, const Device& device) {
 }
 
 const char* why_not(const DepthwiseBackward& problem, const Device& device) {
-    if (problem.x == nullptr && (problem.dw || problem.norm || problem.activation != Activation::none))
+    // Tensors without elements may have no address.
+    if (problem.shape.batch > 0 && problem.x == nullptr &&
+        (problem.dw || problem.norm || problem.activation != Activation::none))
         return "x is missing";
     return why_not(problem.shape, device);
 }
@@ -26,14 +28,6 @@ Plan plan(const DepthwiseBackward& problem, const Device& device) {
     if (problem.shape.batch == 0) return {1, 0, 0, 0, 0};
     return with_type(problem.dtype, [&](auto type) { return plan_backward<decltype(type)>(problem, device); });
 }
-
-namespace {
-
-cudaError_t clear(float* values, int64_t count, const Device& device) {
-    return values == nullptr ? cudaSuccess : cudaMemsetAsync(values, 0, sizeof(float) * count, device.stream);
-}
-
-}  // namespace
 
 cudaError_t run(const DepthwiseBackward& problem, const Device& device) {
     const DepthwiseShape& shape = problem.shape;

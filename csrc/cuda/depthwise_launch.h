@@ -63,17 +63,4 @@ inline int partial_rows(const DepthwiseBackward& problem) {
 // Adds up dw and db over the walkers.
 cudaError_t sum_partials(const DepthwiseBackward&, int walkers, const Device&);
 
-// f(T()) for the type that a dtype stands for.
-template <class F>
-auto with_type(DType dtype, const F& f) {
-    switch (dtype) {
-        case DType::bf16:
-            return f(__nv_bfloat16());
-        case DType::f16:
-            return f(__half());
-        default:
-            return f(float());
-    }
-}
-
 }  // namespace effnet::cuda

@@ -13,11 +13,9 @@
 #include <cstdint>
 
 #include "depthwise.cuh"
+#include "host.h"
 
 namespace effnet::cuda {
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // What the rule has to know. `columns` and `rows` are steps of the kernel: outputs, or strides of input pixels.
 struct Cut {
