@@ -17,16 +17,16 @@ def needs_compiler() -> None:
 
 
 @pytest.fixture(scope="session")
-def planted_machine(needs_compiler: None) -> emulator.Machine:
-    return emulator.Machine("planted", sorted((emulator.HERE / "planted").glob("*.cu")))
+def sample_machine(needs_compiler: None) -> emulator.Machine:
+    return emulator.Machine("samples", sorted((emulator.HERE / "samples").glob("*.cu")))
 
 
 @pytest.fixture
-def planted(planted_machine: emulator.Machine) -> Iterator[emulator.Machine]:
-    """The kernels of planted/."""
-    planted_machine.reset()
-    yield planted_machine
-    planted_machine.reset()
+def samples(sample_machine: emulator.Machine) -> Iterator[emulator.Machine]:
+    """The kernels of samples/."""
+    sample_machine.reset()
+    yield sample_machine
+    sample_machine.reset()
 
 
 @pytest.fixture(scope="session")

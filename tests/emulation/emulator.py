@@ -30,12 +30,12 @@ FOLDER = ROOT / "build" / "emulation"
 _INCLUDE = "tests/emulation/include"
 
 _COMMON = ["-std=c++17", "-g1", "-fno-omit-frame-pointer", "-fPIC", "-Wall", "-Wno-unknown-pragmas"]
-_RUNTIME = [*_COMMON, "-O2"]
+_RUNTIME = [*_COMMON, "-O2", f"-I{_INCLUDE}"]
 # Nothing of this changes what a kernel computes. Without -ffp-contract=off the compiler might fuse what the source does not.
 _DEVICE = [
     *_COMMON, "-x", "c++", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fsanitize=thread",
     "-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero",
-    "-include", "tests/emulation/include/prelude.h", "-Itests/emulation/include", "-Icsrc/cuda",
+    "-include", f"{_INCLUDE}/prelude.h", f"-I{_INCLUDE}", "-Icsrc/cuda",
 ]  # fmt: skip
 
 
@@ -63,7 +63,7 @@ def _hash(*parts: Any) -> str:
 @functools.cache
 def _headers() -> str:
     """What any object may depend on."""
-    folders = (CUDA, HERE / "include", HERE / "runtime", HERE / "planted")
+    folders = (CUDA, HERE / "include", HERE / "runtime")
     files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.suffix in (".h", ".cuh")]
     version = subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=True).stdout
     return _hash(version, [(path.name, path.read_bytes()) for path in files])

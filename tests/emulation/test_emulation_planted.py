@@ -10,7 +10,7 @@ import torch
 from emulator import HERE, EmulationError, Machine
 from torch import Tensor
 
-SOURCE = (HERE / "planted" / "planted.cu").read_text()
+SOURCE = (HERE / "samples" / "planted.cu").read_text()
 N, BLOCKS, THREADS = 128, 2, 64
 
 # What the report of each bug says, and a piece of the line of the source that it names.
@@ -88,19 +88,19 @@ def test_all_planted_kernels_are_tested() -> None:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("name", BUGS)
-def test_right_version_passes(planted: Machine, name: str, seed: int) -> None:
-    planted.reset(seed)
-    x, out = launch(planted, name, False)
+def test_right_version_passes(samples: Machine, name: str, seed: int) -> None:
+    samples.reset(seed)
+    x, out = launch(samples, name, False)
     if name not in OTHER_RESULTS:
         assert torch.equal(out, 2 * x.view(-1, 2).flip(1).flatten())
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("name", BUGS)
-def test_bug_is_found(planted: Machine, name: str, seed: int) -> None:
-    planted.reset(seed)
+def test_bug_is_found(samples: Machine, name: str, seed: int) -> None:
+    samples.reset(seed)
     with pytest.raises(EmulationError) as caught:
-        launch(planted, name, True)
+        launch(samples, name, True)
     report = str(caught.value)
     message, piece = BUGS[name]
     assert re.search(message, report), report
@@ -111,55 +111,55 @@ def test_bug_is_found(planted: Machine, name: str, seed: int) -> None:
     assert named & lines, report
     # Nothing runs on a machine that has reported, until it is reset.
     with pytest.raises(EmulationError, match=re.escape(report[:40])):
-        planted.check()
+        samples.check()
 
 
-def test_freed_tensor(planted: Machine) -> None:
-    out = planted.empty("out", (N,), torch.float32)
-    x = planted.upload("in", torch.ones(N))
-    planted.free(x)
+def test_freed_tensor(samples: Machine) -> None:
+    out = samples.empty("out", (N,), torch.float32)
+    x = samples.upload("in", torch.ones(N))
+    samples.free(x)
     arguments = (b"read_past_the_end", False, pointer(x), pointer(out), None, N, BLOCKS, 0)
     with pytest.raises(EmulationError, match="4 bytes of in are read at .*planted.cu:[0-9]+ after it was freed"):
-        planted.call("planted", *arguments)
+        samples.call("planted", *arguments)
 
 
-def test_memory_of_another_machine(planted: Machine) -> None:
-    x, out = torch.ones(N), planted.empty("out", (N,), torch.float32)
+def test_memory_of_another_machine(samples: Machine) -> None:
+    x, out = torch.ones(N), samples.empty("out", (N,), torch.float32)
     with pytest.raises(EmulationError, match="address 0x[0-9a-f]+, in no tensor"):
-        planted.call("planted", b"read_past_the_end", False, pointer(x), pointer(out), None, N, BLOCKS, 0)
+        samples.call("planted", b"read_past_the_end", False, pointer(x), pointer(out), None, N, BLOCKS, 0)
 
 
-def test_counter_of_a_grid_barrier_must_be_zero(planted: Machine) -> None:
+def test_counter_of_a_grid_barrier_must_be_zero(samples: Machine) -> None:
     with pytest.raises(EmulationError, match="the counter of grid barrier 1 was 3 and not zero"):
-        launch(planted, "wrong_arrivals", False, counter=3)
+        launch(samples, "wrong_arrivals", False, counter=3)
 
 
-def test_grid_barrier_needs_a_cooperative_launch(planted: Machine) -> None:
-    out, x = planted.empty("out", (N,), torch.float32), planted.upload("in", torch.ones(N))
+def test_grid_barrier_needs_a_cooperative_launch(samples: Machine) -> None:
+    out, x = samples.empty("out", (N,), torch.float32), samples.upload("in", torch.ones(N))
     with pytest.raises(EmulationError, match="a grid barrier in a launch that is not cooperative"):
-        planted.call("planted", b"wrong_arrivals", False, pointer(x), pointer(out), None, N, BLOCKS, 0)
+        samples.call("planted", b"wrong_arrivals", False, pointer(x), pointer(out), None, N, BLOCKS, 0)
 
 
-def test_cooperative_launch_must_be_resident(planted: Machine) -> None:
-    planted.reset(multiprocessors=1, shared_limit=1024)
+def test_cooperative_launch_must_be_resident(samples: Machine) -> None:
+    samples.reset(multiprocessors=1, shared_limit=1024)
     with pytest.raises(EmulationError, match="2 blocks of a cooperative launch, of which 1 can be resident"):
-        launch(planted, "wrong_arrivals", False, shared=1024)
+        launch(samples, "wrong_arrivals", False, shared=1024)
 
 
-def test_shared_memory_of_a_block_is_limited(planted: Machine) -> None:
-    planted.reset(shared_limit=1000)
+def test_shared_memory_of_a_block_is_limited(samples: Machine) -> None:
+    samples.reset(shared_limit=1000)
     with pytest.raises(EmulationError, match="1024 bytes of shared memory a block; the device has 1000"):
-        launch(planted, "missing_barrier", False, shared=1024)
+        launch(samples, "missing_barrier", False, shared=1024)
 
 
-def test_sabotage(planted: Machine) -> None:
+def test_sabotage(samples: Machine) -> None:
     """A barrier that is taken away, and copies that land late, are noticed in kernels that are right."""
     lines = SOURCE.splitlines()
     line = next(i for i, text in enumerate(lines, 1) if "if constexpr (!broken) __syncthreads();" in text)
-    planted.sabotage("planted.cu", line)
+    samples.sabotage("planted.cu", line)
     with pytest.raises(EmulationError, match="race|before anything was written"):
-        launch(planted, "missing_barrier", False)
-    planted.reset()
-    planted.sabotage(late_groups=1)
+        launch(samples, "missing_barrier", False)
+    samples.reset()
+    samples.sabotage(late_groups=1)
     with pytest.raises(EmulationError, match="before the asynchronous copy to it has landed"):
-        launch(planted, "copy_not_waited_for", False)
+        launch(samples, "copy_not_waited_for", False)
