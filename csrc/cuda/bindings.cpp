@@ -24,6 +24,7 @@
 #if defined(EFFNET_EMULATED)
 #define EFFNET_DISPATCH_KEY CPU
 extern "C" void emulation_reset(uint64_t seed, int multiprocessors, size_t shared_limit, uint64_t first, uint64_t last);
+extern "C" const char* emulation_error();
 extern "C" void emulation_adopt(const char* name, const void* pointer, size_t bytes, int kind);
 #else
 #define EFFNET_DISPATCH_KEY CUDA
@@ -86,9 +87,13 @@ void hand_over(const Tensor& t, const char* name, bool output) {
     emulation_adopt(name, t.const_data_ptr(), t.numel() * t.element_size(), output ? 1 : 0);
 }
 
+const char* reason(cudaError_t) { return emulation_error(); }
+
 #else
 
 void hand_over(const Tensor&, const char*, bool) {}
+
+const char* reason(cudaError_t error) { return cudaGetErrorString(error); }
 
 struct Limits {
     int multiprocessors, major, minor, max_shared_bytes;
@@ -272,8 +277,7 @@ void check_covered(const Problem& problem, const cuda::Device& device, const cha
 template <class Problem>
 void launch(const Problem& problem, const cuda::Device& device, const char* name) {
     const cudaError_t error = cuda::run(problem, device);
-    STD_TORCH_CHECK(error == cudaSuccess, "launching ", name, " on cuda:", device.index,
-                    " failed: ", cudaGetErrorString(error));
+    STD_TORCH_CHECK(error == cudaSuccess, "launching ", name, " on cuda:", device.index, " failed: ", reason(error));
 }
 
 // padding: top, bottom, left, right.
