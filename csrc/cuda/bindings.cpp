@@ -542,15 +542,70 @@ Seven gates_backward(const Tensor& sums, int64_t pixels, const Tensor& pooled, c
 }  // namespace
 }  // namespace effnet
 
-#if !defined(EFFNET_EMULATED)
+#define EFFNET_EXPORT extern "C" __attribute__((visibility("default")))
 
-// For `effnet-ops info`, without an operator: the library may be asked where no GPU is.
-extern "C" __attribute__((visibility("default"))) const char* effnet_cuda_toolkit() { return EFFNET_CUDA_TOOLKIT; }
-extern "C" __attribute__((visibility("default"))) const char* effnet_cuda_architectures() {
-    return EFFNET_CUDA_ARCHITECTURES;
+// What no operator has to do with, and needs no GPU: for `effnet-ops info`, and for the model by which
+// benchmarks/gpu/choice.py compares backends.
+
+#if !defined(EFFNET_EMULATED)
+EFFNET_EXPORT const char* effnet_cuda_toolkit() { return EFFNET_CUDA_TOOLKIT; }
+EFFNET_EXPORT const char* effnet_cuda_architectures() { return EFFNET_CUDA_ARCHITECTURES; }
+#endif
+
+namespace {
+
+struct PlanRequest {
+    int dtype, multiprocessors, major, minor, max_shared_bytes;
+    effnet::cuda::Device device() const { return {0, multiprocessors, major, minor, max_shared_bytes, nullptr}; }
+};
+
+template <class Problem>
+void answer(const Problem& problem, const PlanRequest& request, int64_t* found) {
+    const effnet::cuda::Plan plan = effnet::cuda::plan(problem, request.device());
+    found[0] = plan.read_bytes, found[1] = plan.launches, found[2] = plan.blocks;
+    found[3] = int64_t(plan.workspace_bytes);
 }
 
-#endif
+void* present() { return effnet::later; }
+
+}  // namespace
+
+// For a plain depthwise convolution or both its gradients: the activations' bytes that are read, launches, blocks, and
+// bytes of workspace. size: batch, channels, height, width, out_height, out_width, kernel, stride, top, left.
+EFFNET_EXPORT void effnet_cuda_depthwise_plan(const PlanRequest* request, const int64_t* size, bool backward,
+                                              int64_t* found) {
+    using namespace effnet::cuda;
+    const DepthwiseShape shape{size[0],      size[1],      size[2],      size[3],      size[4], size[5],
+                               int(size[6]), int(size[7]), int(size[8]), int(size[9]), true};
+    if (backward) {
+        DepthwiseBackward p{};
+        p.shape = shape, p.dtype = DType(request->dtype), p.x = present(), p.dx = present();
+        p.dw = static_cast<float*>(present());
+        return answer(p, *request, found);
+    }
+    DepthwiseForward p{};
+    p.shape = shape, p.dtype = DType(request->dtype);
+    answer(p, *request, found);
+}
+
+// The same of squeeze-and-excitation from the tensor. size: images, pixels, channels, reduced.
+EFFNET_EXPORT void effnet_cuda_squeeze_excite_plan(const PlanRequest* request, const int64_t* size, bool backward,
+                                                   int64_t* found) {
+    using namespace effnet::cuda;
+    SqueezeExcite layer{};
+    layer.images = size[0], layer.pixels = size[1], layer.channels = size[2], layer.reduced = size[3];
+    if (backward) {
+        SqueezeExciteBackward p{};
+        p.layer = layer, p.dtype = DType(request->dtype);
+        p.grad = p.x = p.dx = present();
+        p.reduce_weight_grad = p.reduce_bias_grad = p.expand_weight_grad = p.expand_bias_grad =
+            static_cast<float*>(present());
+        return answer(p, *request, found);
+    }
+    SqueezeExciteForward p{};
+    p.layer = layer, p.dtype = DType(request->dtype), p.x = p.y = present(), p.pooled = static_cast<float*>(present());
+    answer(p, *request, found);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(effnet_ops, EFFNET_DISPATCH_KEY, m) {
     m.impl("cuda_depthwise_forward", TORCH_BOX(&effnet::depthwise_forward));

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +15,10 @@ import pytest
 import torch
 from cases import DEPTHWISE, SQUEEZE_EXCITE, DepthwiseCase
 from cases import SqueezeExciteCase as SECase
-from helpers import HALF, LAYOUTS, Function, Tensors, check, gate_tolerance, lay_out, names, normal, relative_error
+from helpers import HALF, LAYOUTS, Function, Tensors, check, gate_tolerance, names
 from torch import Tensor
 
-from effnet_ops import backends, checks, reference
+from effnet_ops import backends, checks
 from effnet_ops.ops import cuda
 from kernels import Kernels
 
