@@ -16,6 +16,7 @@ auto with_backward_traits(const DepthwiseBackward& problem, const F& f) {
     return with_window(problem.shape, [&](auto kernel, auto stride) {
         constexpr int k = decltype(kernel)::value, s = decltype(stride)::value;
         if constexpr (k < 7) {
+            if (!in_chunks<T>(problem.shape)) return f(BackwardTraits<T, k, s, BackwardKind::any>());
             if (plain) return f(BackwardTraits<T, k, s, BackwardKind::plain>());
             if (fused) return f(BackwardTraits<T, k, s, BackwardKind::fused>());
         }

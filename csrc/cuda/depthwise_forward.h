@@ -16,6 +16,7 @@ auto with_forward_traits(const DepthwiseForward& problem, const F& f) {
     return with_window(problem.shape, [&](auto kernel, auto stride) {
         constexpr int k = decltype(kernel)::value, s = decltype(stride)::value;
         if constexpr (k < 7) {
+            if (!in_chunks<T>(problem.shape)) return f(ForwardTraits<T, k, s, ForwardKind::any>());
             if (inference) return f(ForwardTraits<T, k, s, ForwardKind::inference>());
             if (training) return f(ForwardTraits<T, k, s, ForwardKind::training>());
         }
