@@ -7,7 +7,7 @@ namespace effnet::cuda {
 const char* why_not(const DepthwiseForward& problem, const Device& device) { return why_not(problem.shape, device); }
 
 Plan plan(const DepthwiseForward& problem, const Device& device) {
-    if (problem.shape.batch == 0) return {1, 0, 0, 0, 0};
+    if (problem.shape.batch == 0) return {1, 0, 0, 0, 0, 0, 0};
     return with_type(problem.dtype, [&](auto type) { return plan_forward<decltype(type)>(problem, device); });
 }
 
@@ -25,7 +25,7 @@ const char* why_not(const DepthwiseBackward& problem, const Device& device) {
 }
 
 Plan plan(const DepthwiseBackward& problem, const Device& device) {
-    if (problem.shape.batch == 0) return {1, 0, 0, 0, 0};
+    if (problem.shape.batch == 0) return {1, 0, 0, 0, 0, 0, 0};
     return with_type(problem.dtype, [&](auto type) { return plan_backward<decltype(type)>(problem, device); });
 }
 

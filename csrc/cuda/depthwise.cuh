@@ -72,38 +72,46 @@ struct Lane {
     }
 };
 
-// Copies `pixels` neighbouring pixels of a row into the ring, zeros where they lie outside the image.
-template <class T, int width>
-__device__ inline void copy_row(T* to, const T* image, int row, int column, int pixels, const DepthwiseTile& tile,
-                                int first_channel, int channels, int image_height, int image_width) {
-    const bool row_inside = row >= 0 && row < image_height;
-    if (tile.chunks) {
-        constexpr int each = 16 / sizeof(T);
-        const int across = tile.pitch / each, step = blockDim.x / across;
-        const int c = threadIdx.x % across * each;
-        const bool channel_inside = row_inside && first_channel + c < channels;
-        if (static_cast<int>(threadIdx.x) >= across * step) return;
-        for (int p = threadIdx.x / across; p < pixels; p += step) {
+// What a thread copies into the ring: the same channels of every so-manieth pixel of a row.
+template <class T, int width, bool aligned>
+struct Copier {
+    const DepthwiseTile& tile;
+    const int channels;
+    int channel, first, step, count;  // channel within the slab; count: how many of the thread's channels exist
+    int slab_channel;
+
+    __device__ inline Copier(const DepthwiseTile& tile, int slab, int channels)
+        : tile(tile), channels(channels), slab_channel(slab * tile.slab) {
+        const int each = chunks() ? 16 / static_cast<int>(sizeof(T)) : width, across = tile.slab / each;
+        channel = threadIdx.x % across * each;
+        step = blockDim.x / across;
+        first = static_cast<int>(threadIdx.x) < across * step ? threadIdx.x / across : 1 << 30;
+        count = min(min(each, tile.slab - channel), channels - slab_channel - channel);
+    }
+
+    __device__ inline bool chunks() const { return aligned || tile.chunks; }
+
+    // Copies `pixels` neighbours of a row, zeros where they lie outside the image.
+    __device__ inline void row(T* to, const T* image, int row, int column, int pixels, int image_height,
+                               int image_width) const {
+        const bool row_inside = row >= 0 && row < image_height && count > 0;
+        const unsigned end = row_inside ? image_width : 0;
+        const T* const from = image + row * image_width * channels + slab_channel + channel;
+        to += channel;
+        for (int p = first; p < pixels; p += step) {
             const int x = column + p;
-            const bool inside = channel_inside && x >= 0 && x < image_width;
-            const T* from = inside ? image + (row * image_width + x) * channels + first_channel + c : image;
-            copy_async_16(to + p * tile.pitch + c, from, inside);
-        }
-        return;
-    }
-    const int step = blockDim.x / tile.vectors, c = threadIdx.x % tile.vectors * width;
-    if (static_cast<int>(threadIdx.x) >= tile.vectors * step) return;
-    for (int p = threadIdx.x / tile.vectors; p < pixels; p += step) {
-        const int x = column + p;
-        const bool inside = row_inside && x >= 0 && x < image_width;
+            const bool inside = static_cast<unsigned>(x) < end;
+            if (chunks()) {
+                copy_async_16(to + p * tile.pitch, from + x * channels, inside);
+                continue;
+            }
 #pragma unroll
-        for (int v = 0; v < width; ++v) {
-            const bool exists = inside && c + v < tile.slab && first_channel + c + v < channels;
-            to[p * tile.pitch + c + v] =
-                exists ? image[(row * image_width + x) * channels + first_channel + c + v] : narrow<T>(0.0f);
+            for (int v = 0; v < width; ++v)
+                if (v < tile.slab - channel)
+                    to[p * tile.pitch + v] = inside && v < count ? from[x * channels + v] : narrow<T>(0.0f);
         }
     }
-}
+};
 
 // Which of `n` columns from `first` on the image has, as bits.
 template <int n>
@@ -158,26 +166,37 @@ struct Norm {
     }
 
     // Subtracted first: mean * scale + shift would cancel where the mean is much larger than the deviation.
+    // For silu_of_twice.
+    __device__ inline void halve() {
+#pragma unroll
+        for (int i = 0; i < n; ++i) scale[i] *= 0.5f, shift[i] *= 0.5f;
+    }
+
     __device__ inline float operator()(float x, int i) const { return fmaf(x - mean[i], scale[i], shift[i]); }
 };
 
-// What the steps of all strips that a block walks are copied by: runs ahead of the computation.
+// Where the copies are: some steps ahead of the computation, also in the next strip.
 struct Cursor {
+    Strip strip;
     int item, step, slot;
 
-    // To the next step, `steps` of which an item has, and the next of `slots` places in the ring.
-    __device__ inline void advance(int steps, int walkers, int slots) {
+    __device__ inline Cursor(int walker, const DepthwiseTile& tile, int columns, int all_rows)
+        : strip(walker, tile, columns, all_rows), item(walker), step(0), slot(0) {}
+
+    // To the next step, `steps` of which a strip has, and the next of `slots` places in the ring.
+    __device__ inline void advance(int steps, int slots, const DepthwiseTile& tile, int columns, int all_rows) {
         slot = slot + 1 == slots ? 0 : slot + 1;
         if (++step < steps) return;
         step = 0;
-        item += walkers;
+        item += tile.walkers;
+        strip = Strip(item, tile, columns, all_rows);
     }
 };
 
 // The kinds of a kernel that are worth code of their own; `any` decides by its arguments.
 enum class ForwardKind : int {
-    inference,  // no prologue; bias, SiLU and perhaps a pool
-    training,   // normalisation and SiLU in front; perhaps statistics
+    inference,  // no prologue; bias, SiLU and perhaps a pool; pixels begin at multiples of 16 bytes
+    training,   // normalisation and SiLU in front; perhaps statistics; the same
     any
 };
 
@@ -199,7 +218,9 @@ struct ForwardTraits : Window<kernel_, stride_> {
     using Element = T;
     static constexpr ForwardKind kind = kind_;
     static constexpr int width = kernel_ < 7 ? 2 : 1;  // channels a thread
-    static constexpr int columns = 7;                  // outputs of a row a thread: divides B0's 112, 56, 28, 14 and 7
+    // Outputs of a row a thread: 7 divides B0's 112, 56, 28, 14 and 7.
+    static constexpr int columns = kind_ == ForwardKind::any ? 4 : 7;
+    static constexpr bool aligned = kind_ != ForwardKind::any;  // 16 bytes are copied at a time
     static constexpr int inputs = (columns - 1) * stride_ + kernel_;
     static constexpr int threads = kernel_ == 3 ? 256 : 128, blocks = kernel_ == 3 ? 2 : 3, stages = 4;
 
@@ -292,7 +313,8 @@ struct ForwardThread {
 
     const ForwardArguments<T>& arguments;
     const Lane lane;
-    const Norm<width> norm, out_norm;
+    Norm<width> norm;
+    const Norm<width> out_norm;
     float weight[Traits::taps][width], bias[width], gate[width];
     float carry[open - 1][columns * width];  // sums of the output rows that are begun
     ForwardSums<width> sums;
@@ -307,7 +329,10 @@ struct ForwardThread {
           out_norm(kind == ForwardKind::any ? arguments.out_norm : nullptr, arguments.size.channels, lane) {
         load_vector(kind == ForwardKind::training ? nullptr : arguments.bias, 0.0f, lane, bias);
         load_weights<Traits::taps>(arguments.weight, lane, weight);
+        if (kind == ForwardKind::training) norm.halve();
     }
+
+    __device__ inline bool together() const { return Traits::aligned || arguments.tile.together; }
 
     __device__ inline void begin(const Strip& strip) {
         const DepthwiseSizes& size = arguments.size;
@@ -327,19 +352,23 @@ struct ForwardThread {
     // The pixels of a row in the ring, behind the prologue.
     __device__ inline void read(const T* row, float (&u)[inputs * width]) const {
         load_pixels<inputs>(row, arguments.tile.pitch, u);
-        if (kind == ForwardKind::inference) return;
-        const bool normalised = kind == ForwardKind::training || arguments.norm != nullptr;
-        if (normalised) {
+        if (kind == ForwardKind::training) {
 #pragma unroll
-            for (int i = 0; i < inputs * width; ++i) u[i] = norm(u[i], i % width);
+            for (int i = 0; i < inputs * width; ++i) u[i] = silu_of_twice<fast>(norm(u[i], i % width));
         }
-        activate<fast>(u, kind == ForwardKind::training ? Activation::silu : arguments.activation);
-        if (kind == ForwardKind::any && arguments.gate != nullptr) {
+        if (kind == ForwardKind::any) {
+            if (arguments.norm != nullptr) {
 #pragma unroll
-            for (int i = 0; i < inputs * width; ++i) u[i] *= gate[i % width];
+                for (int i = 0; i < inputs * width; ++i) u[i] = norm(u[i], i % width);
+            }
+            activate<fast>(u, arguments.activation);
+            if (arguments.gate != nullptr) {
+#pragma unroll
+                for (int i = 0; i < inputs * width; ++i) u[i] *= gate[i % width];
+            }
         }
         // Padding is zero behind the normalisation, not in front of it.
-        if (normalised && inside != all_columns<inputs>) {
+        if (kind != ForwardKind::inference && inside != all_columns<inputs>) {
 #pragma unroll
             for (int i = 0; i < inputs * width; ++i) u[i] = inside >> (i / width) & 1 ? u[i] : 0.0f;
         }
@@ -366,10 +395,6 @@ struct ForwardThread {
 
     // A finished output row behind the epilogue.
     __device__ inline void finish(float (&y)[columns * width], int row) const {
-        if (kind != ForwardKind::training) {
-#pragma unroll
-            for (int i = 0; i < columns * width; ++i) y[i] += bias[i % width];
-        }
         if (kind == ForwardKind::inference) activate<fast>(y, Activation::silu);
         if (kind != ForwardKind::any) return;
         if (arguments.out_norm != nullptr) {
@@ -386,7 +411,7 @@ struct ForwardThread {
         for (int column = 0; column < columns; ++column) {
             if (column >= made) continue;
             float grad[width];
-            load_some(arguments.grad + at(row, column), grad, lane.count, arguments.tile.together);
+            load_some(arguments.grad + at(row, column), grad, lane.count, together());
 #pragma unroll
             for (int v = 0; v < width; ++v) y[column * width + v] = grad[v] * derivative[column * width + v];
         }
@@ -403,7 +428,7 @@ struct ForwardThread {
             float stored[width];
 #pragma unroll
             for (int v = 0; v < width; ++v) stored[v] = y[column * width + v];
-            store_some(arguments.y + at(row, column), stored, lane.count, arguments.tile.together);
+            store_some(arguments.y + at(row, column), stored, lane.count, together());
             if (kind != ForwardKind::training && arguments.pool != nullptr) {
 #pragma unroll
                 for (int v = 0; v < width; ++v) sums.pool[v] += stored[v];
@@ -421,7 +446,8 @@ struct ForwardThread {
     __device__ inline void step(const T* rows, int row_elements, int h, int row) {
         float open_rows[open][columns * width];
 #pragma unroll
-        for (int i = 0; i < columns * width; ++i) open_rows[0][i] = 0.0f;
+        for (int i = 0; i < columns * width; ++i)
+            open_rows[0][i] = kind == ForwardKind::training ? 0.0f : bias[i % width];
 #pragma unroll
         for (int age = 1; age < open; ++age)
 #pragma unroll
@@ -472,23 +498,23 @@ __global__ __launch_bounds__(Traits::threads, Traits::blocks) void depthwise_for
     float* const sums =
         reinterpret_cast<float*>(shared_memory<unsigned char>() + Traits::ring_bytes(tile.groups, tile.pitch));
     const T* const mine = ring + lane.group * Traits::columns * stride * tile.pitch + lane.vector * Traits::width;
-    const auto copy = [&](const Cursor& cursor) {
-        if (cursor.item < tile.items) {
-            const Strip strip(cursor.item, tile, Traits::columns, size.out_height);
-            const T* image = arguments.x + strip.image * size.height * size.width * size.channels;
-            const int h = (strip.row + cursor.step) * stride - size.top, w = strip.column * stride - size.left;
+    const Copier<T, Traits::width, Traits::aligned> copier(tile, slab, size.channels);
+    const int steps = tile.strip_rows + before;
+    Cursor ahead(walker, tile, Traits::columns, size.out_height);
+    const auto copy = [&] {
+        if (ahead.item < tile.items) {
+            const T* image = arguments.x + ahead.strip.image * size.height * size.width * size.channels;
+            const int h = (ahead.strip.row + ahead.step) * stride - size.top;
+            const int w = ahead.strip.column * stride - size.left;
+#pragma unroll
             for (int j = 0; j < stride; ++j)
-                copy_row<T, Traits::width>(ring + (cursor.slot * stride + j) * row_elements, image, h + j, w,
-                                           row_pixels, tile, first_channel, size.channels, size.height, size.width);
+                copier.row(ring + (ahead.slot * stride + j) * row_elements, image, h + j, w, row_pixels, size.height,
+                           size.width);
         }
         copy_async_commit();
+        ahead.advance(steps, stages, tile, Traits::columns, size.out_height);
     };
-    const int steps = tile.strip_rows + before;
-    Cursor ahead{walker, 0, 0};
-    for (int i = 0; i < stages - 1; ++i) {
-        copy(ahead);
-        ahead.advance(steps, tile.walkers, stages);
-    }
+    for (int i = 0; i < stages - 1; ++i) copy();
     int slot = 0;
     for (int item = walker; item < tile.items; item += tile.walkers) {
         const Strip strip(item, tile, Traits::columns, size.out_height);
@@ -497,8 +523,7 @@ __global__ __launch_bounds__(Traits::threads, Traits::blocks) void depthwise_for
             copy_async_wait<stages - 2>();
             // Everybody's copies of this step are there, and the slot that is filled next has been read by all.
             __syncthreads();
-            copy(ahead);
-            ahead.advance(steps, tile.walkers, stages);
+            copy();
             if (thread.made > 0 && step - before < strip.rows)
                 thread.step(mine + slot * stride * row_elements, row_elements, (strip.row + step) * stride - size.top,
                             step - before);
@@ -524,8 +549,8 @@ __global__ __launch_bounds__(Traits::threads, Traits::blocks) void depthwise_for
 }
 
 enum class BackwardKind : int {
-    plain,  // gradients of a convolution alone
-    fused,  // between two normalisations with SiLU: a, coefficients, perhaps gate and pooled; norm
+    plain,  // gradients of a convolution alone; pixels begin at multiples of 16 bytes
+    fused,  // between two normalisations with SiLU: a, coefficients, perhaps gate and pooled; norm; the same
     any
 };
 
@@ -547,9 +572,10 @@ struct BackwardTraits : Window<kernel_, stride_> {
     using Base = Window<kernel_, stride_>;
     using Element = T;
     static constexpr BackwardKind kind = kind_;
-    static constexpr int width = kernel_ == 3 ? 2 : 1;   // channels a thread
-    static constexpr int columns = kernel_ < 7 ? 7 : 4;  // strides of input columns a thread
-    static constexpr int grads = columns + Base::reach;  // output gradients of a row that these meet
+    static constexpr bool aligned = kind_ != BackwardKind::any;  // 16 bytes are copied at a time
+    static constexpr int width = kernel_ == 3 ? 2 : 1;           // channels a thread
+    static constexpr int columns = kernel_ < 7 ? 7 : 4;          // strides of input columns a thread
+    static constexpr int grads = columns + Base::reach;          // output gradients of a row that these meet
     static constexpr int threads = 128, blocks = kernel_ < 7 ? 3 : 2, stages = 4;
     static constexpr int values = Base::taps + 3;  // sums a thread's channel: dw, db, and two of dx
 
@@ -605,6 +631,7 @@ struct BackwardThread {
         }
     }
 
+    __device__ inline bool together() const { return Traits::aligned || arguments.tile.together; }
     __device__ inline bool has_a() const {
         return kind == BackwardKind::fused || (kind == BackwardKind::any && arguments.a != nullptr);
     }
@@ -717,11 +744,11 @@ struct BackwardThread {
             }
             if (kind != BackwardKind::fused && arguments.residual != nullptr) {
                 float residual[width];
-                load_some(arguments.residual + at + b * size.channels, residual, lane.count, arguments.tile.together);
+                load_some(arguments.residual + at + b * size.channels, residual, lane.count, together());
 #pragma unroll
                 for (int v = 0; v < width; ++v) dx[v] += residual[v];
             }
-            store_some(arguments.dx + at + b * size.channels, dx, lane.count, arguments.tile.together);
+            store_some(arguments.dx + at + b * size.channels, dx, lane.count, together());
             if (kind != BackwardKind::plain) {
 #pragma unroll
                 for (int v = 0; v < width; ++v) {
@@ -795,33 +822,31 @@ __global__ __launch_bounds__(Traits::threads, Traits::blocks) void depthwise_bac
     const int a_at = grad_pixels * tile.pitch, x_at = a_at * (has_a ? 2 : 1), row_elements = row_pixels * tile.pitch;
     const int all_rows = max((size.height + size.top + stride - 1) / stride, size.out_height);
     T* const ring = shared_memory<T>();
-    const auto copy = [&](const Cursor& cursor) {
-        if (cursor.item < tile.items) {
-            const Strip strip(cursor.item, tile, columns, all_rows);
-            T* const to = ring + cursor.slot * slot_elements;
-            const int out_row = strip.row + cursor.step - before;
-            const int64_t of_grad = strip.image * size.out_height * size.out_width * size.channels;
-            const auto copy_grad = [&](T* to, const T* from) {
-                copy_row<T, width>(to, from + of_grad, out_row, strip.column - Traits::reach, grad_pixels, tile,
-                                   first_channel, size.channels, size.out_height, size.out_width);
-            };
-            copy_grad(to, arguments.grad);
-            if (has_a) copy_grad(to + a_at, arguments.a);
-            if (has_x && cursor.step >= before)
+    const Copier<T, width, Traits::aligned> copier(tile, slab, size.channels);
+    const int steps = tile.strip_rows + before;
+    Cursor ahead(walker, tile, columns, all_rows);
+    const auto copy = [&] {
+        if (ahead.item < tile.items) {
+            T* const to = ring + ahead.slot * slot_elements;
+            const int out_row = ahead.strip.row + ahead.step - before, column = ahead.strip.column;
+            const int64_t of_grad = ahead.strip.image * size.out_height * size.out_width * size.channels;
+            const int64_t of_x = ahead.strip.image * size.height * size.width * size.channels;
+            copier.row(to, arguments.grad + of_grad, out_row, column - Traits::reach, grad_pixels, size.out_height,
+                       size.out_width);
+            if (has_a)
+                copier.row(to + a_at, arguments.a + of_grad, out_row, column - Traits::reach, grad_pixels,
+                           size.out_height, size.out_width);
+            if (has_x && ahead.step >= before) {
+#pragma unroll
                 for (int j = 0; j < stride; ++j)
-                    copy_row<T, width>(to + x_at + j * row_elements,
-                                       arguments.x + strip.image * size.height * size.width * size.channels,
-                                       out_row * stride - size.top + j, strip.column * stride - size.left, row_pixels,
-                                       tile, first_channel, size.channels, size.height, size.width);
+                    copier.row(to + x_at + j * row_elements, arguments.x + of_x, out_row * stride - size.top + j,
+                               column * stride - size.left, row_pixels, size.height, size.width);
+            }
         }
         copy_async_commit();
+        ahead.advance(steps, stages, tile, columns, all_rows);
     };
-    const int steps = tile.strip_rows + before;
-    Cursor ahead{walker, 0, 0};
-    for (int i = 0; i < stages - 1; ++i) {
-        copy(ahead);
-        ahead.advance(steps, tile.walkers, stages);
-    }
+    for (int i = 0; i < stages - 1; ++i) copy();
     int slot = 0;
     for (int item = walker; item < tile.items; item += tile.walkers) {
         const Strip strip(item, tile, columns, all_rows);
@@ -830,8 +855,7 @@ __global__ __launch_bounds__(Traits::threads, Traits::blocks) void depthwise_bac
             copy_async_wait<stages - 2>();
             // Everybody's copies of this step are there, and the slot that is filled next has been read by all.
             __syncthreads();
-            copy(ahead);
-            ahead.advance(steps, tile.walkers, stages);
+            copy();
             const T* const mine = ring + slot * slot_elements + lane.group * columns * tile.pitch + lane.vector * width;
             slot = slot + 1 == stages ? 0 : slot + 1;
             if (step - before >= thread.steps) continue;

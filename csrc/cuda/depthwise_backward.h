@@ -16,6 +16,7 @@ auto with_backward_traits(const DepthwiseBackward& problem, const F& f) {
     return with_window(problem.shape, [&](auto kernel, auto stride) {
         constexpr int k = decltype(kernel)::value, s = decltype(stride)::value;
         if constexpr (k < 7) {
+            if (!in_chunks<T>(problem.shape)) return f(BackwardTraits<T, k, s, BackwardKind::any>());
             if (plain) return f(BackwardTraits<T, k, s, BackwardKind::plain>());
             if (fused) return f(BackwardTraits<T, k, s, BackwardKind::fused>());
         }
@@ -39,13 +40,30 @@ CutTile cut_backward(const DepthwiseBackward& problem, const Device& device) {
     return found;
 }
 
+template <class Traits>
+int64_t backward_read_bytes(const DepthwiseBackward& problem, const DepthwiseTile& tile) {
+    const DepthwiseShape& shape = problem.shape;
+    constexpr int64_t stride = Traits::stride, before = Traits::open - 1, reach = Traits::reach;
+    const int64_t columns = int64_t(tile.groups) * Traits::columns;
+    const Reads grads{tile.strip_rows, tile.strip_rows + before, before, shape.out_height,
+                      columns,         columns + reach,          reach,  shape.out_width};
+    const Reads pixels{tile.strip_rows * stride, tile.strip_rows * stride, shape.pad_top,  shape.height,
+                       columns * stride,         columns * stride,         shape.pad_left, shape.width};
+    const int64_t read = grads.pixels(tile) * (problem.a == nullptr ? 1 : 2) +
+                         pixels.pixels(tile) * ((problem.x != nullptr) + (problem.residual != nullptr));
+    return read * shape.batch * shape.channels * int64_t(sizeof(typename Traits::Element));
+}
+
 template <class T>
 Plan plan_backward(const DepthwiseBackward& problem, const Device& device) {
     return with_backward_traits<T>(problem, [&](auto traits) {
-        const CutTile found = cut_backward<decltype(traits)>(problem, device);
+        using Traits = decltype(traits);
+        const CutTile found = cut_backward<Traits>(problem, device);
         const DepthwiseTile& tile = found.tile;
-        return Plan{tile.walkers, sizeof(float) * tile.walkers * partial_rows(problem) * problem.shape.channels,
-                    int64_t(tile.slabs) * tile.walkers, found.threads, found.shared_bytes};
+        const size_t workspace = sizeof(float) * tile.walkers * partial_rows(problem) * problem.shape.channels;
+        return Plan{tile.walkers,          workspace,          int64_t(tile.slabs) * tile.walkers,
+                    found.threads,         found.shared_bytes, backward_read_bytes<Traits>(problem, tile),
+                    workspace == 0 ? 1 : 2};
     });
 }
 

@@ -16,6 +16,7 @@ auto with_forward_traits(const DepthwiseForward& problem, const F& f) {
     return with_window(problem.shape, [&](auto kernel, auto stride) {
         constexpr int k = decltype(kernel)::value, s = decltype(stride)::value;
         if constexpr (k < 7) {
+            if (!in_chunks<T>(problem.shape)) return f(ForwardTraits<T, k, s, ForwardKind::any>());
             if (inference) return f(ForwardTraits<T, k, s, ForwardKind::inference>());
             if (training) return f(ForwardTraits<T, k, s, ForwardKind::training>());
         }
@@ -41,10 +42,28 @@ CutTile cut_forward(const DepthwiseForward& problem, const Device& device) {
 template <class T>
 Plan plan_forward(const DepthwiseForward& problem, const Device& device) {
     return with_forward_traits<T>(problem, [&](auto traits) {
-        const CutTile found = cut_forward<decltype(traits)>(problem, device);
+        using Traits = decltype(traits);
+        const CutTile found = cut_forward<Traits>(problem, device);
         const DepthwiseTile& tile = found.tile;
-        return Plan{int64_t(tile.strips) * tile.tiles, 0, int64_t(tile.slabs) * tile.walkers, found.threads,
-                    found.shared_bytes};
+        const DepthwiseShape& shape = problem.shape;
+        constexpr int64_t stride = Traits::stride;
+        const Reads reads{tile.strip_rows * stride,
+                          (tile.strip_rows + Traits::open - 1) * stride,
+                          shape.pad_top,
+                          shape.height,
+                          tile.groups * Traits::columns * stride,
+                          Traits::row_pixels(tile.groups),
+                          shape.pad_left,
+                          shape.width};
+        const int64_t grads = problem.grad == nullptr ? 0 : shape.out_height * shape.out_width;
+        const int64_t read_bytes = (reads.pixels(tile) + grads) * shape.batch * shape.channels * int64_t(sizeof(T));
+        return Plan{int64_t(tile.strips) * tile.tiles,
+                    0,
+                    int64_t(tile.slabs) * tile.walkers,
+                    found.threads,
+                    found.shared_bytes,
+                    read_bytes,
+                    1};
     });
 }
 

@@ -30,6 +30,26 @@ struct CutTile {
     int threads, shared_bytes;
 };
 
+// Pixels of an image that all strips together read, where a strip reads `rows` x `columns` from `row_step` and
+// `column_step` times its number, less top and left, on.
+struct Reads {
+    int64_t row_step, rows, top, height, column_step, columns, left, width;
+
+    int64_t pixels(const DepthwiseTile& tile) const {
+        return along(tile.strips, row_step, rows, top, height) * along(tile.tiles, column_step, columns, left, width);
+    }
+
+  private:
+    static int64_t along(int count, int64_t step, int64_t length, int64_t before, int64_t size) {
+        int64_t sum = 0;
+        for (int i = 0; i < count; ++i) {
+            const int64_t first = i * step - before;
+            sum += std::max<int64_t>(0, std::min(first + length, size) - std::max<int64_t>(first, 0));
+        }
+        return sum;
+    }
+};
+
 namespace detail {
 
 inline double usefulness(const Cut& cut, const DepthwiseTile& tile, int threads) {

@@ -32,6 +32,8 @@ struct Plan {
     size_t workspace_bytes;
     int64_t blocks;
     int threads, shared_bytes;
+    int64_t read_bytes;  // of activations, by all blocks: halos and repeats included
+    int launches;        // of one run(), clearing a counter included
 };
 
 // A depthwise convolution without dilation; padding below and on the right follows from the sizes.

@@ -173,15 +173,27 @@ SqueezeExciteBackwardArguments<T> arguments_of(const SqueezeExciteBackward& prob
 
 bool empty(const SqueezeExcite& layer) { return layer.images * layer.pixels * layer.channels == 0; }
 
+// How often the tensors are read.
+int readings(const SqueezeExciteForward& problem) { return problem.x == nullptr ? 0 : problem.y == nullptr ? 1 : 2; }
+int readings(const SqueezeExciteBackward& problem) { return problem.x == nullptr ? 0 : problem.dx == nullptr ? 2 : 3; }
+
 template <class Problem>
 Plan plan_of(const Problem& problem, const Device& device) {
-    if (empty(problem.layer)) return {1, 0, 0, 0, 0};
+    if (empty(problem.layer)) return {1, 0, 0, 0, 0, 0, 0};
     return with_type(problem.dtype, [&](auto type) {
         using T = decltype(type);
         const Division division = divide<T>(problem, device);
         Pieces pieces{nullptr};
         arguments_of<T>(problem, division, pieces);
-        return Plan{division.parts, pieces.bytes, division.blocks, Traits::threads, division.shared_bytes};
+        const int64_t tensor =
+            problem.layer.images * problem.layer.pixels * problem.layer.channels * int64_t(sizeof(T));
+        return Plan{division.parts,
+                    pieces.bytes,
+                    division.blocks,
+                    Traits::threads,
+                    division.shared_bytes,
+                    tensor * readings(problem),
+                    division.cooperative ? 2 : 1};
     });
 }
 

@@ -89,6 +89,13 @@ __device__ inline float sigmoid(float x) {
     return reciprocal_approximate(1.0f + exp2_approximate(-1.4426950408889634f * x));
 }
 
+// SiLU of 2 h.
+template <bool fast>
+__device__ inline float silu_of_twice(float h) {
+    if constexpr (fast) return fmaf(h, tanh_approximate(h), h);
+    return 2.0f * h * sigmoid<fast>(2.0f * h);
+}
+
 __device__ inline float hard_sigmoid(float x) { return fminf(fmaxf(x + 3.0f, 0.0f), 6.0f) * (1.0f / 6.0f); }
 
 // Replaces all x by activation(x); one branch for all of them.
@@ -105,7 +112,7 @@ __device__ inline void activate(float (&x)[n], Activation kind) {
             break;
         case Activation::silu:
 #pragma unroll
-            for (int i = 0; i < n; ++i) x[i] *= sigmoid<fast>(x[i]);
+            for (int i = 0; i < n; ++i) x[i] = fast ? silu_of_twice<fast>(0.5f * x[i]) : x[i] * sigmoid<fast>(x[i]);
             break;
         case Activation::hardswish:
 #pragma unroll
