@@ -2,10 +2,6 @@
 #include "kernels.h"
 
 using namespace effnet::cuda;
-namespace effnet::cuda {
-#define W(S) __attribute__((weak)) const char* why_not(const S&, const Device&); __attribute__((weak)) Plan plan(const S&, const Device&); __attribute__((weak)) cudaError_t run(const S&, const Device&);
-W(SqueezeExciteForward) W(SqueezeExciteBackward)
-}
 
 #define EMULATION_BINDINGS(STRUCT)                                                                                  \
     extern "C" size_t sizeof_##STRUCT() { return sizeof(STRUCT); }                                                  \
