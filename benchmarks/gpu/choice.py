@@ -1,6 +1,6 @@
 """Writes effnet_ops/ops/gpu_choice.json: which of `cuda` and `triton` runs an operator by default, shape by shape.
 
-python benchmarks/gpu/choice.py                    # from the rows of a GPU where there are any, else from the byte model
+python benchmarks/gpu/choice.py                    # from the rows of a GPU where there are any, else the byte model
 
 The model is for an H200, and makes one time of what a design moves:
 
@@ -74,8 +74,8 @@ def layers() -> tuple[list[Window], list[Gate]]:
     for name, resolution in NETWORKS.items():
         for layer in walk(network(name), resolution):
             if layer.kind == "depthwise":
-                windows[Window(layer.in_channels, layer.in_size[0], layer.kernel_size, layer.stride)] = None
                 last = layer
+                windows[Window(layer.in_channels, layer.in_size[0], layer.kernel_size, layer.stride)] = None
             elif layer.kind == "squeeze_excite" and layer.out_channels < layer.in_channels:
                 gates[Gate(layer.in_channels, last.out_size[0], layer.out_channels)] = None
     return list(windows), list(gates)
@@ -129,7 +129,7 @@ def _triton_config(operation: str, g: Geometry) -> dict[str, int]:
 def _lane_pixels(config: dict[str, int], rows: int, columns: int, tall: Any, wide: Any) -> int:
     """Pixels of one image that programs read, where lanes of a program that stand beside each other share columns.
 
-    ``rows`` and ``columns`` of lanes; ``tall(i)`` is what the i-th row of lanes reads, ``wide(i, n)`` n from the i-th on.
+    There are ``rows`` x ``columns`` lanes; ``tall(i)`` is what row i of them reads, ``wide(i, n)`` what n from i on do.
     """
     pixels, lanes = 0, rows * columns
     for first in range(0, lanes, config["BLOCK_P"]):
