@@ -15,6 +15,7 @@ import pytest
 import torch
 from cases import DEPTHWISE, SQUEEZE_EXCITE, DepthwiseCase
 from cases import SqueezeExciteCase as SECase
+from fused_depthwise import CASES, Fused, check_backward, check_forward
 from helpers import HALF, LAYOUTS, Function, Tensors, check, gate_tolerance, names
 from torch import Tensor
 
@@ -137,3 +138,33 @@ def test_squeeze_excite(case: SECase, layout: str) -> None:
 @by_dtype
 def test_squeeze_excite_half(dtype: torch.dtype) -> None:
     check(*squeeze_excite(SQUEEZE_EXCITE[0]), dtype)
+
+
+@pytest.mark.usefixtures("bindings", "poison")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("check", [check_forward, check_backward])
+def test_prologues_and_epilogues(check: Any, case: Fused, dtype: torch.dtype) -> None:
+    check(case, dtype, "cpu", torch.channels_last)
+
+
+@pytest.mark.usefixtures("bindings")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({1: torch.zeros(8, 1, 3, 5)}, "kernels must be square"),
+        ({1: torch.zeros(7, 1, 3, 3)}, "weight must be"),
+        ({2: torch.zeros(9)}, "bias must have 8 elements, got 9"),
+        ({6: torch.zeros(1, 8, 4, 5)}, "grad does not have the size"),
+        ({7: 3}, "strides are 1 or 2"),
+        ({8: [0, 0, 0]}, "padding takes 4 numbers"),
+        ({9: "gelu"}, "unknown activation 'gelu'"),
+        ({0: torch.zeros(1, 8, 4, 4, dtype=torch.float64)}, "take float32, bfloat16 or float16"),
+    ],
+)
+def test_direct_calls_that_do_not_fit(change: dict[int, Any], message: str) -> None:
+    fitting = [torch.zeros(1, 8, 4, 4), torch.zeros(8, 1, 3, 3), *[None] * 5, 1, [1] * 4, "none", "none", False, False]
+    torch.ops.effnet_ops.cuda_depthwise_forward(*fitting)
+    arguments = [change.get(i, value) for i, value in enumerate(fitting)]
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.effnet_ops.cuda_depthwise_forward(*arguments)
