@@ -1,4 +1,4 @@
-"""Who of `cuda` and `triton` runs an operator: reasons, requests, the table. The GPU is made up; nothing is launched."""
+"""Who of `cuda` and `triton` runs an operator: reasons, requests, the table. The GPU is made up, nothing launched."""
 
 from __future__ import annotations
 
@@ -80,8 +80,7 @@ def test_automatic_choice_passes_over_what_cuda_lacks() -> None:
 
 def test_why_cuda_cannot_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """No library, no CUDA in PyTorch, no GPU: each is a reason, none an error."""
-    for name in ("_cuda_unavailable",):
-        getattr(backends, name).cache_clear()
+    backends._cuda_unavailable.cache_clear()
     _native.load_cuda.cache_clear()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.version, "cuda", None)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,12 @@ from helpers import HALF, LAYOUTS, Function, Tensors, check, gate_tolerance, nam
 from torch import Tensor
 
 from effnet_ops import backends, checks
-from effnet_ops.ops import cuda
+from effnet_ops.ops import cuda, gpu
 from kernels import Kernels
+
+sys.path.insert(0, str(emulator.ROOT / "benchmarks" / "gpu"))
+
+import choice
 
 TORCH = Path(torch.__file__).parent
 
@@ -168,3 +173,21 @@ def test_direct_calls_that_do_not_fit(change: dict[int, Any], message: str) -> N
     arguments = [change.get(i, value) for i, value in enumerate(fitting)]
     with pytest.raises(RuntimeError, match=message):
         torch.ops.effnet_ops.cuda_depthwise_forward(*arguments)
+
+
+def test_committed_choice_is_the_models(bindings: ctypes.CDLL) -> None:
+    """Where no rows decide. If tiles have changed: python benchmarks/gpu/choice.py --library <the bindings here>."""
+    expected = choice.table(list(choice.modelled(Path(bindings._name))), choice.MODEL)
+    for operator, entry in gpu.table().items():
+        by_model = {key: found for key, found in entry["shapes"].items() if found["origin"] == choice.MODEL}
+        assert (entry["default"], by_model) == (expected[operator]["default"], expected[operator]["shapes"]), (
+            bindings._name
+        )
+
+
+def test_model_counts_what_a_plan_says(bindings: ctypes.CDLL) -> None:
+    """One image of 9x9 pixels and 8 channels in one tile is read once, whatever the window."""
+    plans = choice.Plans(Path(bindings._name))
+    for kernel in (3, 5, 7):
+        g = choice.Geometry.of(choice.Window(8, 9, kernel, 1), 1, 2)
+        assert plans.depthwise(g, False) == (1, 2 * g.x_bytes, 2 * g.x_bytes)
