@@ -6,18 +6,22 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import setup_cuda
 
+ROOT = setup_cuda.ROOT
 ARCHITECTURES = (setup_cuda.Architecture("80"), setup_cuda.Architecture("90a"))
 BUDGETS = json.loads((setup_cuda.SOURCES / "budgets.json").read_text(encoding="utf-8"))["kernels"]
 SOURCES = sorted(setup_cuda.SOURCES.glob("*.cu"))
@@ -98,6 +102,46 @@ def test_kernels_keep_to_their_budgets(source: Path, tmp_path: Path) -> None:
     architectures = {usage.architecture for usage in found}
     assert architectures in (set(), {architecture.name for architecture in ARCHITECTURES})
     assert problems(found) == []
+
+
+def test_bindings_use_the_stable_abi_alone(tmp_path: Path) -> None:
+    """No symbol of ATen or c10 is undefined, so that one build serves later versions of PyTorch."""
+    if torch.version.cuda is None:
+        pytest.skip("this PyTorch is built without CUDA")
+    nm, compiler = shutil.which("nm"), shutil.which("g++") or shutil.which("c++")
+    assert nm and compiler, "nm (binutils) and a C++ compiler are needed"
+    includes = [f"-I{Path(torch.__file__).parent / 'include'}", f"-I{toolkit().include}"]
+    described = ['-DEFFNET_CUDA_ARCHITECTURES=""', '-DEFFNET_CUDA_TOOLKIT=""']
+    flags = ["-std=c++17", "-fPIC", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", *includes, *described]
+    source, target = setup_cuda.SOURCES / "bindings.cpp", tmp_path / "bindings.o"
+    subprocess.run([compiler, *flags, "-c", str(source), "-o", str(target)], check=True)
+    listing = subprocess.run([nm, "--undefined-only", str(target)], capture_output=True, text=True, check=True)
+    undefined = [line.split()[-1] for line in listing.stdout.splitlines()]
+    assert "aoti_torch_get_current_cuda_stream" in undefined and "aoti_torch_create_device_guard" in undefined
+    assert [symbol for symbol in undefined if "2at" in symbol or "3c10" in symbol] == []
+
+
+LOAD = """
+import ctypes, pathlib, sys, torch, effnet_ops
+(library,) = pathlib.Path(sys.argv[1]).rglob("_cuda*.so")
+torch.ops.load_library(str(library))
+assert torch._C._dispatch_has_kernel_for_dispatch_key("effnet_ops::cuda_depthwise_forward", "CUDA")
+architectures = ctypes.CDLL(str(library)).effnet_cuda_architectures
+architectures.restype = ctypes.c_char_p
+assert architectures() == b"sm_90a", architectures()
+"""
+
+
+@pytest.mark.slow
+def test_library_builds_and_loads(tmp_path: Path) -> None:
+    """As a user on an H100 gets it; nothing of it runs here."""
+    toolkit()
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path)]
+    variables = {"FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0a"}
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "for sm_90a" in done.stdout
+    subprocess.run([sys.executable, "-c", LOAD, str(tmp_path)], check=True)
 
 
 @pytest.mark.skipif(not SOURCES, reason="no kernels")
