@@ -272,7 +272,6 @@ def extensions() -> list[Extension]:
 setup(
     packages=[*find_packages(include=["effnet_ops", "effnet_ops.*"]), "effnet_ops.kernels"],
     package_dir={"effnet_ops.kernels": "kernels"},
-    package_data={"effnet_ops.kernels": ["tuning.json"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": NinjaBuild},
 )
