@@ -44,6 +44,21 @@ def test_an_explicit_choice_that_cannot_be_built_is_an_error(tmp_path: Path) -> 
     assert "EFFNET_OPS_BUILD=cpu, but no C++ compiler was found" in result.stderr
 
 
+def test_package_has_its_data(tmp_path: Path) -> None:
+    """Every file of the source tree that is no Python source is in what is installed."""
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    folders = {"effnet_ops": ROOT / "effnet_ops", "effnet_ops/kernels": ROOT / "kernels"}
+    wanted = [
+        f"{name}/{path.relative_to(folder)}"
+        for name, folder in folders.items()
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix not in (".pyc", ".so")
+    ]
+    assert wanted and [name for name in wanted if not (tmp_path / name).exists()] == []
+
+
 def test_none_builds_nothing(tmp_path: Path) -> None:
     result = build(tmp_path, EFFNET_OPS_BUILD="none")
     assert result.returncode == 0, result.stderr

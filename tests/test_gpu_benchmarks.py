@@ -218,9 +218,8 @@ def test_reduced_table_under_the_sanitizer(tmp_path: Path) -> None:
     sanitizer = tool(tmp_path, "sanitizer", script)
     done = run("sanitize.py", "--dry-run", "--output", str(output), COMPUTE_SANITIZER=sanitizer)
     assert done.stdout.endswith("complete; 0 failed\n"), done.stdout[-2000:] + done.stderr[-2000:]
-    found = {row["operation"]: row for row in rows(output) if "key" in row}
-    assert set(found) == {"memcheck", "racecheck", "synccheck"}
-    assert all(row["errors"] == 0 and row["calls"] == 18 for row in found.values())
+    (row,) = (row for row in rows(output) if "key" in row)
+    assert (row["operation"], row["errors"], row["calls"]) == ("memcheck", 0, 18)
 
 
 def test_choice_by_what_was_measured() -> None:

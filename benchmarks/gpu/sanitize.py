@@ -86,7 +86,7 @@ def _squeeze_excite(scale: Scale, sizes: tuple[int, int, int], dtype: torch.dtyp
 
 def sanitizer(scale: Scale) -> Iterator[Job]:
     for backend in gpu_backends(scale) or ["cpu"]:
-        for tool in TOOLS:
+        for tool in TOOLS if scale.device == "cuda" else TOOLS[:1]:
 
             def prepare(backend: str = backend, tool: str = tool) -> Work:
                 return Work(None, extra=lambda: _row(scale, backend, tool))
