@@ -186,8 +186,11 @@ def test_committed_choice_is_the_models(bindings: ctypes.CDLL) -> None:
 
 
 def test_model_counts_what_a_plan_says(bindings: ctypes.CDLL) -> None:
-    """One image of 9x9 pixels and 8 channels in one tile is read once, whatever the window."""
+    """Images that are one tile each are read once, whatever the window; cut into strips, one has rows to read twice."""
     plans = choice.Plans(Path(bindings._name))
     for kernel in (3, 5, 7):
-        g = choice.Geometry.of(choice.Window(8, 9, kernel, 1), 1, 2)
-        assert plans.depthwise(g, False) == (1, 2 * g.x_bytes, 2 * g.x_bytes)
+        many = choice.Geometry.of(choice.Window(8, 9, kernel, 1), 4096, 2)
+        assert plans.depthwise(many, False) == (1, 2 * many.x_bytes, 2 * many.x_bytes)
+        assert choice.triton_forward(many) == (1, 2 * many.x_bytes, 2 * many.x_bytes)
+    one = choice.Geometry.of(choice.Window(8, 90, 5, 1), 1, 2)
+    assert plans.depthwise(one, False).l2 > 2 * one.x_bytes and choice.triton_forward(one).l2 > 2 * one.x_bytes
