@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from effnet_ops import _native, backends
+from effnet_ops import _native, backends, reference
 from effnet_ops.ops import cuda, gpu, triton
 
 WINDOW = backends.Window((3, 3), (1, 1), (1, 1))
@@ -138,6 +138,31 @@ def test_every_operator_is_registered_for_cuda_tensors() -> None:
     for operator in triton.WORDS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"effnet_ops::{operator}", "CUDA")
     assert set(cuda.WORDS) <= set(triton.WORDS)
+
+
+def test_too_large_for_the_kernels_is_right_all_the_same() -> None:
+    """What has more channels than shared memory has room for runs the fallback: on the CPU there is nothing else."""
+    x, weights = torch.randn(1, 16000, 1, 1), (torch.randn(2, 16000, 1, 1) / 100, torch.randn(16000, 2, 1, 1))
+    y, pooled = cuda.implementation("squeeze_excite")(x, weights[0], None, weights[1], None, "silu", "sigmoid")
+    assert torch.equal(y, reference.squeeze_excite(x, weights[0], None, weights[1], None, "silu", "sigmoid"))
+    arguments = (x, x, pooled, weights[0], None, weights[1], None, "silu", "sigmoid", [True] + [False] * 4)
+    assert cuda.implementation("squeeze_excite_backward")(*arguments)[0].shape == x.shape
+
+
+@pytest.mark.parametrize(
+    ("shape", "sides", "too_large"),
+    [
+        ((256, 96, 112, 112), (1, 1, 1, 1), False),
+        ((520, 16, 512, 512), (1, 1, 1, 1), False),
+        ((1, 16, 16000, 16000), (1, 1, 1, 1), True),
+        ((1, 8, 4, 4), (20000, 20000, 20000, 20000), True),
+        ((1 << 22, 8, 20, 20), (1, 1, 1, 1), True),
+    ],
+)
+def test_images_too_large_for_the_kernels(shape: tuple[int, ...], sides: tuple[int, ...], too_large: bool) -> None:
+    from effnet_ops.ops.cuda.depthwise import _too_large
+
+    assert _too_large(torch.empty(shape, device="meta"), 3, sides) is too_large
 
 
 def test_table_covers_the_operators_of_both() -> None:

@@ -63,22 +63,8 @@ def depthwise_conv2d_backward(
         )
     # Without an activation and a gradient of the weight autograd did not save x: it may be uninitialised.
     pixels = x if wanted[1] else None
+    fused = (None,) * 7
+    place = (stride[0], sides)
     return torch.ops.effnet_ops.cuda_depthwise_backward(
-        grad,
-        pixels,
-        weight,
-        bias,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-        x,
-        stride[0],
-        sides,
-        "none",
-        "none",
-        wanted,
+        grad, pixels, weight, bias, *fused, x, *place, "none", "none", wanted
     )[:3]
