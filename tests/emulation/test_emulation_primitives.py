@@ -83,7 +83,9 @@ def test_conversions_are_pytorchs(samples: Machine, name: str) -> None:
     finite = exact[exact.isfinite()].sort().values
     halfway = ((finite[1:].double() + finite[:-1].double()) / 2).float()
     values = [finite, halfway, *(halfway.nextafter(torch.tensor(end)) for end in (-torch.inf, torch.inf))]
-    largest = torch.tensor([torch.inf, -torch.inf, torch.nan, 65519.0, 65520.0, 3.4e38, -3.4e38, 1e-40, -1e-40, 0.0, -0.0])
+    largest = torch.tensor(
+        [torch.inf, -torch.inf, torch.nan, 65519.0, 65520.0, 3.4e38, -3.4e38, 1e-40, -1e-40, 0.0, -0.0]
+    )
     values = torch.cat([*values, largest, torch.randn(10000) * torch.rand(10000).mul(60).sub(30).exp2()])
     rounded = torch.empty(len(values), dtype=torch.int16)
     samples.call("round_to", name == "f16", *pointers(values, rounded), len(values), result=None)
@@ -98,7 +100,11 @@ def test_approximations(samples: Machine) -> None:
     out = torch.empty(4, len(x))
     samples.call("approximate", *pointers(x, out), len(x), result=None)
     exact = x.double()
-    for found, value, bound in ((out[0], exact.tanh(), 2**-11), (out[1], exact.exp2(), 2**-22), (out[2], 1 / exact, 2**-23)):
+    for found, value, bound in (
+        (out[0], exact.tanh(), 2**-11),
+        (out[1], exact.exp2(), 2**-22),
+        (out[2], 1 / exact, 2**-23),
+    ):
         assert ((found.double() - value).abs() <= bound * value.abs() + 2**-126).all()
     assert (out[0].double() - exact.tanh()).abs().max() > 2**-16
     assert torch.equal(out[3], (exact * exact - 1).float())
