@@ -85,7 +85,7 @@ struct Copier {
         const int each = chunks() ? 16 / static_cast<int>(sizeof(T)) : width, across = tile.slab / each;
         channel = threadIdx.x % across * each;
         step = blockDim.x / across;
-        first = static_cast<int>(threadIdx.x) < across * step ? threadIdx.x / across : 1 << 30;
+        first = static_cast<int>(threadIdx.x) < across * step ? threadIdx.x / across : 1 << 20;
         count = min(min(each, tile.slab - channel), channels - slab_channel - channel);
     }
 
@@ -96,19 +96,18 @@ struct Copier {
                                int image_width) const {
         const bool row_inside = row >= 0 && row < image_height && count > 0;
         const unsigned end = row_inside ? image_width : 0;
-        const T* const from = image + row * image_width * channels + slab_channel + channel;
-        to += channel;
-        for (int p = first; p < pixels; p += step) {
-            const int x = column + p;
+        const int stride = step * channels;
+        const T* from = image + ((row * image_width + column + first) * channels + slab_channel + channel);
+        to += first * tile.pitch + channel;
+        for (int x = column + first; x < column + pixels; x += step, from += stride, to += step * tile.pitch) {
             const bool inside = static_cast<unsigned>(x) < end;
             if (chunks()) {
-                copy_async_16(to + p * tile.pitch, from + x * channels, inside);
+                copy_async_16(to, from, inside);
                 continue;
             }
 #pragma unroll
             for (int v = 0; v < width; ++v)
-                if (v < tile.slab - channel)
-                    to[p * tile.pitch + v] = inside && v < count ? from[x * channels + v] : narrow<T>(0.0f);
+                if (v < tile.slab - channel) to[v] = inside && v < count ? from[v] : narrow<T>(0.0f);
         }
     }
 };
@@ -345,12 +344,13 @@ struct ForwardThread {
 #pragma unroll
         for (int age = 0; age < open - 1; ++age)
 #pragma unroll
-            for (int i = 0; i < columns * width; ++i) carry[age][i] = 0.0f;
+            for (int i = 0; i < columns * width; ++i)
+                carry[age][i] = kind == ForwardKind::training ? 0.0f : bias[i % width];
         sums.clear();
     }
 
     // The pixels of a row in the ring, behind the prologue.
-    __device__ inline void read(const T* row, float (&u)[inputs * width]) const {
+    __device__ inline void read(const T* row, bool row_inside, float (&u)[inputs * width]) const {
         load_pixels<inputs>(row, arguments.tile.pitch, u);
         if (kind == ForwardKind::training) {
 #pragma unroll
@@ -368,9 +368,10 @@ struct ForwardThread {
             }
         }
         // Padding is zero behind the normalisation, not in front of it.
-        if (kind != ForwardKind::inference && inside != all_columns<inputs>) {
+        const unsigned exist = row_inside ? inside : 0;
+        if (kind != ForwardKind::inference && exist != all_columns<inputs>) {
 #pragma unroll
-            for (int i = 0; i < inputs * width; ++i) u[i] = inside >> (i / width) & 1 ? u[i] : 0.0f;
+            for (int i = 0; i < inputs * width; ++i) u[i] = exist >> (i / width) & 1 ? u[i] : 0.0f;
         }
     }
 
@@ -394,7 +395,7 @@ struct ForwardThread {
     }
 
     // A finished output row behind the epilogue.
-    __device__ inline void finish(float (&y)[columns * width], int row) const {
+    __device__ inline void finish(float (&y)[columns * width], int64_t at) const {
         if (kind == ForwardKind::inference) activate<fast>(y, Activation::silu);
         if (kind != ForwardKind::any) return;
         if (arguments.out_norm != nullptr) {
@@ -411,63 +412,70 @@ struct ForwardThread {
         for (int column = 0; column < columns; ++column) {
             if (column >= made) continue;
             float grad[width];
-            load_some(arguments.grad + at(row, column), grad, lane.count, together());
+            load_some(arguments.grad + at + column * arguments.size.channels, grad, lane.count, together());
 #pragma unroll
             for (int v = 0; v < width; ++v) y[column * width + v] = grad[v] * derivative[column * width + v];
         }
     }
 
-    __device__ inline int64_t at(int row, int column) const {
-        return offset + (row * arguments.size.out_width + column) * arguments.size.channels;
-    }
-
-    __device__ inline void put(const float (&y)[columns * width], int row) {
+    // Stores the first `count` columns of a row.
+    __device__ inline void put(const float (&y)[columns * width], int count, T* to) const {
 #pragma unroll
         for (int column = 0; column < columns; ++column) {
-            if (column >= made) continue;
             float stored[width];
 #pragma unroll
             for (int v = 0; v < width; ++v) stored[v] = y[column * width + v];
-            store_some(arguments.y + at(row, column), stored, lane.count, together());
-            if (kind != ForwardKind::training && arguments.pool != nullptr) {
+            if (column < count) store_some(to + column * arguments.size.channels, stored, lane.count, together());
+        }
+    }
+
+    __device__ inline void add_to_sums(const float (&y)[columns * width], bool first_row) {
+        if (kind != ForwardKind::training && arguments.pool != nullptr) {
 #pragma unroll
-                for (int v = 0; v < width; ++v) sums.pool[v] += stored[v];
-            }
-            if (kind != ForwardKind::inference && arguments.statistics != nullptr) {
-                // Of the values as stored, since those are what the normalisation will see.
+            for (int i = 0; i < columns * width; ++i)
+                if (i / width < made) sums.pool[i % width] += y[i];
+        }
+        if (kind != ForwardKind::inference && arguments.statistics != nullptr) {
+            // Of the values as stored, since those are what the normalisation will see.
 #pragma unroll
-                for (int v = 0; v < width; ++v) sums.add(widen(narrow<T>(stored[v])), v, row == 0 && column == 0);
-            }
+            for (int i = 0; i < columns * width; ++i)
+                if (i / width < made) sums.add(widen(narrow<T>(y[i])), i % width, first_row && i < width);
         }
     }
 
     // A step: `rows` are its rows in the ring, `h` the number of the first in the image, `row` that of the output row
     // in the strip which it completes, negative while there is none.
     __device__ inline void step(const T* rows, int row_elements, int h, int row) {
-        float open_rows[open][columns * width];
+        const DepthwiseSizes& size = arguments.size;
+        float open_rows[open][columns * width], u[inputs * width];
 #pragma unroll
-        for (int i = 0; i < columns * width; ++i)
+        for (int i = 0; i < columns * width; ++i) {
             open_rows[0][i] = kind == ForwardKind::training ? 0.0f : bias[i % width];
 #pragma unroll
-        for (int age = 1; age < open; ++age)
-#pragma unroll
-            for (int i = 0; i < columns * width; ++i) open_rows[age][i] = carry[age - 1][i];
-        float u[inputs * width];
-        if (h >= 0 && h < arguments.size.height) {
-            read(rows, u);
-            add<0>(u, open_rows);
+            for (int age = 1; age < open; ++age) open_rows[age][i] = carry[age - 1][i];
         }
-        if (stride == 2 && h + 1 >= 0 && h + 1 < arguments.size.height) {
-            read(rows + row_elements, u);
-            add<1>(u, open_rows);
+        read(rows, h >= 0 && h < size.height, u);
+        add<0>(u, open_rows);
+        if (stride == 2) {
+            read(rows + row_elements, h + 1 >= 0 && h + 1 < size.height, u);
+            add<stride - 1>(u, open_rows);
         }
 #pragma unroll
-        for (int age = 0; age < open - 1; ++age)
+        for (int i = 0; i < columns * width; ++i)
 #pragma unroll
-            for (int i = 0; i < columns * width; ++i) carry[age][i] = open_rows[age][i];
-        if (row < 0) return;
-        finish(open_rows[open - 1], row);
-        put(open_rows[open - 1], row);
+            for (int age = 0; age < open - 1; ++age) carry[age][i] = open_rows[age][i];
+        if (row >= 0) complete(open_rows[open - 1], row);
+    }
+
+    __device__ inline void complete(float (&y)[columns * width], int row) {
+        const int64_t at = offset + row * arguments.size.out_width * arguments.size.channels;
+        finish(y, at);
+        // Most threads have all of their columns, and need not ask for each.
+        if (Traits::aligned && made == columns)
+            put(y, columns, arguments.y + at);
+        else
+            put(y, made, arguments.y + at);
+        add_to_sums(y, row == 0);
     }
 
     // Leaves the strip's sums of pool or statistics in shared memory, [3][groups][slab].
@@ -501,9 +509,10 @@ __global__ __launch_bounds__(Traits::threads, Traits::blocks) void depthwise_for
     const Copier<T, Traits::width, Traits::aligned> copier(tile, slab, size.channels);
     const int steps = tile.strip_rows + before;
     Cursor ahead(walker, tile, Traits::columns, size.out_height);
+    const int64_t image_elements = int64_t(size.height) * size.width * size.channels;
     const auto copy = [&] {
         if (ahead.item < tile.items) {
-            const T* image = arguments.x + ahead.strip.image * size.height * size.width * size.channels;
+            const T* image = arguments.x + ahead.strip.image * image_elements;
             const int h = (ahead.strip.row + ahead.step) * stride - size.top;
             const int w = ahead.strip.column * stride - size.left;
 #pragma unroll
@@ -516,18 +525,26 @@ __global__ __launch_bounds__(Traits::threads, Traits::blocks) void depthwise_for
     };
     for (int i = 0; i < stages - 1; ++i) copy();
     int slot = 0;
+    // Waits for a step's rows, sends for those of a later one, and returns where this thread's begin.
+    const auto next = [&] {
+        copy_async_wait<stages - 2>();
+        // Everybody's copies of this step are there, and the slot that is filled next has been read by all.
+        __syncthreads();
+        copy();
+        const T* const rows = mine + slot * stride * row_elements;
+        slot = slot + 1 == stages ? 0 : slot + 1;
+        return rows;
+    };
     for (int item = walker; item < tile.items; item += tile.walkers) {
         const Strip strip(item, tile, Traits::columns, size.out_height);
         thread.begin(strip);
+        const int first_h = strip.row * stride - size.top;
+        const int last = thread.made > 0 ? strip.rows + before : 0;  // this thread's steps
         for (int step = 0; step < steps; ++step) {
-            copy_async_wait<stages - 2>();
-            // Everybody's copies of this step are there, and the slot that is filled next has been read by all.
-            __syncthreads();
-            copy();
-            if (thread.made > 0 && step - before < strip.rows)
-                thread.step(mine + slot * stride * row_elements, row_elements, (strip.row + step) * stride - size.top,
-                            step - before);
-            slot = slot + 1 == stages ? 0 : slot + 1;
+            const T* const rows = next();
+            const int h = first_h + step * stride;
+            // Rows above the image leave the sums as they began.
+            if (step < last && (h + stride > 0 || step >= before)) thread.step(rows, row_elements, h, step - before);
         }
         const int64_t part = strip.image * tile.strips * tile.tiles + strip.part;
         if (arguments.pool != nullptr) {
@@ -605,12 +622,14 @@ struct BackwardThread {
     const BackwardArguments<T>& arguments;
     const Lane lane;
     const Norm<width> a_norm, norm;
-    float of_grad[width], of_a[width], constant[width], gate[width], pooled[width], weight[taps][width];
-    float kept[open][grads * width];  // gradients of the convolution, the newest row last
+    float of_a[width], constant[width], weight[taps][width];
+    float gate[width], pooled[width];  // times the coefficient of the gradient
+    float kept[open][grads * width];   // gradients of the convolution, the newest row last
     float dw[taps][width], db[width], total[width], moment[width];
     unsigned grads_inside, inside;  // which columns of the output and of the input exist
+    unsigned stored;                // and of the input's gradient
     int64_t offset;                 // of the strip's first pixel, in x
-    int steps;                      // how many it has
+    int steps;                      // how many it has; less than the first where there is nothing to do
 
     __device__ inline BackwardThread(const BackwardArguments<T>& arguments, int slab)
         : arguments(arguments),
@@ -619,7 +638,6 @@ struct BackwardThread {
           norm(kind == BackwardKind::plain ? nullptr : arguments.norm, arguments.size.channels, lane) {
         const int channels = arguments.size.channels;
         const float* of = kind == BackwardKind::plain ? nullptr : arguments.coefficients;
-        load_vector(of == nullptr ? of : of + channels, 1.0f, lane, of_grad);
         load_vector(of == nullptr ? of : of + 2 * channels, 0.0f, lane, of_a);
         load_vector(of == nullptr ? of : of + 3 * channels, 0.0f, lane, constant);
         load_weights<taps>(arguments.weight, lane, weight);
@@ -635,22 +653,25 @@ struct BackwardThread {
     __device__ inline bool has_a() const {
         return kind == BackwardKind::fused || (kind == BackwardKind::any && arguments.a != nullptr);
     }
-    __device__ inline bool has_norm() const {
-        return kind == BackwardKind::fused || (kind == BackwardKind::any && arguments.norm != nullptr);
-    }
 
     __device__ inline void begin(const Strip& strip) {
         const DepthwiseSizes& size = arguments.size;
         const int step = strip.column + lane.group * columns, left = step * stride - size.left;
-        steps = lane.works ? strip.rows : 0;
+        steps = lane.works ? strip.rows : -reach;
         grads_inside = columns_inside<grads>(step - reach, size.out_width);
         inside = columns_inside<columns * stride>(left, size.width);
+        stored = arguments.dx == nullptr ? 0 : inside;
         offset = ((strip.image * size.height + strip.row * stride - size.top) * size.width + left) * size.channels +
                  lane.channel;
         if (kind == BackwardKind::plain) return;
         const int64_t image = strip.image * size.channels;
         load_vector(arguments.gate == nullptr ? nullptr : arguments.gate + image, 1.0f, lane, gate);
         load_vector(arguments.pooled == nullptr ? nullptr : arguments.pooled + image, 0.0f, lane, pooled);
+        float of_grad[width];
+        const float* of = arguments.coefficients == nullptr ? nullptr : arguments.coefficients + size.channels;
+        load_vector(of, 1.0f, lane, of_grad);
+#pragma unroll
+        for (int v = 0; v < width; ++v) gate[v] *= of_grad[v], pooled[v] *= of_grad[v];
     }
 
     // Reads the gradient of the convolution's row `out_row`: through gate, activation and normalisation where there is
@@ -660,28 +681,28 @@ struct BackwardThread {
         const int pitch = arguments.tile.pitch;
         load_pixels<grads>(grad_row, pitch, g);
         if (!has_a()) return;
-        float a[grads * width];
-        load_pixels<grads>(a_row, pitch, a);
 #pragma unroll
-        for (int i = 0; i < grads * width; ++i) {
-            a[i] -= a_norm.mean[i % width];
-            g[i] = fmaf(g[i], gate[i % width], pooled[i % width]);
-        }
-        if (kind == BackwardKind::fused || arguments.a_norm != nullptr) {
+        for (int i = 0; i < grads; ++i) {
+            float a[width], n[width], derivative[width];
+            load(a_row + i * pitch, a);
 #pragma unroll
-            for (int i = 0; i < grads; ++i) {
-                float n[width], derivative[width];
-#pragma unroll
-                for (int v = 0; v < width; ++v) n[v] = fmaf(a[i * width + v], a_norm.scale[v], a_norm.shift[v]);
+            for (int v = 0; v < width; ++v) {
+                a[v] -= a_norm.mean[v];
+                n[v] = fmaf(a[v], a_norm.scale[v], a_norm.shift[v]);
+            }
+            if (kind == BackwardKind::fused || arguments.a_norm != nullptr) {
                 differentiate<fast>(n, derivative,
                                     kind == BackwardKind::fused ? Activation::silu : arguments.a_activation);
+            } else {
 #pragma unroll
-                for (int v = 0; v < width; ++v) g[i * width + v] *= derivative[v];
+                for (int v = 0; v < width; ++v) derivative[v] = 1.0f;
+            }
+#pragma unroll
+            for (int v = 0; v < width; ++v) {
+                float& grad = g[i * width + v];
+                grad = fmaf(fmaf(grad, gate[v], pooled[v]), derivative[v], fmaf(of_a[v], a[v], constant[v]));
             }
         }
-#pragma unroll
-        for (int i = 0; i < grads * width; ++i)
-            g[i] = fmaf(of_grad[i % width], g[i], fmaf(of_a[i % width], a[i], constant[i % width]));
         // Padding has no gradient, but the constants of a normalisation's.
         const unsigned exist = out_row >= 0 && out_row < arguments.size.out_height ? grads_inside : 0;
         if (exist != all_columns<grads>) {
@@ -737,23 +758,23 @@ struct BackwardThread {
                     dw[tap][v] = fmaf(g, u[v], dw[tap][v]);
                 }
             }
-            if (arguments.dx == nullptr || !exists) continue;
             if (kind != BackwardKind::plain) {
 #pragma unroll
                 for (int v = 0; v < width; ++v) dx[v] *= derivative[v];
             }
-            if (kind != BackwardKind::fused && arguments.residual != nullptr) {
+            if (kind == BackwardKind::any && arguments.residual != nullptr && exists) {
                 float residual[width];
                 load_some(arguments.residual + at + b * size.channels, residual, lane.count, together());
 #pragma unroll
                 for (int v = 0; v < width; ++v) dx[v] += residual[v];
             }
-            store_some(arguments.dx + at + b * size.channels, dx, lane.count, together());
+            if (stored >> b & 1) store_some(arguments.dx + at + b * size.channels, dx, lane.count, together());
             if (kind != BackwardKind::plain) {
 #pragma unroll
                 for (int v = 0; v < width; ++v) {
-                    total[v] += dx[v];
-                    moment[v] = fmaf(dx[v], centred[v], moment[v]);
+                    const float counted = exists ? dx[v] : 0.0f;
+                    total[v] += counted;
+                    moment[v] = fmaf(counted, centred[v], moment[v]);
                 }
             }
         }
@@ -825,12 +846,13 @@ __global__ __launch_bounds__(Traits::threads, Traits::blocks) void depthwise_bac
     const Copier<T, width, Traits::aligned> copier(tile, slab, size.channels);
     const int steps = tile.strip_rows + before;
     Cursor ahead(walker, tile, columns, all_rows);
+    const int64_t grad_elements = int64_t(size.out_height) * size.out_width * size.channels;
+    const int64_t image_elements = int64_t(size.height) * size.width * size.channels;
     const auto copy = [&] {
         if (ahead.item < tile.items) {
             T* const to = ring + ahead.slot * slot_elements;
             const int out_row = ahead.strip.row + ahead.step - before, column = ahead.strip.column;
-            const int64_t of_grad = ahead.strip.image * size.out_height * size.out_width * size.channels;
-            const int64_t of_x = ahead.strip.image * size.height * size.width * size.channels;
+            const int64_t of_grad = ahead.strip.image * grad_elements, of_x = ahead.strip.image * image_elements;
             copier.row(to, arguments.grad + of_grad, out_row, column - Traits::reach, grad_pixels, size.out_height,
                        size.out_width);
             if (has_a)

@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 
 #include <ptx.cuh>
 
@@ -48,6 +49,15 @@ inline constexpr bool coarse<__nv_bfloat16> = true;
 template <class T, int n>
 __device__ inline void load(const T* from, float (&to)[n]) {
     const Pack<T, n> pack = *reinterpret_cast<const Pack<T, n>*>(from);
+    if constexpr (sizeof(T) == 2 && coarse<T> && n % 2 == 0) {
+        // A bfloat16 is the upper half of a float.
+        uint32_t pairs[n / 2], halves[n];
+        memcpy(pairs, &pack, sizeof(pairs));
+#pragma unroll
+        for (int i = 0; i < n; ++i) halves[i] = i % 2 == 0 ? pairs[i / 2] << 16 : pairs[i / 2] & 0xffff0000u;
+        memcpy(to, halves, sizeof(halves));
+        return;
+    }
 #pragma unroll
     for (int i = 0; i < n; ++i) to[i] = widen(pack.value[i]);
 }
