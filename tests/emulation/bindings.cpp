@@ -3,10 +3,14 @@
 
 using namespace effnet::cuda;
 
-#define EMULATION_BINDINGS(STRUCT)                                                                                  \
-    extern "C" size_t sizeof_##STRUCT() { return sizeof(STRUCT); }                                                  \
-    extern "C" const char* why_not_##STRUCT(const STRUCT* problem, const Device* device) { return why_not(*problem, *device); } \
-    extern "C" void plan_##STRUCT(const STRUCT* problem, const Device* device, Plan* found) { *found = plan(*problem, *device); } \
+#define EMULATION_BINDINGS(STRUCT)                                                            \
+    extern "C" size_t sizeof_##STRUCT() { return sizeof(STRUCT); }                            \
+    extern "C" const char* why_not_##STRUCT(const STRUCT* problem, const Device* device) {    \
+        return why_not(*problem, *device);                                                    \
+    }                                                                                         \
+    extern "C" void plan_##STRUCT(const STRUCT* problem, const Device* device, Plan* found) { \
+        *found = plan(*problem, *device);                                                     \
+    }                                                                                         \
     extern "C" int run_##STRUCT(const STRUCT* problem, const Device* device) { return run(*problem, *device); }
 EMULATION_BINDINGS(DepthwiseForward)
 EMULATION_BINDINGS(DepthwiseBackward)

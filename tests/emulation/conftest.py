@@ -6,8 +6,7 @@ from collections.abc import Iterator
 
 import emulator
 import pytest
-
-from kernels import Kernels
+from cuda_kernels import Kernels
 
 
 @pytest.fixture(scope="session")

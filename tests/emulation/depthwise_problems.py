@@ -8,12 +8,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from cases import DepthwiseCase
+from cuda_kernels import Kernels
 from helpers import normal
 from torch import Tensor
 
 from effnet_ops.checks import output_size, padding_sides, resolve_padding
 from effnet_ops.reference import activate
-from kernels import Kernels
 
 
 @dataclass(frozen=True)
@@ -109,15 +109,17 @@ class Geometry:
         return F.conv2d(F.pad(x, (left, right, top, bottom)), filters, bias, self.stride, groups=self.channels)
 
 
-def run_forward(kernels: Kernels, geometry: Geometry, fusion: Fusion, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Operands and results of a forward by the names of kernels.h."""
+def run_forward(
+    kernels: Kernels, geometry: Geometry, fusion: Fusion, dtype: torch.dtype, *, bias: float = 0.0
+) -> dict[str, Tensor]:
+    """Operands and results of a forward by the names of kernels.h. ``bias`` is what biases vary around."""
     batch, channels = geometry.batch, geometry.channels
     norm = vectors(channels) if fusion.norm else None
     x = normal(*geometry.x_shape) + (norm[0].double() if fusion.norm else 0.0)
     given = {
         "x": x.to(dtype),
         "weight": normal(channels, geometry.kernel**2).float(),
-        "bias": normal(channels).float() if fusion.bias else None,
+        "bias": (normal(channels) + bias).float() if fusion.bias else None,
         "norm": norm,
         "gate": torch.rand(batch, channels) if fusion.gate else None,
         "out_norm": vectors(channels) if fusion.out_norm else None,
@@ -125,7 +127,8 @@ def run_forward(kernels: Kernels, geometry: Geometry, fusion: Fusion, dtype: tor
     }
     given = {name: kernels.upload(name, value) for name, value in given.items() if value is not None}
     settings = {
-        "shape": geometry.struct, "dtype": dtype, "activation": fusion.activation, "out_activation": fusion.out_activation,
+        "shape": geometry.struct, "dtype": dtype, "activation": fusion.activation,
+        "out_activation": fusion.out_activation,
     }  # fmt: skip
     wanted = {name: 1 for name in ("pool", "statistics") if getattr(fusion, name)}
     assert kernels.why_not("DepthwiseForward", **given, **settings, **wanted) is None

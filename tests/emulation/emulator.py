@@ -31,12 +31,15 @@ _INCLUDE = "tests/emulation/include"
 
 _COMMON = ["-std=c++17", "-g1", "-fno-omit-frame-pointer", "-fPIC", "-Wall", "-Wno-unknown-pragmas"]
 _RUNTIME = [*_COMMON, "-O2", f"-I{_INCLUDE}"]
-# Nothing of this changes what a kernel computes. Without -ffp-contract=off the compiler might fuse what the source does not.
+# None of these changes what a kernel computes; -ffp-contract=off keeps the compiler from fusing of its own accord.
 _DEVICE = [
-    *_COMMON, "-x", "c++", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fsanitize=thread",
+    *_COMMON, "-x", "c++", "-Og", "-ffp-contract=off", "-fno-strict-aliasing", "-fsanitize=thread",
     "-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero",
     "-include", f"{_INCLUDE}/prelude.h", f"-I{_INCLUDE}", "-Icsrc/cuda",
 ]  # fmt: skip
+
+
+_KINDS = {"input": 0, "output": 1, "inout": 2}
 
 
 class EmulationError(AssertionError):
@@ -133,8 +136,6 @@ class Machine:
     Tensors lie in the emulated GPU's memory until the next `reset`: do not use them after it.
     """
 
-    KINDS = {"input": 0, "output": 1, "inout": 2}
-
     def __init__(self, name: str, sources: Sequence[Path]) -> None:
         self.path = build(name, sources)
         self.library = ctypes.CDLL(str(self.path))
@@ -183,16 +184,16 @@ class Machine:
         return self.library.emulation_launches()
 
     def empty(
-        self, name: str, shape: Sequence[int], dtype: torch.dtype, *, kind: str = "output", misalignment: int = 0
+        self, name: str, shape: Sequence[int], dtype: torch.dtype, *, kind: str = "output", misalignment: int = 16
     ) -> Tensor:
         """A tensor in guarded memory, full of NaN, that kernels may write, and read once it is written.
 
         ``kind``: "input" may not be written, "inout" may be read at once. It begins ``misalignment`` bytes behind a
-        multiple of 256.
+        multiple of 256: by default it has just the alignment that kernels.h asks for.
         """
         count = torch.Size(shape).numel()
         size = count * dtype.itemsize
-        address = self.library.emulation_allocate(name.encode(), size, misalignment, self.KINDS[kind])
+        address = self.library.emulation_allocate(name.encode(), size, misalignment, _KINDS[kind])
         if not address:
             raise MemoryError(f"no {size} bytes for {name}")
         if count == 0:
@@ -200,7 +201,7 @@ class Machine:
         buffer = (ctypes.c_char * size).from_address(address)
         return torch.frombuffer(buffer, dtype=dtype).fill_(float("nan") if dtype.is_floating_point else 0).view(shape)
 
-    def upload(self, name: str, values: Tensor, *, kind: str = "input", misalignment: int = 0) -> Tensor:
+    def upload(self, name: str, values: Tensor, *, kind: str = "input", misalignment: int = 16) -> Tensor:
         """The values in guarded memory, contiguous."""
         return self.empty(name, values.shape, values.dtype, kind=kind, misalignment=misalignment).copy_(values)
 

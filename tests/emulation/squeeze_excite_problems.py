@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from cases import SqueezeExciteCase
+from cuda_kernels import Kernels
 from depthwise_problems import vectors
 from helpers import normal
-from kernels import Kernels
 from torch import Tensor
 
 from effnet_ops.reference import GATES, activate

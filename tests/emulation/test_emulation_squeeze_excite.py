@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import SQUEEZE_EXCITE, SqueezeExciteCase
+from cuda_kernels import Kernels
 from helpers import FORWARD_TOLERANCE, GRADIENT_TOLERANCE, names, relative_error
-from kernels import Kernels
 from squeeze_excite_problems import (
     backward_from_partials,
     backward_from_tensor,

@@ -26,7 +26,8 @@ inline __half __float2half_rn(float x) {
     // From halfway between the largest number and what would be the next.
     if (magnitude >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00)};
     if (magnitude < 0x38800000u) {
-        // Below 2^-14 adding a half makes the sum's last bit worth 2^-24, and the processor's addition does the rounding.
+        // Below 2^-14 adding a half makes the sum's last bit worth 2^-24, and the processor's addition does the
+        // rounding.
         const float shifted = __uint_as_float(magnitude) + 0.5f;
         return {static_cast<uint16_t>(sign | (__float_as_uint(shifted) - 0x3f000000u))};
     }

@@ -28,14 +28,10 @@ struct dim3 {
 extern const uint3 threadIdx, blockIdx, blockDim, gridDim;
 inline constexpr int warpSize = 32;
 
-#define EMULATION_VECTORS(TYPE, NAME, ALIGN2, ALIGN4)                                                        \
-    struct __align__(ALIGN2) NAME##2 {                                                                       \
-        TYPE x, y;                                                                                           \
-    };                                                                                                       \
-    struct __align__(ALIGN4) NAME##4 {                                                                       \
-        TYPE x, y, z, w;                                                                                     \
-    };                                                                                                       \
-    inline NAME##2 make_##NAME##2(TYPE x, TYPE y) { return {x, y}; }                                         \
+#define EMULATION_VECTORS(TYPE, NAME, ALIGN2, ALIGN4)                \
+    struct __align__(ALIGN2) NAME##2 { TYPE x, y; };                 \
+    struct __align__(ALIGN4) NAME##4 { TYPE x, y, z, w; };           \
+    inline NAME##2 make_##NAME##2(TYPE x, TYPE y) { return {x, y}; } \
     inline NAME##4 make_##NAME##4(TYPE x, TYPE y, TYPE z, TYPE w) { return {x, y, z, w}; }
 EMULATION_VECTORS(float, float, 8, 16)
 EMULATION_VECTORS(int, int, 8, 16)
@@ -68,10 +64,10 @@ inline void __syncwarp(unsigned mask = 0xffffffffu, const char* file = __builtin
     emulation::warp_barrier(mask, {file, line});
 }
 
-#define EMULATION_SHUFFLE(NAME, KIND, PARAMETER)                                                              \
-    template <class T>                                                                                        \
-    T NAME(unsigned mask, T value, PARAMETER parameter, int width = 32, const char* file = __builtin_FILE(),  \
-           int line = __builtin_LINE()) {                                                                     \
+#define EMULATION_SHUFFLE(NAME, KIND, PARAMETER)                                                                \
+    template <class T>                                                                                          \
+    T NAME(unsigned mask, T value, PARAMETER parameter, int width = 32, const char* file = __builtin_FILE(),    \
+           int line = __builtin_LINE()) {                                                                       \
         return emulation::shuffle_value(emulation::Shuffle::KIND, mask, value, parameter, width, {file, line}); \
     }
 EMULATION_SHUFFLE(__shfl_sync, from, int)
@@ -80,7 +76,8 @@ EMULATION_SHUFFLE(__shfl_down_sync, down, unsigned)
 EMULATION_SHUFFLE(__shfl_xor_sync, across, int)
 #undef EMULATION_SHUFFLE
 
-inline unsigned __ballot_sync(unsigned mask, int predicate, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+inline unsigned __ballot_sync(unsigned mask, int predicate, const char* file = __builtin_FILE(),
+                              int line = __builtin_LINE()) {
     return emulation::ballot(mask, predicate != 0, {file, line});
 }
 inline int __any_sync(unsigned mask, int predicate, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {

@@ -1,4 +1,5 @@
-// Included before everything else in device sources: copies that the compiler leaves to the library go to the detectors.
+// Included before everything else in device sources: copies that the compiler leaves to the library go to the
+// detectors.
 #pragma once
 
 #include <stddef.h>

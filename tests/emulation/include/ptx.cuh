@@ -32,7 +32,8 @@ inline float exp2_approximate(float x) { return detail::flushed(exp2f(detail::fl
 
 inline float reciprocal_approximate(float x) { return detail::flushed(1.0f / detail::flushed(x)); }
 
-inline void grid_barrier(unsigned* counter, unsigned arrivals, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+inline void grid_barrier(unsigned* counter, unsigned arrivals, const char* file = __builtin_FILE(),
+                         int line = __builtin_LINE()) {
     emulation::grid_barrier(counter, arrivals, {file, line});
 }
 

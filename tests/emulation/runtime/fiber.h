@@ -1,4 +1,5 @@
-// A second stack to run on. Switching costs a few nanoseconds where this knows the processor, and a system call elsewhere.
+// A second stack to run on. Switching costs a few nanoseconds where this knows the processor, and a system call
+// elsewhere.
 #pragma once
 
 #include <cstddef>

@@ -1,5 +1,5 @@
-// What the compiler calls. -fsanitize=thread reports every access to memory that is not a local variable of its own, and
-// the checks of -fsanitize=alignment,bounds,... report what they find; both runtimes are replaced by this file.
+// What the compiler calls. -fsanitize=thread reports every access to memory that is not a local variable of its own,
+// and the checks of -fsanitize=alignment,bounds,... report what they find; both runtimes are replaced by this file.
 #include <cstdint>
 #include <cstring>
 
@@ -8,12 +8,12 @@
 using emulation::access;
 using emulation::fail;
 
-#define EMULATION_HOOKS(SIZE)                                                                                  \
-    extern "C" void __tsan_read##SIZE(void* p) { access(p, SIZE, false, __builtin_return_address(0)); }        \
-    extern "C" void __tsan_write##SIZE(void* p) { access(p, SIZE, true, __builtin_return_address(0)); }        \
+#define EMULATION_HOOKS(SIZE)                                                                                     \
+    extern "C" void __tsan_read##SIZE(void* p) { access(p, SIZE, false, __builtin_return_address(0)); }           \
+    extern "C" void __tsan_write##SIZE(void* p) { access(p, SIZE, true, __builtin_return_address(0)); }           \
     extern "C" void __tsan_unaligned_read##SIZE(void* p) { access(p, SIZE, false, __builtin_return_address(0)); } \
     extern "C" void __tsan_unaligned_write##SIZE(void* p) { access(p, SIZE, true, __builtin_return_address(0)); } \
-    extern "C" void __tsan_volatile_read##SIZE(void* p) { access(p, SIZE, false, __builtin_return_address(0)); } \
+    extern "C" void __tsan_volatile_read##SIZE(void* p) { access(p, SIZE, false, __builtin_return_address(0)); }  \
     extern "C" void __tsan_volatile_write##SIZE(void* p) { access(p, SIZE, true, __builtin_return_address(0)); }
 EMULATION_HOOKS(1)
 EMULATION_HOOKS(2)
@@ -70,17 +70,21 @@ struct OutOfBounds {
 extern "C" void __ubsan_handle_type_mismatch_v1(Mismatch* data, uintptr_t address) {
     const uintptr_t alignment = uintptr_t{1} << data->log_alignment;
     if (address % alignment == 0) return;
-    fail("misaligned: an access to %s needs an address that is a multiple of %zu, and 0x%zx is %zu more than one (%s:%u)", data->type->name,
-         size_t(alignment), size_t(address), size_t(address % alignment), data->where.file, data->where.line);
+    fail(
+        "misaligned: an access to %s needs an address that is a multiple of %zu, and 0x%zx is %zu more than one "
+        "(%s:%u)",
+        data->type->name, size_t(alignment), size_t(address), size_t(address % alignment), data->where.file,
+        data->where.line);
 }
 
 extern "C" void __ubsan_handle_out_of_bounds(OutOfBounds* data, uintptr_t index) {
-    fail("out of bounds: index %zd of %s (%s:%u)", static_cast<ssize_t>(index), data->array->name, data->where.file, data->where.line);
+    fail("out of bounds: index %zd of %s (%s:%u)", static_cast<ssize_t>(index), data->array->name, data->where.file,
+         data->where.line);
 }
 
-#define EMULATION_ARITHMETIC(NAME, WHAT)                                                      \
-    extern "C" void __ubsan_handle_##NAME(Location* where, uintptr_t, uintptr_t) {            \
-        fail(WHAT " (%s:%u)", where->file, where->line);                                      \
+#define EMULATION_ARITHMETIC(NAME, WHAT)                                           \
+    extern "C" void __ubsan_handle_##NAME(Location* where, uintptr_t, uintptr_t) { \
+        fail(WHAT " (%s:%u)", where->file, where->line);                           \
     }
 EMULATION_ARITHMETIC(add_overflow, "a sum overflows")
 EMULATION_ARITHMETIC(sub_overflow, "a difference overflows")

@@ -26,7 +26,8 @@ void gather(void* const* data, double (&a)[16][16], double (&b)[16][8]) {
             for (int half = 0; half < 2; ++half)
                 a[group + 8 * (word % 2)][2 * place + half + 8 * (word / 2)] = number(mine.format, mine.a[word], half);
         for (int word = 0; word < 2; ++word)
-            for (int half = 0; half < 2; ++half) b[2 * place + half + 8 * word][group] = number(mine.format, mine.b[word], half);
+            for (int half = 0; half < 2; ++half)
+                b[2 * place + half + 8 * word][group] = number(mine.format, mine.b[word], half);
     }
 }
 

@@ -1,4 +1,5 @@
-// What a thread may touch: tensors by the byte, its block's shared memory, its own stack. And when: who touched it last.
+// What a thread may touch: tensors by the byte, its block's shared memory, its own stack. And when: who touched it
+// last.
 #include <link.h>
 #include <sys/mman.h>
 
@@ -24,7 +25,8 @@ std::string who(const Stamp& stamp) {
     return text + " at " + code_name(stamp.code);
 }
 
-// Whether what the stamp tells of happened before what the running thread does. What lies before `floor` does not count.
+// Whether what the stamp tells of happened before what the running thread does. What lies before `floor` does not
+// count.
 bool ordered(const Stamp& stamp, uint32_t floor) {
     if (stamp.epoch <= floor) return true;
     const Block& block = *machine.block;
@@ -51,15 +53,17 @@ struct Access {
 
 void report_race(const Place& place, const Access& access, const Stamp& other, bool other_wrote) {
     if (other.clock == in_flight && other_wrote)
-        return fail("byte %zu of %s is %s at %s before the asynchronous copy to it has landed: thread %u began it at %s", place.offset,
-                    place.memory, access.verb(), code_name(access.code).c_str(), other.thread, code_name(other.code).c_str());
-    fail("race: byte %zu of %s is %s at %s, and %s by %s, with no %s in between", place.offset, place.memory, access.verb(),
-         code_name(access.code).c_str(), other_wrote ? "written" : "read", who(other).c_str(),
+        return fail(
+            "byte %zu of %s is %s at %s before the asynchronous copy to it has landed: thread %u began it at %s",
+            place.offset, place.memory, access.verb(), code_name(access.code).c_str(), other.thread,
+            code_name(other.code).c_str());
+    fail("race: byte %zu of %s is %s at %s, and %s by %s, with no %s in between", place.offset, place.memory,
+         access.verb(), code_name(access.code).c_str(), other_wrote ? "written" : "read", who(other).c_str(),
          block_of(other.epoch) == machine.block->number ? "barrier" : "order between blocks");
 }
 
-// Keeps two readers of which a later write that has not waited for all readers has not waited for one. Readers that this
-// one has waited for are superfluous; of several in one warp, or in one other block, one will do.
+// Keeps two readers of which a later write that has not waited for all readers has not waited for one. Readers that
+// this one has waited for are superfluous; of several in one warp, or in one other block, one will do.
 void keep_reader(Cell& cell, const Stamp& mine, uint32_t floor) {
     Stamp& a = cell.readers[0];
     Stamp& b = cell.readers[1];
@@ -82,8 +86,10 @@ void check(Cell* cells, const Place& place, const Access& access) {
         Cell& cell = cells[i];
         const Place byte = {place.memory, place.offset + i, place.shared};
         if (!access.write && (place.shared ? cell.writer.epoch < block.first_epoch : cell.writer.epoch == 0))
-            fail("byte %zu of %s is read at %s before anything was written to it", byte.offset, byte.memory, code_name(access.code).c_str());
-        if (cell.writer.clock == in_flight && cell.writer.epoch >= block.first_epoch) report_race(byte, access, cell.writer, true);
+            fail("byte %zu of %s is read at %s before anything was written to it", byte.offset, byte.memory,
+                 code_name(access.code).c_str());
+        if (cell.writer.clock == in_flight && cell.writer.epoch >= block.first_epoch)
+            report_race(byte, access, cell.writer, true);
         if (!ordered(cell.writer, floor)) report_race(byte, access, cell.writer, true);
         if (access.write) {
             for (const Stamp& reader : cell.readers)
@@ -101,8 +107,8 @@ void shared_access(size_t offset, const Access& access) {
     Block& block = *machine.block;
     const size_t size = machine.launch->shared_bytes;
     if (offset >= size || size - offset < access.size)
-        fail("%zu bytes at byte %zd of shared memory are %s at %s; the block has %zu", access.size, static_cast<ssize_t>(offset),
-             access.verb(), code_name(access.code).c_str(), size);
+        fail("%zu bytes at byte %zd of shared memory are %s at %s; the block has %zu", access.size,
+             static_cast<ssize_t>(offset), access.verb(), code_name(access.code).c_str(), size);
     check(&block.cells[offset], {shared_name, offset, true}, access);
 }
 
@@ -124,12 +130,14 @@ std::string locate(uintptr_t address) {
         const auto mapping = reinterpret_cast<uintptr_t>(region.mapping);
         if (address < mapping || address >= mapping + region.mapping_bytes) continue;
         if (address < region.begin)
-            snprintf(text, sizeof text, "%zu bytes before the beginning of %s", size_t(region.begin - address), region.name.c_str());
+            snprintf(text, sizeof text, "%zu bytes before the beginning of %s", size_t(region.begin - address),
+                     region.name.c_str());
         else if (address < region.begin + region.size)
-            snprintf(text, sizeof text, "byte %zu of %s of %zu", size_t(address - region.begin), region.name.c_str(), region.size);
+            snprintf(text, sizeof text, "byte %zu of %s of %zu", size_t(address - region.begin), region.name.c_str(),
+                     region.size);
         else
-            snprintf(text, sizeof text, "%zu bytes past the end of %s, which has %zu", size_t(address - region.begin - region.size),
-                     region.name.c_str(), region.size);
+            snprintf(text, sizeof text, "%zu bytes past the end of %s, which has %zu",
+                     size_t(address - region.begin - region.size), region.name.c_str(), region.size);
         return text;
     }
     if (address < 4096) {
@@ -170,7 +178,8 @@ bool is_own_constant(uintptr_t address, size_t size, bool write) {
 }
 
 bool is_shared(uintptr_t address, const Block& block) {
-    return block.shared != nullptr && address - (reinterpret_cast<uintptr_t>(block.shared) - shared_margin) < machine.launch->shared_bytes + 2 * shared_margin;
+    return block.shared != nullptr && address - (reinterpret_cast<uintptr_t>(block.shared) - shared_margin) <
+                                          machine.launch->shared_bytes + 2 * shared_margin;
 }
 
 int find_library(dl_phdr_info* info, size_t, void*) {
@@ -216,7 +225,8 @@ void atomic_access(const void* pointer, size_t size, const void* code) {
     const auto address = reinterpret_cast<uintptr_t>(pointer);
     const Region& region = *tensor_at(address, {size, true, code_offset(code)});
     if (region.cells[address - region.begin].writer.epoch == 0)
-        fail("%s is read at %s before anything was written to it", region.name.c_str(), code_name(code_offset(code)).c_str());
+        fail("%s is read at %s before anything was written to it", region.name.c_str(),
+             code_name(code_offset(code)).c_str());
 }
 
 void read_only_access(const void* pointer, size_t size) {
@@ -229,7 +239,8 @@ void read_only_access(const void* pointer, size_t size) {
     for (size_t i = 0; i < size; ++i)
         if (cell[i].writer.epoch >= machine.launch_epoch)
             fail("byte %zu of %s is read through the read-only cache at %s, though %s wrote it in this launch",
-                 size_t(address - region.begin + i), region.name.c_str(), code_name(code_offset(code)).c_str(), who(cell[i].writer).c_str());
+                 size_t(address - region.begin + i), region.name.c_str(), code_name(code_offset(code)).c_str(),
+                 who(cell[i].writer).c_str());
 }
 
 void prepare_shared(Block& block, size_t bytes) {
@@ -247,11 +258,15 @@ void prepare_shared(Block& block, size_t bytes) {
 
 void issue_copy(const Copy& copy) {
     const auto to = reinterpret_cast<uintptr_t>(copy.to), from = reinterpret_cast<uintptr_t>(copy.from);
-    if (to % copy.size != 0) fail("an asynchronous copy of %d bytes to an address that is no multiple of it, at %s", copy.size, code_name(copy.code).c_str());
+    if (to % copy.size != 0)
+        fail("an asynchronous copy of %d bytes to an address that is no multiple of it, at %s", copy.size,
+             code_name(copy.code).c_str());
     if (copy.read > 0 && from % copy.size != 0)
-        fail("an asynchronous copy of %d bytes from an address that is no multiple of it, at %s", copy.size, code_name(copy.code).c_str());
+        fail("an asynchronous copy of %d bytes from an address that is no multiple of it, at %s", copy.size,
+             code_name(copy.code).c_str());
     const size_t offset = to - reinterpret_cast<uintptr_t>(machine.block->shared);
-    if (!is_shared(to, *machine.block)) fail("an asynchronous copy to what is not shared memory, at %s", code_name(copy.code).c_str());
+    if (!is_shared(to, *machine.block))
+        fail("an asynchronous copy to what is not shared memory, at %s", code_name(copy.code).c_str());
     shared_access(offset, {size_t(copy.size), true, copy.code});
     if (copy.read > 0) check_tensor(from, {size_t(copy.read), false, copy.code});
     const Stamp mine = {machine.block->epoch, copy.code, in_flight, static_cast<uint16_t>(machine.thread->number)};
@@ -264,7 +279,8 @@ void issue_copy(const Copy& copy) {
 void land_copy(const Copy& copy) {
     for (int i = 0; i < copy.size; ++i) copy.to[i] = i < copy.read ? copy.from[i] : 0;
     Cell* cells = &machine.block->cells[copy.to - machine.block->shared];
-    const Stamp mine = {machine.block->epoch, copy.code, machine.thread->clock, static_cast<uint16_t>(machine.thread->number)};
+    const Stamp mine = {machine.block->epoch, copy.code, machine.thread->clock,
+                        static_cast<uint16_t>(machine.thread->number)};
     for (int i = 0; i < copy.size; ++i) cells[i].writer = mine;
 }
 
@@ -274,7 +290,8 @@ bool fill(void* pointer, int value, size_t size) {
     const Region* region = tensor_at(address, {size, true, code_offset(__builtin_return_address(0))});
     if (region == nullptr) return false;
     memset(pointer, value, size);
-    for (size_t i = 0; i < size; ++i) region->cells[address - region->begin + i].writer.epoch = std::max(machine.epoch, 1u);
+    for (size_t i = 0; i < size; ++i)
+        region->cells[address - region->begin + i].writer.epoch = std::max(machine.epoch, 1u);
     return true;
 }
 
@@ -325,7 +342,8 @@ extern "C" void emulation_break(const char* file, int line, int late_groups) {
 }
 
 // Forgets all tensors and reports. With a seed other than 0 blocks and threads run in a random order.
-extern "C" void emulation_reset(uint64_t seed, int multiprocessors, size_t shared_limit, uint64_t first_block, uint64_t last_block) {
+extern "C" void emulation_reset(uint64_t seed, int multiprocessors, size_t shared_limit, uint64_t first_block,
+                                uint64_t last_block) {
     dl_iterate_phdr(find_library, nullptr);
     release_regions();
     machine.error.clear();

@@ -56,7 +56,8 @@ Index coordinates(uint64_t number, const Index& size) {
 
 std::string describe(const Thread& thread) {
     char text[256];
-    const char* waits_at[] = {"could run", "waits at __syncthreads", "waits at a grid barrier", "waits at", "has exited"};
+    const char* waits_at[] = {"could run", "waits at __syncthreads", "waits at a grid barrier", "waits at",
+                              "has exited"};
     int used = snprintf(text, sizeof text, "thread %u %s", thread.number, waits_at[static_cast<int>(thread.state)]);
     if (thread.state == State::collective)
         used += snprintf(text + used, sizeof text - used, " %s(0x%08x)", thread.collective->name, thread.mask);
@@ -66,7 +67,8 @@ std::string describe(const Thread& thread) {
 }
 
 bool waits_like(const Thread& a, const Thread& b) {
-    return a.state == b.state && (a.state == State::exited || (a.site.line == b.site.line && a.site.file == b.site.file)) &&
+    return a.state == b.state &&
+           (a.state == State::exited || (a.site.line == b.site.line && a.site.file == b.site.file)) &&
            (a.state != State::collective || (a.mask == b.mask && a.collective == b.collective));
 }
 
@@ -139,7 +141,8 @@ bool finish_collective(Block& block, const Thread& thread) {
         if (!(lanes >> lane & 1)) continue;
         Thread& other = block.threads[warp * warp_lanes + lane];
         if (!waits_like(other, thread))
-            fail("lanes of one warp meet in different places:\n  %s\n  %s", describe(other).c_str(), describe(thread).c_str());
+            fail("lanes of one warp meet in different places:\n  %s\n  %s", describe(other).c_str(),
+                 describe(thread).c_str());
         all[lane] = other.data;
     }
     what.act(all, lanes);
@@ -157,14 +160,16 @@ void thread_body() {
     // Lanes that have exited are not waited for.
     const unsigned warp = thread.number / warp_lanes;
     for (Thread& other : machine.block->threads)
-        if (other.number / warp_lanes == warp && other.state == State::collective) finish_collective(*machine.block, other);
+        if (other.number / warp_lanes == warp && other.state == State::collective)
+            finish_collective(*machine.block, other);
     to_scheduler();
 }
 
 unsigned char* stack(size_t number) {
     static std::vector<unsigned char*> stacks;
     while (stacks.size() <= number) {
-        void* room = mmap(nullptr, stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        void* room =
+            mmap(nullptr, stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (room == MAP_FAILED) {
             perror("no memory for the stack of an emulated thread");
             abort();
@@ -215,7 +220,8 @@ void report_stall(std::vector<Block>& blocks, size_t count) {
         Block& block = blocks[i];
         if (block.exited == block.threads.size()) continue;
         machine.block = &block;
-        fail("%s; nobody can go on:%s", block.exited > 0 ? "threads have exited while others wait" : "threads wait for each other",
+        fail("%s; nobody can go on:%s",
+             block.exited > 0 ? "threads have exited while others wait" : "threads wait for each other",
              describe_all(block).c_str());
         machine.block = nullptr;
         return;
@@ -352,7 +358,8 @@ void grid_barrier(unsigned* counter, unsigned arrivals, Site site) {
     if (skipped(site)) return;
     Block& block = *machine.block;
     const size_t blocks = volume(machine.launch->grid);
-    if (!machine.launch->cooperative) fail("a grid barrier in a launch that is not cooperative (%s:%d)", site.file, site.line);
+    if (!machine.launch->cooperative)
+        fail("a grid barrier in a launch that is not cooperative (%s:%d)", site.file, site.line);
     machine.thread->site = site;
     machine.thread->state = State::grid_barrier;
     if (machine.thread->number == 0) block.grid_arrivals = arrivals;
@@ -361,11 +368,11 @@ void grid_barrier(unsigned* counter, unsigned arrivals, Site site) {
     atomic_access(counter, sizeof *counter, __builtin_return_address(0));
     const unsigned met = machine.grid_barriers * blocks;
     if (block.grid_arrivals != met + blocks)
-        fail("grid barrier %u of %zu blocks waits for %u arrivals instead of %zu (%s:%d)", machine.grid_barriers + 1, blocks,
-             block.grid_arrivals, met + blocks, site.file, site.line);
+        fail("grid barrier %u of %zu blocks waits for %u arrivals instead of %zu (%s:%d)", machine.grid_barriers + 1,
+             blocks, block.grid_arrivals, met + blocks, site.file, site.line);
     if (*counter < met || *counter >= met + blocks)
-        fail("the counter of grid barrier %u was %u and not zero at the launch (%s:%d)", machine.grid_barriers + 1, *counter,
-             site.file, site.line);
+        fail("the counter of grid barrier %u was %u and not zero at the launch (%s:%d)", machine.grid_barriers + 1,
+             *counter, site.file, site.line);
     if (++*counter < met + blocks) return to_scheduler();
     ++machine.grid_barriers;
     finish_grid_barrier();
@@ -375,7 +382,8 @@ void collective(const Collective& what, unsigned mask, void* data, Site site) {
     Block& block = *machine.block;
     Thread& thread = *machine.thread;
     if (!(mask >> thread.number % warp_lanes & 1))
-        fail("%s(0x%08x) does not name its own lane %u (%s:%d)", what.name, mask, thread.number % warp_lanes, site.file, site.line);
+        fail("%s(0x%08x) does not name its own lane %u (%s:%d)", what.name, mask, thread.number % warp_lanes, site.file,
+             site.line);
     thread.site = site;
     thread.state = State::collective;
     thread.collective = &what;
@@ -419,7 +427,8 @@ void exchange_values(void* const* data, unsigned mask) {
         if (mine == nullptr) continue;
         const unsigned source = source_lane(*mine, lane);
         if (!(mask >> source & 1))
-            fail("lane %u shuffles a value from lane %u, which takes no part (%s:%d)", lane, source, mine->site.file, mine->site.line);
+            fail("lane %u shuffles a value from lane %u, which takes no part (%s:%d)", lane, source, mine->site.file,
+                 mine->site.line);
         mine->result = static_cast<Exchange*>(data[source])->value;
     }
 }
@@ -495,14 +504,17 @@ void fail(const char* format, ...) {
     va_end(arguments);
     if (machine.error.empty()) {
         std::string where;
-        if (machine.launch != nullptr) where = "\n  in {kernel:" + std::to_string(code_offset(machine.launch->kernel)) + "}";
+        if (machine.launch != nullptr)
+            where = "\n  in {kernel:" + std::to_string(code_offset(machine.launch->kernel)) + "}";
         if (machine.block != nullptr) {
             const Index& index = machine.block->index;
-            where += ", block (" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " + std::to_string(index.z) + ")";
+            where += ", block (" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " +
+                     std::to_string(index.z) + ")";
         }
         if (machine.thread != nullptr) {
             const Index& index = machine.thread->index;
-            where += ", thread (" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " + std::to_string(index.z) + ")";
+            where += ", thread (" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " +
+                     std::to_string(index.z) + ")";
             where += "{stack:" + backtrace() + "}";
         }
         machine.error = text + where;

@@ -79,7 +79,7 @@ struct Region {
     size_t size;
     Kind kind;
     bool freed;
-    Cell* cells;        // null for inputs
+    Cell* cells;  // null for inputs
     void* mapping;
     size_t mapping_bytes;
 };
@@ -102,7 +102,7 @@ struct Machine {
     const Launch* launch = nullptr;
     uint32_t epoch = 0;
     uint32_t launch_epoch = 0;
-    uint32_t settled = 0;  // everything up to this epoch happened before
+    uint32_t settled = 0;                // everything up to this epoch happened before
     std::vector<unsigned> epoch_blocks;  // from launch_epoch on, the block that each epoch belongs to
     unsigned grid_barriers = 0;
     bool aborted = false;

@@ -226,7 +226,8 @@ template <bool broken>
 __global__ void copy_past_the_tensor(Arguments a) {
     float* staged = cuda::shared_memory<float>();
     const int first = position() * 4;
-    cuda::copy_async_16(staged + 4 * threadIdx.x, first < a.n || broken ? a.in + first : nullptr, first < a.n || broken);
+    cuda::copy_async_16(staged + 4 * threadIdx.x, first < a.n || broken ? a.in + first : nullptr,
+                        first < a.n || broken);
     cuda::copy_async_commit();
     cuda::copy_async_wait<0>();
     __syncthreads();
@@ -351,9 +352,10 @@ const Planted all[] = {
 }  // namespace
 
 // 1 where there is no kernel of this name. A counter makes the launch cooperative.
-extern "C" int planted(const char* name, bool with_bug, const float* in, float* out, unsigned* counter, int n, int blocks,
-                       int shared_bytes) {
+extern "C" int planted(const char* name, bool with_bug, const float* in, float* out, unsigned* counter, int n,
+                       int blocks, int shared_bytes) {
     for (const Planted& kernel : all)
-        if (strcmp(kernel.name, name) == 0) return kernel.run({in, out, counter, n}, dim3(blocks), shared_bytes, with_bug);
+        if (strcmp(kernel.name, name) == 0)
+            return kernel.run({in, out, counter, n}, dim3(blocks), shared_bytes, with_bug);
     return 1;
 }

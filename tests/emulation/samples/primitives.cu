@@ -73,7 +73,8 @@ extern "C" int multiply_tiles(bool half, const void* a, const void* b, float* c)
     constexpr int bytes = (16 * 16 + 16 * 8) * 2;
     return half ? cuda::launch<product_of_tiles<__half>>(dim3(1), 32, bytes, nullptr, static_cast<const __half*>(a),
                                                          static_cast<const __half*>(b), c)
-                : cuda::launch<product_of_tiles<__nv_bfloat16>>(dim3(1), 32, bytes, nullptr, static_cast<const __nv_bfloat16*>(a),
+                : cuda::launch<product_of_tiles<__nv_bfloat16>>(dim3(1), 32, bytes, nullptr,
+                                                                static_cast<const __nv_bfloat16*>(a),
                                                                 static_cast<const __nv_bfloat16*>(b), c);
 }
 
