@@ -54,14 +54,14 @@ class Toolkit:
 
     @classmethod
     def find(cls) -> Toolkit:
-        """CUDA_HOME's, or that of the nvcc on PATH, or the usual folder's; NotHere with the reason if there is none."""
+        """CUDA_HOME's, or that of the nvcc on PATH; NotHere with the reason if there is none."""
         named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-        home = Path(named) if named else _home_of(shutil.which("nvcc")) or Path("/usr/local/cuda")
+        home = Path(named) if named else _home_of(shutil.which("nvcc"))
+        if home is None:
+            raise NotHere("no CUDA toolkit was found: nvcc is not on PATH (set CUDA_HOME)")
         if not (home / "include" / "cuda_runtime.h").exists():
-            if named:
-                raise NotHere(f"CUDA_HOME={named} has no include/cuda_runtime.h")
-            found = "nvcc is on PATH, but its toolkit has no include/cuda_runtime.h" if shutil.which("nvcc") else ""
-            raise NotHere(f"{found or 'no CUDA toolkit was found'} (set CUDA_HOME)")
+            where = f"CUDA_HOME={named}" if named else "the toolkit of the nvcc on PATH"
+            raise NotHere(f"{where} has no include/cuda_runtime.h")
         nvcc = home / "bin" / "nvcc"
         match = re.search(r"release (\d+)\.(\d+)", _output([str(nvcc), "--version"]))
         if match is None:

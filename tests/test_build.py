@@ -125,6 +125,15 @@ def test_toolkit_behind_a_script(toolkit: Path, tmp_path: Path, monkeypatch: pyt
     assert setup_cuda.Toolkit.find().home == toolkit
 
 
+def test_no_toolkit(toolkit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(setup_cuda.NotHere, match="nvcc is not on PATH"):
+        setup_cuda.Toolkit.find()
+    executable(tmp_path / "nvcc", "exit 1")
+    with pytest.raises(setup_cuda.NotHere, match=r"the nvcc on PATH has no include/cuda_runtime.h"):
+        setup_cuda.Toolkit.find()
+
+
 def test_nvcc_that_does_not_run(toolkit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     executable(toolkit / "bin" / "nvcc", "exit 1")
     monkeypatch.setenv("CUDA_HOME", str(toolkit))

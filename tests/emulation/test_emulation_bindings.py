@@ -16,13 +16,13 @@ import pytest
 import torch
 from cases import DEPTHWISE, SQUEEZE_EXCITE, DepthwiseCase
 from cases import SqueezeExciteCase as SECase
+from cuda_kernels import Kernels
 from fused_depthwise import CASES, Fused, check_backward, check_forward
 from helpers import HALF, LAYOUTS, Function, Tensors, check, gate_tolerance, names
 from torch import Tensor
 
 from effnet_ops import backends, checks
 from effnet_ops.ops import cuda, gpu
-from kernels import Kernels
 
 sys.path.insert(0, str(emulator.ROOT / "benchmarks" / "gpu"))
 
@@ -40,7 +40,7 @@ def bindings(kernel_machine: Kernels) -> ctypes.CDLL:
     link = [str(kernel_machine.path), f"-Wl,-rpath,{kernel_machine.path.parent}", f"-L{TORCH / 'lib'}", "-ltorch_cpu"]
     text = [path.read_bytes() for path in (*sources, emulator.CUDA / "kernels.h")]
     key = hashlib.sha256(repr((flags, link, text)).encode()).hexdigest()[:16]
-    library = kernel_machine.path.parent / f"bindings-{key}.so"
+    library = kernel_machine.path.parent / f"torch_bindings-{key}.so"
     if not library.exists():
         emulator._run([emulator.compiler(), *flags, *map(str, sources), *link], library)
     torch.ops.load_library(str(library))
