@@ -129,9 +129,8 @@ def cuda_plan(choice: str, required: bool) -> setup_cuda.Plan | None:
     try:
         plan = setup_cuda.Plan.make(required)
     except setup_cuda.NotHere as reason:
-        if required or os.environ.get("TORCH_CUDA_ARCH_LIST"):
-            asked = "TORCH_CUDA_ARCH_LIST" if not required else "EFFNET_OPS_BUILD=cuda or FORCE_CUDA=1"
-            raise SystemExit(f"effnet_ops: {asked} asks for CUDA, but {reason}") from None
+        if required:
+            raise SystemExit(f"effnet_ops: EFFNET_OPS_BUILD=cuda or FORCE_CUDA=1 asks for CUDA, but {reason}") from None
         say(f"CUDA left out: {reason}")
         return None
     say(str(plan))

@@ -110,9 +110,10 @@ def _home_of(nvcc: str | None) -> Path | None:
 
 
 def architectures(toolkit: Toolkit, listed: str) -> tuple[list[Architecture], list[str]]:
-    """What a list such as "8.0;9.0a+PTX" comes to with this nvcc, and what of the default was left out, with why.
+    """What a list such as "8.0;9.0a+PTX" comes to with this nvcc, and what was left out of it, with why.
 
-    An empty list is the default. What is older than 8.0, unknown, or unknown to nvcc is an error when it was asked for.
+    An empty list is the default. Lists for several packages have what is older than 8.0, too: that is left out. What no
+    architecture is, or nvcc does not know, is an error when it was asked for.
     """
     words = listed.replace(";", " ").replace(",", " ").split()
     words = [part for word in words for part in _NAMED.get(word.removesuffix("+PTX"), word).split()]
@@ -123,16 +124,16 @@ def architectures(toolkit: Toolkit, listed: str) -> tuple[list[Architecture], li
             raise NotHere(f"TORCH_CUDA_ARCH_LIST: {word!r} is no architecture such as 8.0, 9.0a or 10.0+PTX")
         arch = Architecture(f"{match[1]}{match[2]}{match[3]}", bool(match[4]))
         if arch.number < OLDEST:
-            raise NotHere(f"TORCH_CUDA_ARCH_LIST: {word} is older than 8.0, which the kernels need")
-        if arch.number in supported:
+            left_out.append(f"{arch} (the kernels need 8.0)")
+        elif arch.number in supported:
             found.append(arch)
         elif words:
-            raise NotHere(f"TORCH_CUDA_ARCH_LIST: nvcc {'.'.join(map(str, toolkit.version))} does not know {word}")
+            raise NotHere(f"nvcc {'.'.join(map(str, toolkit.version))} does not know {word}")
         else:
             left_out.append(f"{arch} (unknown to nvcc {'.'.join(map(str, toolkit.version))})")
     if not found:
-        raise NotHere(f"nvcc {'.'.join(map(str, toolkit.version))} knows none of {', '.join(DEFAULT)}")
-    if left_out:
+        raise NotHere(f"no architecture is left: {', '.join(left_out)}")
+    if left_out and not words:
         # PTX of an "a" architecture runs on that one alone.
         newest = max((arch for arch in found if arch.name.isdigit()), key=lambda arch: arch.number)
         found = [Architecture(arch.name, arch.ptx or arch is newest) for arch in found]

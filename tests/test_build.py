@@ -164,10 +164,14 @@ def test_listed_architectures(toolkit: Path, listed: str, expected: list[str]) -
     assert architectures(toolkit, listed) == (expected, [])
 
 
+def test_listed_architectures_that_are_too_old_are_left_out(toolkit: Path) -> None:
+    assert architectures(toolkit, "7.5 8.0 9.0+PTX") == (["sm_80", "sm_90 with PTX"], ["sm_75 (the kernels need 8.0)"])
+
+
 @pytest.mark.parametrize(
     ("listed", "reason"),
     [
-        ("7.5", "7.5 is older than 8.0"),
+        ("7.0 7.5", r"no architecture is left: sm_70 \(the kernels need 8.0\), sm_75"),
         ("sm_90", "'sm_90' is no architecture"),
         ("8.0 10.0", "nvcc 13.4 does not know 10.0"),
     ],
