@@ -15,7 +15,7 @@ ENVIRONMENT := $(VENV)/.environment
 BUILD := $(VENV)/.build
 # Two workers with two threads each on two cores: threads that spin while they wait would make the tests several times slower.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n 2 --durations=10
-CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # $(call install,log name,pip arguments): one line a package while it runs, the log's end if it fails.
 define install
@@ -28,10 +28,11 @@ endef
 # Triton decides whether to interpret when it is imported: these tests are a session of their own.
 INTERPRET := TRITON_INTERPRET=1 $(PYTEST) tests/interpreter
 
-# Of each of the two benchmarks; together with the tests a part stays under nine minutes.
-GPU_SECONDS ?= 210
+# Seconds of each benchmark; together with the tests a part stays under nine minutes.
+GPU_SECONDS ?= 105
+GPU_SCRIPTS ?= baselines ours sanitize counters
 
-.PHONY: help demo test test-all bench-cpu gpu lint format sanitize clean
+.PHONY: help demo test test-all bench-cpu gpu gpu-rows lint format sanitize clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -52,10 +53,14 @@ test-all: $(BUILD)  ## the tests and those marked slow
 gpu: $(BUILD)  ## on a machine with a GPU: build, test, measure in parts (repeat until it says complete), docs/gpu.md
 	@echo "==> testing on the GPU"
 	@$(BIN)/python -m pytest -q tests/gpu
+	@$(MAKE) --no-print-directory gpu-rows
+
+gpu-rows: $(BUILD)  ## the measuring part of gpu: GPU_SCRIPTS one after the other, GPU_SECONDS each, then docs/gpu.md
 	@echo "==> measuring; exit code 2 of a benchmark means that the time was up"
-	@for script in baselines ours; do \
+	@for script in $(GPU_SCRIPTS); do \
 		$(BIN)/python benchmarks/gpu/$$script.py --seconds $(GPU_SECONDS) || [ $$? -eq 2 ] || exit 1; \
 	done
+	@$(BIN)/python benchmarks/gpu/choice.py || [ $$? -eq 3 ]
 	@$(BIN)/python benchmarks/gpu/report.py
 
 bench-cpu: $(BUILD)  ## measure inference against every peer; rows and plots in benchmarks/results
@@ -88,7 +93,7 @@ $(ENVIRONMENT): requirements-dev.txt
 	@$(call install,environment,-r requirements-dev.txt)
 	@touch $@
 
-$(BUILD): $(ENVIRONMENT) setup.py pyproject.toml $(CXX_SOURCES)
+$(BUILD): $(ENVIRONMENT) setup.py setup_cuda.py pyproject.toml $(CXX_SOURCES)
 	@echo "==> building effnet_ops"
 	@$(call install,build,--no-build-isolation -v -e .)
 	@sed -n 's/^ *\(effnet_ops: .*\)/    \1/p' $(VENV)/build.log

@@ -1,8 +1,9 @@
-"""Builds the C++ part: one shared library in which every CPU kernel is compiled once per instruction set.
+"""Builds two shared libraries: _C, in which every CPU kernel is compiled once per instruction set, and _cuda.
 
-EFFNET_OPS_BUILD=auto|cpu|cuda|none says what to build. `auto` builds what this machine can and says what it left
-out; an explicit choice that cannot be built is an error. CXX, MAX_JOBS, FORCE_CUDA and TORCH_CUDA_ARCH_LIST are
-honoured. EFFNET_OPS_SANITIZE=1 adds the address and undefined-behaviour sanitizers.
+EFFNET_OPS_BUILD=auto|cpu|cuda|none says what to build. `auto` builds what this machine can run, with CUDA if it has a
+GPU or TORCH_CUDA_ARCH_LIST is set, and says what it left out. FORCE_CUDA=1 and `cuda` build every architecture without
+a GPU, too. A choice that cannot be built is an error. CXX, MAX_JOBS and CUDA_HOME are honoured. EFFNET_OPS_SANITIZE=1
+adds the address and undefined-behaviour sanitizers to the CPU part.
 """
 
 from __future__ import annotations
@@ -16,14 +17,20 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TextIO
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
+# An isolated build does not look for modules beside setup.py.
+sys.path.insert(0, str(ROOT))
+
+import setup_cuda  # noqa: E402
+
 TORCH_TARGET = (2, 10)
 CHOICES = ("auto", "cpu", "cuda", "none")
 COMMON_FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno"]
@@ -84,13 +91,6 @@ def why_no_cpu(compiler: list[str] | None) -> str:
     return ""
 
 
-def cuda_state() -> str:
-    """What CUDA toolkit and torch are here, and which architectures would be built."""
-    nvcc = shutil.which("nvcc")
-    arch = os.environ.get("TORCH_CUDA_ARCH_LIST", "default")
-    return f"nvcc {'found' if nvcc else 'not found'}, TORCH_CUDA_ARCH_LIST {arch}"
-
-
 @dataclass
 class Plan:
     """What is built: decided, checked against the environment and printed before anything is compiled."""
@@ -98,78 +98,124 @@ class Plan:
     compiler: list[str] | None
     isas: list[str]
     required: bool
+    cuda: setup_cuda.Plan | None = None
+    cuda_required: bool = False
 
     @classmethod
     def make(cls) -> Plan:
         choice = build_choice()
-        force_cuda = os.environ.get("FORCE_CUDA", "0") == "1"
+        cuda_required = choice == "cuda" or os.environ.get("FORCE_CUDA", "0") == "1"
         if choice == "none":
             say("EFFNET_OPS_BUILD=none: the C++ part is left out, the reference backend runs everything")
             return cls(None, [], False)
-        if not list((ROOT / "csrc" / "cuda").glob("*.cu")):
-            message = f"this version has no CUDA kernels ({cuda_state()})"
-            if choice == "cuda" or force_cuda:
-                raise SystemExit(f"effnet_ops: EFFNET_OPS_BUILD=cuda or FORCE_CUDA=1 asks for CUDA, but {message}")
-            say(f"CUDA left out: {message}")
         compiler = find_compiler()
         if reason := why_no_cpu(compiler):
-            if choice != "auto":
-                raise SystemExit(f"effnet_ops: EFFNET_OPS_BUILD={choice}, but {reason}")
+            if choice != "auto" or cuda_required:
+                asked = f"EFFNET_OPS_BUILD={choice}" if choice != "auto" else "FORCE_CUDA=1"
+                raise SystemExit(f"{asked}, but {reason}")
             say(f"C++ left out: {reason}; the reference backend runs everything")
             return cls(None, [], False)
         x86 = platform.machine().lower() in ("x86_64", "amd64")
         isas = [isa for isa, flags in ISA_FLAGS.items() if not flags or (x86 and accepts(compiler, flags))]
         say(f"C++ with {shlex.join(compiler)} for {', '.join(isas)}; torch target {'.'.join(map(str, TORCH_TARGET))}")
-        return cls(compiler, isas, choice != "auto")
+        cuda = cuda_plan(choice, cuda_required)
+        return cls(compiler, isas, choice != "auto", cuda, cuda_required)
 
 
-def build_statements(plan: Plan, folder: Path, output: Path) -> str:
-    """The text of build.ninja: every kernel source once per instruction set, the rest once."""
-    import pybind11
+def cuda_plan(choice: str, required: bool) -> setup_cuda.Plan | None:
+    if choice == "cpu" and not required:
+        say("CUDA left out: EFFNET_OPS_BUILD=cpu")
+        return None
+    try:
+        plan = setup_cuda.Plan.make(required)
+    except setup_cuda.NotHere as reason:
+        if required:
+            raise SystemExit(f"effnet_ops: EFFNET_OPS_BUILD=cuda or FORCE_CUDA=1 asks for CUDA, but {reason}") from None
+        say(f"CUDA left out: {reason}")
+        return None
+    say(str(plan))
+    return plan
+
+
+@dataclass
+class Statements:
+    """A build.ninja that makes one library; ``compile`` adds an object of it."""
+
+    writer: Any
+    compiler: list[str]
+    objects: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        compiler = shlex.join(self.compiler)
+        self.writer.rule("compile", f"{compiler} $flags -MMD -MF $out.d -c $in -o $out", deps="gcc", depfile="$out.d")
+        self.writer.rule("link", f"{compiler} -shared $in -o $out $flags")
+
+    def compile(self, source: Path, tag: str, flags: list[str], rule: str = "compile") -> None:
+        target = f"{source.stem}.{tag}.o"
+        self.writer.build(target, rule, str(source), variables={"flags": shlex.join(flags).replace("$", "$$")})
+        self.objects.append(target)
+
+    def link(self, output: Path, flags: list[str]) -> None:
+        self.writer.build(str(output), "link", self.objects, variables={"flags": shlex.join(flags)})
+
+
+def torch_root() -> Path:
     import torch
+
+    return Path(torch.__file__).parent
+
+
+def stable_abi_flags() -> list[str]:
+    major, minor = TORCH_TARGET
+    return [f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000", f"-I{torch_root() / 'include'}"]
+
+
+def native_statements(plan: Plan, file: TextIO, output: Path) -> None:
+    """Every kernel source once per instruction set, the rest once."""
+    import pybind11
     from ninja import ninja_syntax
 
-    torch_root = Path(torch.__file__).parent
-    includes = [f"-I{torch_root / 'include'}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     sanitize = []
     if os.environ.get("EFFNET_OPS_SANITIZE") == "1":
         sanitize = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
     built = [f"-DEFFNET_BUILT_{isa.upper()}" for isa in plan.isas]
-    major, minor = TORCH_TARGET
-    target = f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000"
-    version = subprocess.run([*plan.compiler, "--version"], capture_output=True, text=True, check=False).stdout.split(
-        "\n"
-    )[0]
-    described = [f'-DEFFNET_COMPILER="{version}"', f'-DEFFNET_TORCH_TARGET="{major}.{minor}"']
+    version = subprocess.run([*plan.compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    target = ".".join(map(str, TORCH_TARGET))
+    described = [f'-DEFFNET_COMPILER="{version.splitlines()[0]}"', f'-DEFFNET_TORCH_TARGET="{target}"']
+    common = [*COMMON_FLAGS, *sanitize]
+    ninja = Statements(ninja_syntax.Writer(file), plan.compiler)
+    for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
+        if source.stem == "dispatch":
+            ninja.compile(source, "once", [*common, *built])
+            continue
+        for isa in plan.isas:
+            ninja.compile(source, isa, [*common, *ISA_FLAGS[isa], f"-DEFFNET_ISA_{isa.upper()}"])
+    ninja.compile(ROOT / "csrc" / "bindings.cpp", "once", [*common, *stable_abi_flags()])
+    ninja.compile(ROOT / "csrc" / "module.cpp", "once", [*common, *built, *described, *includes])
+    ninja.link(output, [*sanitize, f"-L{torch_root() / 'lib'}", "-ltorch_cpu"])
 
-    with (folder / "build.ninja").open("w") as file:
-        ninja = ninja_syntax.Writer(file)
-        compiler = shlex.join(plan.compiler)
-        ninja.rule("compile", f"{compiler} $flags -MMD -MF $out.d -c $in -o $out", deps="gcc", depfile="$out.d")
-        ninja.rule("link", f"{compiler} -shared $in -o $out $flags")
-        objects: list[str] = []
 
-        def compile_one(source: Path, tag: str, flags: list[str]) -> None:
-            target_path = f"{source.stem}.{tag}.o"
-            flags = [*COMMON_FLAGS, *sanitize, *flags]
-            ninja.build(target_path, "compile", str(source), variables={"flags": shlex.join(flags).replace("$", "$$")})
-            objects.append(target_path)
+def cuda_statements(plan: Plan, file: TextIO, output: Path) -> None:
+    """Every .cu for all architectures by nvcc, the bindings by the C++ compiler."""
+    from ninja import ninja_syntax
 
-        for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
-            if source.stem == "dispatch":
-                compile_one(source, "once", built)
-                continue
-            for isa in plan.isas:
-                compile_one(source, isa, [*ISA_FLAGS[isa], f"-DEFFNET_ISA_{isa.upper()}"])
-        compile_one(ROOT / "csrc" / "bindings.cpp", "once", [target, *includes])
-        compile_one(ROOT / "csrc" / "module.cpp", "once", [*built, *described, *includes])
-        link_flags = [*sanitize, f"-L{torch_root / 'lib'}", "-ltorch_cpu"]
-        ninja.build(str(output), "link", objects, variables={"flags": shlex.join(link_flags)})
-    return str(folder)
+    cuda = plan.cuda
+    ninja = Statements(ninja_syntax.Writer(file), plan.compiler)
+    nvcc = shlex.join(cuda.toolkit.command())
+    ninja.writer.rule("nvcc", f"{nvcc} $flags -MMD -MF $out.d -c $in -o $out", deps="gcc", depfile="$out.d")
+    for source in sorted(setup_cuda.SOURCES.glob("*.cu")):
+        ninja.compile(source, "cuda", cuda.flags, "nvcc")
+    made = ", ".join(map(str, cuda.architectures))
+    described = [f'-DEFFNET_CUDA_ARCHITECTURES="{made}"', f'-DEFFNET_CUDA_TOOLKIT="{cuda.version}"']
+    flags = [*COMMON_FLAGS, *stable_abi_flags(), "-DUSE_CUDA", f"-I{cuda.toolkit.include}", *described]
+    ninja.compile(setup_cuda.SOURCES / "bindings.cpp", "cuda", flags)
+    libraries = ["-ltorch_cpu", "-ltorch_cuda", str(cuda.toolkit.runtime)]
+    ninja.link(output, [f"-L{torch_root() / 'lib'}", *libraries])
 
 
 class NinjaBuild(build_ext):
-    """Runs ninja on a build file of our own: setuptools has no notion of one source with several sets of flags."""
+    """Runs ninja on build files of our own: setuptools has no notion of one source with several sets of flags."""
 
     def build_extension(self, ext: Extension) -> None:
         from ninja import BIN_DIR
@@ -177,20 +223,37 @@ class NinjaBuild(build_ext):
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
         sanitized = "-sanitized" if os.environ.get("EFFNET_OPS_SANITIZE") == "1" else ""
-        folder = ROOT / "build" / f"native-{sys.implementation.cache_tag}{sanitized}"
+        folder = ROOT / "build" / f"{ext.folder}-{sys.implementation.cache_tag}{sanitized}"
         folder.mkdir(parents=True, exist_ok=True)
         library = folder / output.name
-        build_statements(ext.plan, folder, library)
+        with (folder / "build.ninja").open("w") as file:
+            ext.statements(ext.plan, file, library)
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         result = subprocess.run([str(Path(BIN_DIR, "ninja")), "-C", str(folder), *jobs], check=False)
         if result.returncode != 0:
-            if not ext.plan.required:
-                say("C++ left out: compiling failed (the messages are above); the reference backend runs everything")
-            raise CompileError("compiling the C++ part failed")
+            if ext.optional:
+                say(f"{ext.title} left out: compiling failed (the messages are above); {ext.instead}")
+            raise CompileError(f"compiling {ext.title} failed")
         # A fresh file, not the old one overwritten: a running process may have it mapped.
         output.unlink(missing_ok=True)
         shutil.copy2(library, output)
         say(f"built {output.name}")
+
+
+class Library(Extension):
+    """A library of the package: how its build.ninja is written, and what runs without it."""
+
+    title, folder, instead = "C++", "native", "the reference backend runs everything"
+    statements = staticmethod(native_statements)
+
+    def __init__(self, name: str, plan: Plan, required: bool) -> None:
+        super().__init__(name, sources=[], optional=not required)
+        self.plan = plan
+
+
+class CudaLibrary(Library):
+    title, folder, instead = "CUDA", "cuda", "the triton backend runs on GPUs"
+    statements = staticmethod(cuda_statements)
 
 
 def extensions() -> list[Extension]:
@@ -199,15 +262,15 @@ def extensions() -> list[Extension]:
     plan = Plan.make()
     if plan.compiler is None:
         return []
-    ext = Extension("effnet_ops._C", sources=[], optional=not plan.required)
-    ext.plan = plan
-    return [ext]
+    found: list[Extension] = [Library("effnet_ops._C", plan, plan.required)]
+    if plan.cuda is not None:
+        found.append(CudaLibrary("effnet_ops._cuda", plan, plan.cuda_required))
+    return found
 
 
 setup(
     packages=[*find_packages(include=["effnet_ops", "effnet_ops.*"]), "effnet_ops.kernels"],
     package_dir={"effnet_ops.kernels": "kernels"},
-    package_data={"effnet_ops.kernels": ["tuning.json"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -28,12 +28,14 @@ class Window(NamedTuple):
 class Backend(NamedTuple):
     """``unavailable()`` is "" or why the backend can run nothing here; ``refuses(x)`` why it cannot run on x.
 
-    ``uncovered(window)`` is why it has no kernel for a depthwise convolution with this window.
+    ``uncovered(window)`` is why it has no kernel for a depthwise convolution with this window, ``lacks(operation)`` why
+    it has none for a public function's name.
     """
 
     unavailable: Callable[[], str]
     refuses: Callable[[Tensor], str]
     uncovered: Callable[[Window], str] = lambda window: ""
+    lacks: Callable[[str], str] = lambda operation: ""
 
 
 def _refuses_type(x: Tensor) -> str:
@@ -51,6 +53,9 @@ def _cpu_refuses(x: Tensor) -> str:
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Whether Triton kernels are interpreted, slowly, on the CPU: Triton itself asks once, when a kernel is defined."""
 
+_CUDA_OPERATIONS = ("depthwise_conv2d", "squeeze_excite")
+_CUDA_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_CUDA_KERNELS, _CUDA_STRIDES = (3, 5, 7), (1, 2)
 _OLDEST_GPU = (8, 0)
 _MOST_TAPS, _WIDEST_WINDOW, _LONGEST_STRIDE = 49, 13, 8
 
@@ -84,6 +89,35 @@ def _refuses_gpu(index: int) -> str:
 _refuses_gpu._dynamo_marked_constant = True
 
 
+@functools.cache
+def _cuda_unavailable() -> str:
+    # A missing GPU is no reason to load a library.
+    if torch.version.cuda is not None and _native.cuda_library() is not None and not torch.cuda.device_count():
+        return "there is no NVIDIA GPU, or no driver for it"
+    return _native.load_cuda()
+
+
+def _cuda_refuses(x: Tensor) -> str:
+    if x.device.type != "cuda":
+        return f"x is on {x.device}"
+    if x.layout is torch.strided and x.dtype not in _CUDA_DTYPES:
+        return f"x is {x.dtype}, and the kernels are for float32, float16 and bfloat16"
+    return _refuses_gpu(x.device.index) or _refuses_type(x)
+
+
+def _cuda_uncovered(window: Window) -> str:
+    (height, width), stride, dilation = window
+    if height != width or height not in _CUDA_KERNELS:
+        return f"a {height}x{width} kernel is not 3x3, 5x5 or 7x7"
+    if stride[0] != stride[1] or stride[0] not in _CUDA_STRIDES:
+        return f"stride {tuple(stride)} is not (1, 1) or (2, 2)"
+    return f"dilation {tuple(dilation)} is not (1, 1)" if max(dilation) > 1 else ""
+
+
+def _cuda_lacks(operation: str) -> str:
+    return "" if operation in _CUDA_OPERATIONS else f"it has no kernels for {operation}"
+
+
 def _triton_refuses(x: Tensor) -> str:
     kind = x.device.type
     if kind == "cuda" and not INTERPRETED:
@@ -104,10 +138,14 @@ def _triton_uncovered(window: Window) -> str:
 
 BACKENDS: dict[str, Backend] = {
     "cpu": Backend(lambda: _native.why_missing, _cpu_refuses),
+    "cuda": Backend(_cuda_unavailable, _cuda_refuses, _cuda_uncovered, _cuda_lacks),
     "triton": Backend(_triton_unavailable, _triton_refuses, _triton_uncovered),
     "reference": Backend(lambda: "", lambda x: ""),
 }
-"""In the order of the automatic choice; `reference` runs everything and comes last."""
+"""In the order of the automatic choice; `reference` runs everything and comes last.
+
+Where `cuda` and `triton` both can, it is the table of `ops/gpu.py` that decides, shape by shape.
+"""
 
 # Not a ContextVar: torch.compile can neither trace nor guard one.
 _requested = threading.local()
@@ -161,22 +199,26 @@ def resume(name: str | None) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext() if name == requested() else _request(name)
 
 
-def why_not(name: str, x: Tensor, window: Window | None) -> str:
-    """Why the backend has no kernel for x and, where the call has one, a depthwise convolution with this window."""
+def why_not(name: str, x: Tensor, window: Window | None = None, operation: str = "") -> str:
+    """Why the backend has no kernel of the operation for x and, where it has one, a depthwise window."""
     backend = BACKENDS[name]
-    return backend.refuses(x) or ("" if window is None else backend.uncovered(window))
+    reason = backend.lacks(operation) if operation else ""
+    return reason or backend.refuses(x) or ("" if window is None else backend.uncovered(window))
 
 
-def select(x: Tensor, uncovered: str = "", window: Window | None = None) -> str:
-    """The backend that runs this call on x; ``uncovered`` is why the fused operators do not fit it, if they do not."""
+def select(x: Tensor, uncovered: str = "", window: Window | None = None, operation: str = "") -> str:
+    """The backend that runs this call on x; ``uncovered`` is why the fused operators do not fit it, if they do not.
+
+    ``operation`` is the name of the public function. Among `cuda` and `triton` the operator itself decides.
+    """
     name = requested()
     if name is not None:
-        reason = why_not(name, x, window) or (uncovered if name != "reference" else "")
+        reason = why_not(name, x, window, operation) or (uncovered if name != "reference" else "")
         if reason:
             raise RuntimeError(f"backend {name!r} cannot run this call: {reason}")
         return name
     if not uncovered:
         for name in _automatic:
-            if not why_not(name, x, window):
+            if not why_not(name, x, window, operation):
                 return name
     return "reference"

@@ -61,7 +61,7 @@ def depthwise_conv2d(
     checks.check_activation(activation)
     checks.check_window(x, weight.shape[2:], stride, sides, dilation)
     window = backends.Window(weight.shape[2:], stride, dilation)
-    if backends.select(x, _uncovered_filter(weight, channels), window) == "reference":
+    if backends.select(x, _uncovered_filter(weight, channels), window, "depthwise_conv2d") == "reference":
         resolved = checks.resolve_padding(sides, x.shape[2:], weight.shape[2:], stride, dilation)
         return _run_reference(reference.depthwise_conv2d, x, weight, bias, stride, resolved, dilation, activation)
     return ops.depthwise_conv2d(x, weight, bias, stride, sides, dilation, activation)
@@ -101,7 +101,7 @@ def pointwise_conv2d(
     checks.check_activation(activation)
     if 0 in (channels, weight.shape[0], height, width):
         raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)} must have no empty axis but the batch")
-    if backends.select(x) == "reference":
+    if backends.select(x, operation="pointwise_conv2d") == "reference":
         return _run_reference(reference.pointwise_conv2d, x, weight, bias, residual, activation)
     return ops.pointwise_conv2d(x, weight, bias, residual, activation)
 
@@ -138,7 +138,7 @@ def squeeze_excite(
     checks.check_activation(activation)
     checks.check_gate(gate)
     params = (reduce_weight, reduce_bias, expand_weight, expand_bias)
-    if backends.select(x) == "reference":
+    if backends.select(x, operation="squeeze_excite") == "reference":
         return _run_reference(reference.squeeze_excite, x, *params, activation, gate)
     return ops.squeeze_excite(x, *params, activation, gate)
 
@@ -219,7 +219,7 @@ def _block_backend(
     uncovered = _uncovered_filter(depthwise.weight, depthwise.weight.shape[0])
     if any(conv.bias is not None and conv.norm is not None for conv in convs):
         uncovered = "a convolution has both a bias and a normalisation"
-    return backends.select(x, uncovered, backends.Window(depthwise.weight.shape[2:], stride, (1, 1)))
+    return backends.select(x, uncovered, backends.Window(depthwise.weight.shape[2:], stride, (1, 1)), "mbconv")
 
 
 class MBConvInference:

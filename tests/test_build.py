@@ -8,13 +8,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import setup_cuda
+
+ROOT = setup_cuda.ROOT
+VARIABLES = ("EFFNET_OPS_BUILD", "CXX", "FORCE_CUDA", "TORCH_CUDA_ARCH_LIST")
 
 
 def build(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`setup.py build_ext` into a folder of its own, with only these EFFNET_OPS_BUILD, CXX and FORCE_CUDA."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("EFFNET_OPS_BUILD", "CXX", "FORCE_CUDA")}
+    """`setup.py build_ext` into a folder of its own, with only these of the variables that choose what is built."""
+    kept = {k: v for k, v in os.environ.items() if k not in VARIABLES}
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path)]
     return subprocess.run(command, cwd=ROOT, env=kept | environment, capture_output=True, text=True, check=False)
 
@@ -38,6 +44,21 @@ def test_an_explicit_choice_that_cannot_be_built_is_an_error(tmp_path: Path) -> 
     assert "EFFNET_OPS_BUILD=cpu, but no C++ compiler was found" in result.stderr
 
 
+def test_package_has_its_data(tmp_path: Path) -> None:
+    """Every file of the source tree that is no Python source is in what is installed."""
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    folders = {"effnet_ops": ROOT / "effnet_ops", "effnet_ops/kernels": ROOT / "kernels"}
+    wanted = [
+        f"{name}/{path.relative_to(folder)}"
+        for name, folder in folders.items()
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix not in (".pyc", ".so")
+    ]
+    assert wanted and [name for name in wanted if not (tmp_path / name).exists()] == []
+
+
 def test_none_builds_nothing(tmp_path: Path) -> None:
     result = build(tmp_path, EFFNET_OPS_BUILD="none")
     assert result.returncode == 0, result.stderr
@@ -52,7 +73,148 @@ def test_an_unknown_choice_names_the_known_ones(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("asked", [{"EFFNET_OPS_BUILD": "cuda"}, {"FORCE_CUDA": "1"}], ids=["choice", "force"])
-def test_cuda_that_does_not_exist_is_an_error_when_asked_for(tmp_path: Path, asked: dict[str, str]) -> None:
-    result = build(tmp_path, **asked)
+def test_cuda_that_cannot_be_built_is_an_error_when_asked_for(tmp_path: Path, asked: dict[str, str]) -> None:
+    result = build(tmp_path, **asked, CUDA_HOME=str(tmp_path))
     assert result.returncode != 0
-    assert "this version has no CUDA kernels" in result.stderr
+    assert "asks for CUDA, but" in result.stderr
+    if torch.version.cuda:
+        assert f"CUDA_HOME={tmp_path} has no include/cuda_runtime.h" in result.stderr
+
+
+@pytest.fixture
+def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A toolkit of version 13.4 that knows sm_80 and sm_90, and compiles nothing; PATH and the variables are clean."""
+    home = tmp_path / "toolkit"
+    for file in ("include/cuda_runtime.h", "lib64/libcudart.so"):
+        (home / file).parent.mkdir(parents=True)
+        (home / file).touch()
+    executable(
+        home / "bin" / "nvcc",
+        "case $1 in\n--version) echo 'Cuda compilation tools, release 13.4, V13.4.1';;\n"
+        f"--list-gpu-arch) echo compute_75; echo compute_80; echo compute_90;;\n--dryrun) echo '#$ TOP={home}';;\nesac",
+    )
+    for name in ("CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    return home
+
+
+def executable(path: Path, script: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+def test_toolkit_by_its_name(toolkit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(toolkit))
+    found = setup_cuda.Toolkit.find()
+    assert (found.home, found.nvcc, found.version) == (toolkit, toolkit / "bin" / "nvcc", (13, 4))
+    assert found.runtime.name == "libcudart.so" and found.supported() == {75, 80, 90}
+
+
+def test_toolkit_behind_a_link(toolkit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").symlink_to(toolkit / "bin" / "nvcc")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    assert setup_cuda.Toolkit.find().home == toolkit
+
+
+def test_toolkit_behind_a_script(toolkit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    executable(tmp_path / "bin" / "nvcc", f'exec {toolkit}/bin/nvcc "$@"')
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    assert setup_cuda.Toolkit.find().home == toolkit
+
+
+def test_no_toolkit(toolkit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(setup_cuda.NotHere, match="nvcc is not on PATH"):
+        setup_cuda.Toolkit.find()
+    executable(tmp_path / "nvcc", "exit 1")
+    with pytest.raises(setup_cuda.NotHere, match=r"the nvcc on PATH has no include/cuda_runtime.h"):
+        setup_cuda.Toolkit.find()
+
+
+def test_nvcc_that_does_not_run(toolkit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    executable(toolkit / "bin" / "nvcc", "exit 1")
+    monkeypatch.setenv("CUDA_HOME", str(toolkit))
+    with pytest.raises(setup_cuda.NotHere, match="nvcc does not run"):
+        setup_cuda.Toolkit.find()
+
+
+def architectures(toolkit: Path, listed: str) -> tuple[list[str], list[str]]:
+    found, left_out = setup_cuda.architectures(setup_cuda.Toolkit(toolkit, toolkit / "bin" / "nvcc", (13, 4)), listed)
+    return [str(arch) for arch in found], left_out
+
+
+def test_default_architectures_are_those_that_nvcc_knows(toolkit: Path) -> None:
+    found, left_out = architectures(toolkit, "")
+    assert found == ["sm_80 with PTX", "sm_90a"]
+    assert [text.partition(" ")[0] for text in left_out] == ["sm_86", "sm_89", "sm_100"]
+
+
+@pytest.mark.parametrize(
+    ("listed", "expected"),
+    [
+        ("8.0;9.0a", ["sm_80", "sm_90a"]),
+        ("9.0+PTX 8.0", ["sm_90 with PTX", "sm_80"]),
+        ("Hopper", ["sm_90 with PTX"]),
+    ],
+)
+def test_listed_architectures(toolkit: Path, listed: str, expected: list[str]) -> None:
+    assert architectures(toolkit, listed) == (expected, [])
+
+
+def test_listed_architectures_that_are_too_old_are_left_out(toolkit: Path) -> None:
+    assert architectures(toolkit, "7.5 8.0 9.0+PTX") == (["sm_80", "sm_90 with PTX"], ["sm_75 (the kernels need 8.0)"])
+
+
+@pytest.mark.parametrize(
+    ("listed", "reason"),
+    [
+        ("7.0 7.5", r"no architecture is left: sm_70 \(the kernels need 8.0\), sm_75"),
+        ("sm_90", "'sm_90' is no architecture"),
+        ("8.0 10.0", "nvcc 13.4 does not know 10.0"),
+    ],
+)
+def test_architectures_that_cannot_be_built(toolkit: Path, listed: str, reason: str) -> None:
+    with pytest.raises(setup_cuda.NotHere, match=reason):
+        architectures(toolkit, listed)
+
+
+@pytest.fixture
+def cuda_torch(toolkit: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The toolkit, named by CUDA_HOME, beside a PyTorch for CUDA 13.0 on a machine without a GPU."""
+    monkeypatch.setenv("CUDA_HOME", str(toolkit))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    return toolkit
+
+
+def test_nothing_is_built_without_a_gpu_and_without_being_asked(cuda_torch: Path) -> None:
+    with pytest.raises(setup_cuda.NotHere, match="no GPU is visible here"):
+        setup_cuda.Plan.make(required=False)
+    assert str(setup_cuda.Plan.make(required=True)).startswith("CUDA 13.4 for sm_80 with PTX, sm_90a; left out: sm_86")
+
+
+def test_a_list_asks_for_cuda(cuda_torch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
+    plan = setup_cuda.Plan.make(required=False)
+    assert plan.flags == ["-gencode=arch=compute_80,code=sm_80"]
+
+
+def test_a_gpu_is_built_for_alone(cuda_torch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: ((9, 0), (7, 5))[i])
+    assert str(setup_cuda.Plan.make(required=False)) == "CUDA 13.4 for sm_90a"
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [("12.8", "the toolkit is CUDA 13.4, and torch .* is built for 12.8"), (None, "built without CUDA")],
+)
+def test_torch_that_does_not_agree(
+    cuda_torch: Path, monkeypatch: pytest.MonkeyPatch, version: str | None, reason: str
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", version)
+    with pytest.raises(setup_cuda.NotHere, match=reason):
+        setup_cuda.Plan.make(required=True)

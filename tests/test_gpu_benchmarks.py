@@ -11,6 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks" / "gpu"))
+
+import choice
+import counters
+import tools
+
+from effnet_ops.ops import gpu
+
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks" / "gpu"
 
@@ -65,7 +73,15 @@ def test_page_from_rows(measured: Path, tmp_path: Path) -> None:
     done = run("report.py", "--output", str(tmp_path / "gpu.md"), "--results", str(measured.parent))
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "gpu.md").read_text(encoding="utf-8")
-    for heading in ("Limits of the machine", "Networks", "Memory", "What lost", "Derived", "Targets"):
+    for heading in (
+        "Limits of the machine",
+        "Networks",
+        "Memory",
+        "What lost",
+        "Derived",
+        "Targets",
+        "Memory and race",
+    ):
         assert f"# {heading}" in page
     assert "### Kernels\n\nNot measured." in page and "Nothing has been measured yet" not in page
     for plot in tmp_path.glob("*.png"):
@@ -82,6 +98,142 @@ def test_committed_page_is_that_of_the_committed_rows(tmp_path: Path) -> None:
 def test_without_a_gpu_nothing_is_measured() -> None:
     done = run("baselines.py")
     assert done.returncode == 3 and "no GPU here" in done.stderr
+
+
+def tool(folder: Path, name: str, text: str) -> str:
+    """A program that stands for one of NVIDIA's."""
+    path = folder / name
+    path.write_text("#!/bin/sh\n" + text, encoding="utf-8")
+    path.chmod(0o755)
+    return str(path)
+
+
+# As ncu 2025.3 prints `--csv --page raw`: a line of names, one of units, and one a launch, numbers with commas.
+COUNTED = """==PROF== Connected to process 4711
+"ID","Kernel Name","Grid Size","gpu__time_duration.sum","dram__bytes_read.sum","dram__bytes_write.sum",\
+"dram__throughput.avg.pct_of_peak_sustained_elapsed","lts__throughput.avg.pct_of_peak_sustained_elapsed",\
+"sm__warps_active.avg.pct_of_peak_sustained_active","launch__registers_per_thread"
+"","","","ns","byte","byte","%","%","%","register/thread"
+"0","void depthwise_forward_kernel<Traits<float, 3>>(A)","(1, 1, 1)","2,000","1,500","500","81.5","40","62","96"
+"1","cudnn_bn_fw_tr","(1, 1, 1)","1000","250.5","","12","14","n/a","32"
+==PROF== Disconnected from process 4711
+""".replace("\\\n", "")
+
+
+def test_counters_as_they_are_printed() -> None:
+    first, second = tools.parse_counters(COUNTED, counters.METRICS)
+    assert first.name.startswith("void depthwise_forward_kernel<Traits<float, 3>>")
+    assert (first.values[counters.TIME], first.values[counters.READ], first.values[counters.WRITTEN]) == (
+        2000,
+        1500,
+        500,
+    )
+    assert counters.WRITTEN not in second.values and counters.OCCUPANCY not in second.values
+    assert counters.limit(first.values) == "DRAM, 82 %"
+    assert counters.limit(second.values) == "latency: L2 at 14 % is the busiest"
+    assert counters.by_class([first, second], counters.READ, counters.WRITTEN) == {
+        "depthwise": 2000,
+        "batch norm": 250.5,
+    }
+    assert tools.parse_counters("==ERROR== nothing", counters.METRICS) == []
+
+
+def test_metrics_that_a_version_lacks_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "counted").write_text(COUNTED, encoding="utf-8")
+    script = f"""case "$*" in
+*{counters.ISSUE}*) echo "==ERROR== Failed to find metric {counters.ISSUE}"; exit 1;;
+*) cat {tmp_path}/counted;;
+esac"""
+    monkeypatch.setenv("NCU", tool(tmp_path, "ncu", script))
+    assert len(tools.counters(["true"], counters.METRICS, seconds=10)) == 2
+    monkeypatch.setenv("NCU", tool(tmp_path, "broken", "echo '==ERROR== ERR_NVGPUCTRPERM'; exit 1"))
+    with pytest.raises(RuntimeError, match="ERR_NVGPUCTRPERM"):
+        tools.counters(["true"], counters.METRICS, seconds=10)
+    monkeypatch.setenv("NCU", str(tmp_path / "none"))
+    with pytest.raises(RuntimeError, match=r"was not found \(set NCU\)"):
+        tools.counters(["true"], counters.METRICS, seconds=10)
+
+
+def test_rows_of_counters_and_traffic(measured: Path, tmp_path: Path) -> None:
+    """From a kernel's row to what limits it, with a tool that runs the program and prints what another would."""
+    key = "kernels | depthwise | effnet_ops cuda | 2x96x32x32 k3 s2 | bf16 | forward"
+    fields = dict(zip(("part", "operation", "provider", "shape", "dtype", "mode"), key.split(" | "), strict=True))
+    output = tmp_path / "machine.jsonl"
+    output.write_text(measured.read_text(encoding="utf-8"), encoding="utf-8")
+    row = {"key": key, "environment": rows(output)[0]["identity"], **fields, "graph": False}
+    row |= {"p20": 1.0, "p50": 1.0, "p80": 1.0, "gb_per_s": 0.01, "bytes": 1000}
+    with output.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    (tmp_path / "counted").write_text(COUNTED, encoding="utf-8")
+    ncu = tool(tmp_path, "ncu", f'echo "$@" >> {tmp_path}/commands; cat {tmp_path}/counted')
+    done = run("counters.py", "--dry-run", "--output", str(output), NCU=ncu)
+    assert done.stdout.endswith("complete; 0 failed\n"), done.stdout[-2000:] + done.stderr[-2000:]
+    found = {row["part"]: row for row in rows(output) if row.get("part") in ("counters", "traffic")}
+    assert found["counters"]["limit"] == "DRAM, 82 %" and found["counters"]["launches"] == 2
+    assert found["traffic"]["dram_bytes"] == {"depthwise": 2000, "batch norm": 250.5}
+    assert found["traffic"]["model_bytes"] > 0
+    commands = (tmp_path / "commands").read_text(encoding="utf-8")
+    assert f"--once {key}" in commands and "--once profile | efficientnet_b0 | eager channels_last" in commands
+    assert "--clock-control none" in commands
+    page = tmp_path / "gpu.md"
+    assert run("report.py", "--output", str(page), "--results", str(tmp_path)).returncode == 0
+    text = page.read_text(encoding="utf-8")
+    assert "DRAM, 82 %" in text and "byte model" in text and "| 2.25 |" in text
+
+
+def test_one_row_in_a_profilers_range(measured: Path) -> None:
+    """What the tools are given to watch; a key that no job has is an error."""
+    key = next(row["key"] for row in rows(measured) if row.get("part") == "profile" and "replace" in row["provider"])
+    assert run("ours.py", "--dry-run", "--part", "profile", "--once", key).returncode == 0
+    assert run("ours.py", "--dry-run", "--part", "profile", "--once", key + "!").returncode == 4
+
+
+@pytest.mark.parametrize(
+    ("summary", "code", "failure"),
+    [
+        ("========= ERROR SUMMARY: 0 errors", 0, ""),
+        ("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", 0, ""),
+        ("========= ERROR SUMMARY: 3 errors", 1, "found 3 errors"),
+        ("========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)", 0, "found 2 errors"),
+        ("Device not supported", 1, "printed no summary"),
+        ("========= ERROR SUMMARY: 0 errors", 5, "the program failed under memcheck"),
+    ],
+)
+def test_what_the_sanitizer_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, summary: str, code: int, failure: str
+) -> None:
+    monkeypatch.setenv("COMPUTE_SANITIZER", tool(tmp_path, "sanitizer", f"echo '{summary}'; exit {code}"))
+    if failure and "errors" not in failure:
+        with pytest.raises(RuntimeError, match=failure):
+            tools.sanitize(["true"], "memcheck", seconds=10)
+    else:
+        expected = int(failure.split()[1]) if failure else 0
+        assert tools.sanitize(["true"], "memcheck", seconds=10).errors == expected
+
+
+def test_reduced_table_under_the_sanitizer(tmp_path: Path) -> None:
+    """The tool is one that runs the program it is given, and finds nothing."""
+    script = 'shift 4; "$@" && echo "========= ERROR SUMMARY: 0 errors"'
+    output = tmp_path / "machine.jsonl"
+    sanitizer = tool(tmp_path, "sanitizer", script)
+    done = run("sanitize.py", "--dry-run", "--output", str(output), COMPUTE_SANITIZER=sanitizer)
+    assert done.stdout.endswith("complete; 0 failed\n"), done.stdout[-2000:] + done.stderr[-2000:]
+    (row,) = (row for row in rows(output) if "key" in row)
+    assert (row["operation"], row["errors"], row["calls"]) == ("memcheck", 0, 18)
+
+
+def test_choice_by_what_was_measured() -> None:
+    fields = {"part": "depthwise", "operation": "depthwise", "dtype": "bf16", "mode": "both gradients"}
+    shape = "256x96x112x112 k3 s2"
+    times = {"effnet_ops cuda channels_last": 2.0, "effnet_ops triton channels_last": 1.0, "cudnn channels_last": 0.5}
+    found = [{**fields, "shape": shape, "provider": provider, "p50": p50} for provider, p50 in times.items()]
+    key = gpu.bucket((256, 96, 112, 112), 3, 2, 2)
+    assert list(choice.measured(found)) == [choice.Compared("depthwise_conv2d_backward", key, 2.0, 1.0)]
+    base = choice.table([choice.Compared("depthwise_conv2d_backward", key, 1.0, 2.0)], choice.MODEL)
+    assert base["depthwise_conv2d_backward"] == {"default": "cuda", "origin": choice.MODEL, "shapes": {}}
+    both = choice.overlaid(base, list(choice.measured(found)), "measured on a GPU")
+    expected = {key: {"backend": "triton", "origin": "measured on a GPU"}}
+    assert both["depthwise_conv2d_backward"]["shapes"] == expected
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import timm
 import torch
 import torch.nn.functional as F
-from rows import PART_SECONDS, Job, Session, Work, output_path, relative_error
+from rows import PART_SECONDS, Job, Session, Work, once, output_path, relative_error
 from shapes import RESOLUTIONS, Depthwise, layers
 from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, nn
@@ -44,6 +44,7 @@ class Scale(NamedTuple):
     matrix: int
     compile_modes: tuple[str, ...]
     most_layers: int
+    output: Path | None = None
 
 
 REAL = Scale("cuda", 256, (1, 32, 256), (128, 256), RESOLUTIONS, 1 << 30, 8192, ("default", "max-autotune"), 1000)
@@ -85,11 +86,12 @@ def depthwise(scale: Scale) -> Iterator[Job]:
     shapes = dict.fromkeys(
         s for name in ("efficientnet_b0", "efficientnet_b4") for s in layers(name, scale.resolution[name]).depthwise
     )
-    for shape in list(shapes)[: scale.most_layers]:
-        for dtype in DTYPES:
-            for layout in FORMATS:
-                for path in ("cudnn", "native"):
-                    for mode in ("forward", "input gradient", "weight gradient"):
+    # What other rows are compared with comes first, should the time end.
+    for dtype in DTYPES:
+        for layout in reversed(FORMATS):
+            for path in ("cudnn", "native"):
+                for shape in list(shapes)[: scale.most_layers]:
+                    for mode in ("forward", "both gradients", "input gradient", "weight gradient"):
                         yield _depthwise_job(scale, shape, dtype, layout, path, mode)
 
 
@@ -101,7 +103,7 @@ def _depthwise_job(scale: Scale, shape: Depthwise, dtype: str, layout: str, path
         settings = ((shape.stride,) * 2, (shape.kernel // 2,) * 2, (1, 1), False, (0, 0), shape.channels)
         y = F.conv2d(x, weight, None, shape.stride, shape.kernel // 2, 1, shape.channels)
         grad = torch.randn_like(y)
-        wanted = [mode == "input gradient", mode == "weight gradient", False]
+        wanted = [mode != "weight gradient", mode != "input gradient", False]
 
         def run() -> object:
             with torch.backends.cudnn.flags(enabled=path == "cudnn", benchmark=True, allow_tf32=True):
@@ -109,8 +111,9 @@ def _depthwise_job(scale: Scale, shape: Depthwise, dtype: str, layout: str, path
                     return F.conv2d(x, weight, None, shape.stride, shape.kernel // 2, 1, shape.channels)
                 return torch.ops.aten.convolution_backward(grad, x, weight, None, *settings, wanted)
 
-        moved = (x.numel() + y.numel()) * x.element_size()
-        return Work(run, bytes=moved, flops=2 * y.numel() * shape.kernel**2)
+        both = mode == "both gradients"
+        moved = ((2 if both else 1) * x.numel() + y.numel()) * x.element_size()
+        return Work(run, bytes=moved, flops=(1 + both) * 2 * y.numel() * shape.kernel**2)
 
     return Job("depthwise", "depthwise", f"{path} {layout}", f"{scale.batch}x{shape}", dtype, mode, prepare)
 
@@ -283,12 +286,13 @@ def saved_bytes(model: nn.Module, x: Tensor) -> int:
 
 
 CLASSES = {
+    "compiled": ("triton_",),
     "depthwise": ("depthwise", "dwconv", "dgrad2d_grouped", "wgrad2d_grouped", "conv2d_grouped"),
-    "batch norm": ("batch_norm", "bn_fw", "bn_bw", "batchnorm"),
-    "product or convolution": ("gemm", "cutlass", "conv", "xmma", "cudnn", "nvjet", "wgmma"),
-    "reduction": ("reduce",),
+    "squeeze and excite": ("squeeze_excite", "pool_kernel", "scale_kernel", "gate_fwd", "gate_bwd"),
+    "batch norm": ("batch_norm", "bn_fw", "bn_bw", "batchnorm", "finalize", "apply_kernel", "gradient_sums"),
+    "product or convolution": ("pointwise", "gemm", "cutlass", "conv", "xmma", "cudnn", "nvjet", "wgmma"),
+    "reduction": ("reduce", "sum_partials"),
     "optimizer": ("multi_tensor", "foreach"),
-    "compiled": ("triton",),
 }
 
 
@@ -299,16 +303,23 @@ def kernel_class(name: str) -> str:
 
 
 def profile(scale: Scale) -> Iterator[Job]:
-    """Time a kernel class of one training step of B0."""
+    """Time a kernel class of one training step of B0, eager and compiled."""
+    for provider in ("eager", *scale.compile_modes[:1]):
+        yield profile_job(scale, f"{provider} channels_last", lambda model: model, provider)
+
+
+def profile_job(scale: Scale, label: str, change: Callable[[nn.Module], object], provider: str = "eager") -> Job:
+    """The job of `profile` for B0 after ``change(model)``."""
     batch, side = scale.training_batches[0], scale.resolution["efficientnet_b0"]
 
     def prepare() -> Work:
         model = timm.create_model("efficientnet_b0").to(scale.device, memory_format=torch.channels_last).train()
+        change(model)
         x = torch.randn(batch, 3, side, side, device=scale.device).contiguous(memory_format=torch.channels_last)
-        work = step_of(model, x, "step", "eager", "bf16")
+        work = step_of(model, x, "step", provider, "bf16")
         return dataclasses.replace(work, extra=lambda: {"kernel_ms": kernel_times(work.run)})
 
-    yield Job("profile", "efficientnet_b0", "eager channels_last", f"{batch}x3x{side}x{side}", "bf16", "step", prepare)
+    return Job("profile", "efficientnet_b0", label, f"{batch}x3x{side}x{side}", "bf16", "step", prepare)
 
 
 def kernel_times(run: Callable[[], object]) -> dict[str, float]:
@@ -341,13 +352,17 @@ def run_parts(parts: dict[str, Callable[[Scale], Iterator[Job]]], description: s
     parser.add_argument("--seconds", type=float, default=PART_SECONDS, help="stop after this time, to be run again")
     parser.add_argument("--output", type=Path, help="a .jsonl file; by default one named after the GPU")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, once")
+    parser.add_argument("--once", metavar="KEY", help="run one row's call in a profiler's range; no row is written")
     options = parser.parse_args()
     if not options.dry_run and not torch.cuda.is_available():
         print("no GPU here: nothing is measured (--dry-run exercises everything on the CPU)", file=sys.stderr)
         return 3
     scale = DRY if options.dry_run else REAL
     torch.backends.cudnn.benchmark = True
+    if options.once:
+        return once((job for name in options.part or parts for job in parts[name](scale)), options.once, scale.device)
     output = options.output if options.dry_run else options.output or output_path(scale.device)
+    scale = scale._replace(output=output)
     session = Session(scale.device, output, options.seconds)
     for name in options.part or parts:
         if not session.run(parts[name](scale)):

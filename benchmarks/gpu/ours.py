@@ -16,31 +16,69 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from baselines import DTYPES, FORMATS, TOLERANCE, Scale, memory_of, run_parts, step_of
+from baselines import DTYPES, FORMATS, TOLERANCE, Scale, memory_of, profile_job, run_parts, step_of
 from rows import Job, Work, relative_error
-from shapes import RESOLUTIONS, layers
+from shapes import RESOLUTIONS, Depthwise, layers
 from torch import Tensor, nn
 
 import effnet_ops
 
 OURS = "effnet_ops"
+WITH_BOTH = ("depthwise", "squeeze_excite")
 Function = Callable[..., Tensor]
+
+
+def nchw(x: Tensor) -> Tensor:
+    """The (N, C, H, W) view of x (N, H, W, C): channels_last."""
+    return x.permute(0, 3, 1, 2)
+
+
+def gpu_backends(scale: Scale) -> list[str]:
+    """Whose kernels can be measured: on the CPU only Triton's, interpreted."""
+    if scale.device == "cpu":
+        return ["triton"] if effnet_ops.backends.INTERPRETED else []
+    available = effnet_ops.available_backends()
+    return [name for name in ("cuda", "triton") if not available[name]]
+
+
+def depthwise_shapes(scale: Scale) -> list[Depthwise]:
+    """The distinct depthwise convolutions of B0 and B4."""
+    names = ("efficientnet_b0", "efficientnet_b4")
+    return list(dict.fromkeys(s for name in names for s in layers(name, scale.resolution[name]).depthwise))[
+        : scale.most_layers
+    ]
 
 
 def kernels(scale: Scale) -> Iterator[Job]:
     """Single launches with all that a block fuses into them; bytes are those of docs/triton.md."""
-    if scale.device == "cuda" or effnet_ops.backends.INTERPRETED:
-        found = layers("efficientnet_b0", scale.resolution["efficientnet_b0"])
-        for shape in found.depthwise[: scale.most_layers]:
+    for backend in gpu_backends(scale):
+        provider = f"{OURS} {backend}"
+        for shape in depthwise_shapes(scale):
             for mode in ("forward", "backward"):
-                yield _kernel_job(scale, "depthwise", str(shape), mode, lambda s=shape, m=mode: _depthwise(scale, s, m))
-        for shape in found.products[: scale.most_layers]:
+                yield _kernel_job(
+                    scale,
+                    "depthwise",
+                    provider,
+                    str(shape),
+                    mode,
+                    lambda s=shape, m=mode, b=backend: depthwise_kernel(scale, s, m, b),
+                )
+    if "triton" in gpu_backends(scale):
+        products = layers("efficientnet_b0", scale.resolution["efficientnet_b0"]).products
+        for shape in products[: scale.most_layers]:
             for mode in ("forward", "input gradient", "weight gradient"):
-                yield _kernel_job(scale, "pointwise", str(shape), mode, lambda s=shape, m=mode: _pointwise(scale, s, m))
+                yield _kernel_job(
+                    scale,
+                    "pointwise",
+                    f"{OURS} triton",
+                    str(shape),
+                    mode,
+                    lambda s=shape, m=mode: _pointwise(scale, s, m),
+                )
 
 
-def _kernel_job(scale: Scale, operation: str, shape: str, mode: str, prepare: Callable[[], Work]) -> Job:
-    return Job("kernels", operation, OURS, f"{scale.batch}x{shape}", "bf16", mode, prepare)
+def _kernel_job(scale: Scale, operation: str, provider: str, shape: str, mode: str, prepare: Callable[[], Work]) -> Job:
+    return Job("kernels", operation, provider, f"{scale.batch}x{shape}", "bf16", mode, prepare)
 
 
 def _random(scale: Scale, *size: int) -> Tensor:
@@ -51,7 +89,8 @@ def _vectors(scale: Scale, rows: int, channels: int) -> Tensor:
     return torch.rand(rows, channels, device=scale.device) + 0.5
 
 
-def _depthwise(scale: Scale, shape: Any, mode: str) -> Work:
+def depthwise_kernel(scale: Scale, shape: Depthwise, mode: str, backend: str) -> Work:
+    """A block's depthwise kernel in training: F2, or B4 with all that goes before and behind it."""
     from effnet_ops.checks import output_size, resolve_padding
     from effnet_ops.kernels import depthwise
 
@@ -61,24 +100,78 @@ def _depthwise(scale: Scale, shape: Any, mode: str) -> Work:
     x, norm = _random(scale, batch, side, side, c), _vectors(scale, 3, c)
     weight = torch.randn(c, 1, shape.kernel, shape.kernel, device=scale.device)
     size = output_size((side, side), (shape.kernel,) * 2, window["stride"], window["padding"], (1, 1))
+    pixels, flops = side * side + size[0] * size[1], 2 * batch * c * size[0] * size[1] * shape.kernel**2
+    operators, place = torch.ops.effnet_ops, (shape.stride, window["padding"])
     if mode == "forward":
 
         def forward() -> object:
+            if backend == "cuda":
+                fused = (None, norm, None, None, None)
+                return operators.cuda_depthwise_forward(nchw(x), weight, *fused, *place, "silu", "none", False, True)
             return depthwise.forward(x, weight, **window, norm=norm, activation="silu", statistics=True)
 
-        pixels = side * side + size[0] * size[1]
-        return Work(forward, bytes=2 * batch * c * pixels, flops=2 * batch * c * size[0] * size[1] * shape.kernel**2)
+        return Work(forward, bytes=2 * batch * c * pixels, flops=flops)
     grad, a = (_random(scale, batch, *size, c) for _ in range(2))
     gate, pooled = (torch.rand(batch, c, device=scale.device) for _ in range(2))
     coefficients = _vectors(scale, 4, c)
 
     def backward() -> object:
+        if backend == "cuda":
+            fused = (None, nchw(a), norm, coefficients, gate, pooled, norm, None)
+            return operators.cuda_depthwise_backward(
+                nchw(grad), nchw(x), weight, *fused, nchw(x), *place, "silu", "silu", [True, True, False]
+            )
         return depthwise.backward(
             grad, x, weight, **window, coefficients=coefficients, a=a, a_norm=norm, a_activation="silu",
             gate=gate, pooled=pooled, norm=norm, activation="silu", size=(side, side), needs=(True, True, False),
         )  # fmt: skip
 
-    return Work(backward, bytes=4 * batch * c * (side * side + size[0] * size[1]))
+    return Work(backward, bytes=4 * batch * c * pixels, flops=2 * flops)
+
+
+def plain(scale: Scale) -> Iterator[Job]:
+    """Plain depthwise convolutions of B0 and B4, beside cuDNN's in the same part of the baselines."""
+    backends_here = gpu_backends(scale) if scale.device == "cuda" else ["cpu"]
+    for dtype in DTYPES:
+        for backend in backends_here:
+            for layout in ("channels_last", "contiguous"):
+                for shape in depthwise_shapes(scale):
+                    for mode in ("forward", "both gradients"):
+                        yield _plain_job(scale, shape, dtype, layout, backend, mode)
+
+
+def _plain_job(scale: Scale, shape: Depthwise, dtype: str, layout: str, backend: str, mode: str) -> Job:
+    def prepare() -> Work:
+        x = torch.randn(scale.batch, shape.channels, shape.size, shape.size, device=scale.device)
+        x = x.to(DTYPES[dtype]).contiguous(memory_format=FORMATS[layout])
+        weight = torch.randn(shape.channels, 1, shape.kernel, shape.kernel, device=scale.device)
+        settings = dict(stride=shape.stride, padding=shape.kernel // 2)
+
+        def forward(x: Tensor, weight: Tensor) -> Tensor:
+            with effnet_ops.use_backend(backend):
+                return effnet_ops.depthwise_conv2d(x, weight, **settings)
+
+        leaves = [value.detach().requires_grad_() for value in (x, weight)]
+        y = forward(*leaves)
+        grad, both = torch.randn_like(y), mode == "both gradients"
+
+        def error() -> float:
+            few = [x[:2].detach().requires_grad_(), weight.detach().requires_grad_()]
+            exact = [value.detach().double().requires_grad_() for value in few]
+            outs = forward(*few), F.conv2d(*exact, **settings, groups=shape.channels)
+            if not both:
+                return relative_error(*(out.detach() for out in outs))
+            pairs = [torch.autograd.grad(out, of, grad[:2].to(out)) for out, of in zip(outs, (few, exact), strict=True)]
+            return max(relative_error(*pair) for pair in zip(*pairs, strict=True))
+
+        moved = ((2 if both else 1) * x.numel() + y.numel()) * x.element_size()
+        run = torch.no_grad()(lambda: forward(x, weight))
+        if both:
+            run = lambda: torch.autograd.grad(y, leaves, grad, retain_graph=True)  # noqa: E731
+        flops = (1 + both) * 2 * y.numel() * shape.kernel**2
+        return Work(run, bytes=moved, flops=flops, error=error, allowed=TOLERANCE[DTYPES[dtype]])
+
+    return Job("depthwise", "depthwise", f"{OURS} {backend} {layout}", f"{scale.batch}x{shape}", dtype, mode, prepare)
 
 
 def _pointwise(scale: Scale, shape: Any, mode: str) -> Work:
@@ -118,7 +211,7 @@ def _pointwise(scale: Scale, shape: Any, mode: str) -> Work:
 def operations(scale: Scale) -> Iterator[Job]:
     """The public functions on B0's layers, forward and with gradients, beside eager in both layouts and compiled."""
     found = layers("efficientnet_b0", scale.resolution["efficientnet_b0"])
-    for s in found.depthwise[: scale.most_layers]:
+    for s in depthwise_shapes(scale):
         weights = ((s.channels, 1, s.kernel, s.kernel), (s.channels,))
         settings = dict(stride=s.stride, padding=s.kernel // 2)
 
@@ -156,9 +249,13 @@ def _operation_jobs(
     ours: Function, stock: Function,
 ) -> Iterator[Job]:  # fmt: skip
     providers = [(OURS, "channels_last", ours), *((f"eager {layout}", layout, stock) for layout in FORMATS)]
+    # Our default is one of these two: both, so that the default can be chosen by what was measured.
+    if operation in WITH_BOTH:
+        for backend in gpu_backends(scale) if scale.device == "cuda" else []:
+            providers.append((f"{OURS} {backend}", "channels_last", effnet_ops.use_backend(backend)(ours)))
     providers += [(f"{mode} channels_last", "channels_last", stock) for mode in scale.compile_modes]
     for provider, layout, function in providers:
-        for mode in ("forward", "step"):
+        for mode in ("forward", "backward", "step"):
 
             def prepare(
                 provider: str = provider, layout: str = layout, function: Function = function, mode: str = mode
@@ -193,7 +290,10 @@ def _operation(
             torch.no_grad()(lambda: run(x, *parameters)), bytes=moved, error=error, allowed=TOLERANCE[torch.bfloat16]
         )
     leaves = [value.detach().requires_grad_() for value in (x, *parameters)]
-    grad = torch.randn_like(run(*leaves))
+    y = run(*leaves)
+    grad = torch.randn_like(y)
+    if mode == "backward":
+        return Work(lambda: torch.autograd.grad(y, leaves, grad, retain_graph=True))
     return Work(lambda: torch.autograd.grad(run(*leaves), leaves, grad))
 
 
@@ -265,7 +365,19 @@ def _inference(model: nn.Module, stock: nn.Module, x: Tensor) -> Work:
     return Work(torch.no_grad()(lambda: model(x)), error=error, allowed=2 * TOLERANCE[DTYPES["bf16"]])
 
 
-PARTS = {"kernels": kernels, "networks": networks, "blocks": blocks, "operations": operations}
+def profile(scale: Scale) -> Iterator[Job]:
+    """Time a kernel class of one training step of B0 after replace_layers."""
+    yield profile_job(scale, f"{OURS} replace_layers", effnet_ops.replace_layers)
+
+
+PARTS = {
+    "kernels": kernels,
+    "depthwise": plain,
+    "networks": networks,
+    "blocks": blocks,
+    "profile": profile,
+    "operations": operations,
+}
 
 
 if __name__ == "__main__":

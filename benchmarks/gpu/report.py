@@ -6,8 +6,9 @@ python benchmarks/gpu/report.py                    # every file in benchmarks/re
 from __future__ import annotations
 
 import json
+import math
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,14 +19,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import byte_model
 
+from effnet_ops.ops import gpu
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
 OURS = "effnet_ops"
-TARGETS = (
-    ("depthwise 3x3 forward with its fusions, 112^2 and 56^2", "75 % of the copy bandwidth"),
-    ("depthwise 5x5 forward with its fusions", "60 %"),
-    ("depthwise backward, both gradients", "55 %"),
-    ("pointwise with its fusions", "70 %"),
+COPY_TARGETS = (
+    ("depthwise 3x3 forward with its fusions, 112^2 and 56^2", "forward", "k3", (112, 56), 82),
+    ("depthwise 5x5 forward with its fusions", "forward", "k5", (), 70),
+    ("depthwise backward, both gradients, with its fusions", "backward", "", (), 65),
+)
+"""Kernels, and the percentage of the copy bandwidth that each must reach: mode, window, sides, percent."""
+RATIO_TARGETS = (("forward", 2.0), ("both gradients", 2.5))
+"""Times faster than cuDNN, channels_last, bf16: geometric mean over the depthwise convolutions of B0 and B4."""
+OTHER_TARGETS = (
+    ("pointwise with its fusions", "70 % of the copy bandwidth"),
     ("B0 inference, batch 256", "2x eager channels_last, 1.5x the better torch.compile mode"),
     ("B0 inference, batch 1, CUDA graph", "0.5 ms"),
 )
@@ -89,10 +97,111 @@ def _kernels(measured: Measured) -> list[str]:
     lines = []
     for row in sorted(measured.of("kernels"), key=lambda row: row["gb_per_s"]):
         share = f"{100 * row['gb_per_s'] / copy:.0f} %" if copy else ""
-        lines.append(
-            [row["operation"], row["shape"], row["mode"], f"{row['p50']:.4g}", f"{row['gb_per_s']:.0f}", share]
+        fields = [row["operation"], row["provider"].removeprefix(f"{OURS} "), row["shape"], row["mode"]]
+        lines.append([*fields, f"{row['p50']:.4g}", f"{row['gb_per_s']:.0f}", share])
+    return table(["kernel", "backend", "shape", "mode", "ms", "GB/s", "of copy"], lines)
+
+
+def _ratios(measured: Measured) -> list[str]:
+    """The plain depthwise convolution of each backend against cuDNN in the same layout and dtype."""
+    lines = []
+    for dtype in ("bf16", "fp16", "fp32"):
+        for layout in ("channels_last", "contiguous"):
+            for backend in ("cuda", "triton"):
+                for mode, _ in RATIO_TARGETS:
+                    found = ratios(measured, backend, layout, dtype, mode)
+                    if found:
+                        numbers = f"{geometric_mean(found):.2f}x", f"{min(found):.2f}x to {max(found):.2f}x"
+                        lines.append([backend, layout, dtype, mode, str(len(found)), *numbers])
+    headings = ["backend", "layout", "dtype", "mode", "shapes", "faster than cuDNN (geometric mean)", "spread"]
+    return table(headings, lines) if lines else ["Not measured.", ""]
+
+
+def ratios(measured: Measured, backend: str, layout: str, dtype: str, mode: str) -> list[float]:
+    """cuDNN's time over ours, one number a shape."""
+
+    def times(provider: str) -> dict[str, float]:
+        wanted = (provider, dtype, mode)
+        rows = [r for r in measured.of("depthwise") if (r["provider"], r["dtype"], r["mode"]) == wanted]
+        return {row["shape"]: row["p50"] for row in rows}
+
+    ours, theirs = times(f"{OURS} {backend} {layout}"), times(f"cudnn {layout}")
+    return [theirs[shape] / ours[shape] for shape in ours if shape in theirs]
+
+
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def _targets(measured: Measured | None) -> list[str]:
+    """Each target, and the worst (of kernels) or the mean (of ratios) that was measured with the cuda backend."""
+    lines = []
+    for title, mode, window, sides, percent in COPY_TARGETS:
+        rows = [] if measured is None else [r for r in measured.of("kernels") if r["provider"] == f"{OURS} cuda"]
+        rows = [r for r in rows if r["mode"] == mode and r["operation"] == "depthwise" and window in r["shape"]]
+        rows = [r for r in rows if not sides or any(f"x{side} " in r["shape"] for side in sides)]
+        worst = min((r["gb_per_s"] for r in rows), default=None)
+        found = f"{100 * worst / measured.copy:.0f} %" if worst and measured and measured.copy else "not measured"
+        lines.append([title, f"{percent} % of the copy bandwidth", found])
+    for mode, times in RATIO_TARGETS:
+        values = [] if measured is None else ratios(measured, "cuda", "channels_last", "bf16", mode)
+        found = f"{geometric_mean(values):.2f}x" if values else "not measured"
+        lines.append([f"plain depthwise of B0 and B4, {mode}, geometric mean", f"{times}x cuDNN channels_last", found])
+    lines += [[what, least, "see above" if measured else "not measured"] for what, least in OTHER_TARGETS]
+    return table(["what", "at least", "measured"], lines)
+
+
+def _counters(measured: Measured) -> list[str]:
+    lines = []
+    for row in measured.of("counters"):
+        values = row["counters"]
+        shown = (
+            ("dram__throughput.avg.pct_of_peak_sustained_elapsed", "{:.0f} %"),
+            ("lts__throughput.avg.pct_of_peak_sustained_elapsed", "{:.0f} %"),
+            ("sm__throughput.avg.pct_of_peak_sustained_elapsed", "{:.0f} %"),
+            ("sm__warps_active.avg.pct_of_peak_sustained_active", "{:.0f} %"),
+            ("launch__registers_per_thread", "{:.0f}"),
         )
-    return table(["kernel", "shape", "mode", "ms", "GB/s", "of copy"], lines)
+        numbers = [form.format(values[name]) if name in values else "" for name, form in shown]
+        least = next((r.get("bytes") for r in measured.of("kernels") if _same(r, row)), None)
+        more = f"{row['dram_bytes'] / least:.2f}" if least else ""
+        lines.append([row["operation"], row["provider"], row["shape"], row["mode"], more, *numbers, row["limit"]])
+    headings = [
+        "kernel",
+        "provider",
+        "shape",
+        "mode",
+        "DRAM bytes / least",
+        "DRAM",
+        "L2",
+        "pipes",
+        "warps",
+        "registers",
+    ]
+    return table([*headings, "limited by"], lines)
+
+
+def _same(a: Row, b: Row) -> bool:
+    return all(a[name] == b[name] for name in ("operation", "provider", "shape", "dtype", "mode"))
+
+
+def _traffic(measured: Measured) -> list[str]:
+    """Measured DRAM bytes of a training step by kernel class, and the byte model's sum for the same design."""
+    lines = []
+    for row in measured.of("traffic"):
+        images = int(row["shape"].split("x")[0])
+        total, model = sum(row["dram_bytes"].values()), row["model_bytes"]
+        for label, value in sorted(row["dram_bytes"].items(), key=lambda item: -item[1]):
+            milliseconds = row["kernel_ms"].get(label, 0.0)
+            lines.append([row["provider"], label, f"{value / images / 1e6:.1f}", f"{milliseconds:.2f}", ""])
+        verdict = f"{total / model:.2f}x of {model / images / 1e6:.1f} ({row['design']})"
+        lines.append([row["provider"], "**all**", f"{total / images / 1e6:.1f}", "", verdict])
+    return table(["provider", "kernel class", "DRAM, MB an image", "ms under ncu", "byte model, MB an image"], lines)
+
+
+def _sanitizer(measured: Measured) -> list[str]:
+    lines = [[r["operation"], r["provider"], f"{r['calls']} calls", str(r["errors"])] for r in measured.of("sanitizer")]
+    return table(["tool", "kernels", "reduced table", "errors"], lines)
 
 
 def _machine(measured: Measured) -> list[str]:
@@ -149,12 +258,16 @@ def section(measured: Measured, plots: list[str]) -> list[str]:
     parts = (
         ("Limits of the machine", "machine", _machine),
         ("Kernels", "kernels", _kernels),
+        ("Depthwise against cuDNN", "depthwise", _ratios),
+        ("What limits the slowest kernels", "counters", _counters),
+        ("DRAM bytes of a training step", "traffic", _traffic),
+        ("Memory and race checkers", "sanitizer", _sanitizer),
         ("Networks", "networks", lambda m: _times(m.of("networks"), ("operation", "shape", "mode"))),
         ("Memory", "networks", _memory),
         ("Blocks", "blocks", lambda m: _times(m.of("blocks"), ("operation", "shape", "mode"))),
         ("Operations", "operations", lambda m: _times(m.of("operations"), ("operation", "shape", "mode"))),
         ("Elementwise", "elementwise", lambda m: _times(m.of("elementwise"), ("operation", "shape", "mode"))),
-        ("Depthwise as PyTorch has it", "depthwise", lambda m: _times(m.of("depthwise"), ("shape", "dtype", "mode"))),
+        ("Plain depthwise convolutions", "depthwise", lambda m: _times(m.of("depthwise"), ("shape", "dtype", "mode"))),
         ("Where a training step's time goes", "profile", _profile),
     )
     for title, part, write in parts:
@@ -163,6 +276,22 @@ def section(measured: Measured, plots: list[str]) -> list[str]:
     if measured.failed:
         lines += ["### What failed", "", *table(["row", "reason"], [[r["key"], r["failed"]] for r in measured.failed])]
     return lines
+
+
+def choice() -> list[str]:
+    """Which backend is the default, and by what."""
+    lines = [
+        "## The default backend",
+        "",
+        "Where `cuda` and `triton` both have a kernel (`effnet_ops/ops/gpu_choice.json`).",
+        "",
+    ]
+    rows = []
+    for operator, entry in gpu.table().items():
+        counts = Counter((found["backend"], found["origin"]) for found in entry["shapes"].values())
+        rows.append([operator, "all others", entry["default"], entry["origin"]])
+        rows += [[operator, f"{n} shapes", backend, origin] for (backend, origin), n in sorted(counts.items())]
+    return [*lines, *table(["operator", "shapes", "default", "origin"], rows)]
 
 
 def derived() -> list[str]:
@@ -195,7 +324,7 @@ def plot(measured: Measured, folder: Path) -> list[str]:
 
 def _draw_bandwidth(measured: Measured, axes: Any) -> bool:
     rows = measured.of("kernels")
-    labels = [f"{row['operation']} {row['mode']} {row['shape']}" for row in rows]
+    labels = [f"{row['provider'].removeprefix(OURS)} {row['operation']} {row['mode']} {row['shape']}" for row in rows]
     axes.barh(labels, [row["gb_per_s"] for row in rows])
     axes.tick_params(axis="y", labelsize=4)
     if measured.copy:
@@ -238,13 +367,16 @@ def render(files: list[Path], folder: Path) -> str:
     if not measured:
         lines += [
             "**Nothing has been measured yet.** There is no row: no kernel of this package has run on a GPU, and no",
-            "speed is claimed. Kernels are tested in Triton's interpreter and compiled for sm_80, sm_90 and sm_100.",
+            "speed is claimed. Triton kernels are interpreted, and compiled for sm_80, sm_90 and sm_100. CUDA kernels",
+            "run on an emulated GPU, and are compiled for sm_80 and sm_90a.",
             "",
         ]
     for one in measured:
         lines += section(one, plot(one, folder))
-    lines += ["## Targets", "", "On an H200, bf16, channels_last.", "", *table(["what", "at least"], TARGETS)]
-    return "\n".join([*lines, *derived()]).rstrip() + "\n"
+    h200 = next((one for one in measured if "H200" in one.device), None)
+    lines += ["## Targets", "", "On an H200, bf16, channels_last; of kernels the worst, of ratios the mean.", ""]
+    lines += [*_targets(h200), *choice(), *derived()]
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def main(

@@ -14,6 +14,7 @@ import math
 import platform
 import re
 import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -32,10 +33,11 @@ PART_SECONDS = 540.0
 class Work:
     """What is timed: ``run`` once is one call. ``error`` is checked against ``allowed`` before anything is timed.
 
-    ``bytes`` and ``flops`` are the least that the operation has to move and compute.
+    ``bytes`` and ``flops`` are the least that the operation has to move and compute. Without ``run`` there are no
+    times: ``extra`` is the row.
     """
 
-    run: Callable[[], object]
+    run: Callable[[], object] | None
     bytes: int | None = None
     flops: int | None = None
     error: Callable[[], float] | None = None
@@ -139,7 +141,8 @@ class Session:
             error = None if work.error is None else work.error()
             if error is not None and not error <= work.allowed:
                 raise RuntimeError(f"wrong result: error {error:.1e} where {work.allowed:.1e} is allowed")
-            times = self.times(work.run, job.graph)
+            times = {} if work.run is None else self.times(work.run, job.graph)
+            extra = work.extra() if work.extra else {}
         except (RuntimeError, ValueError, TypeError, AssertionError) as problem:
             self.failures += 1
             print(f"FAILED {job.key}: {problem}", flush=True)
@@ -148,11 +151,11 @@ class Session:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
         row = {**times, "error": error, "bytes": work.bytes, "flops": work.flops}
-        if work.bytes:
+        if work.bytes and times:
             row["gb_per_s"] = work.bytes / times["p50"] / 1e6
-        if work.flops:
+        if work.flops and times:
             row["gflop_per_s"] = work.flops / times["p50"] / 1e6
-        row |= work.extra() if work.extra else {}
+        row |= extra
         return {name: value for name, value in row.items() if value is not None}
 
     def times(self, run: Callable[[], object], graph: bool = False) -> dict[str, Any]:
@@ -198,8 +201,8 @@ class Session:
         fields = {
             name: getattr(job, name) for name in ("part", "operation", "provider", "shape", "dtype", "mode", "graph")
         }
-        if "p50" in row:
-            print(f"{row['p50']:10.4f} ms  {job.key}", flush=True)
+        if "failed" not in row:
+            print(f"{row['p50']:10.4f} ms  {job.key}" if "p50" in row else f"{'':10}     {job.key}", flush=True)
         if self.output is None:
             return
         self.output.parent.mkdir(parents=True, exist_ok=True)
@@ -210,6 +213,34 @@ class Session:
         lines.append({"key": job.key, "environment": self.identity, **fields, **row})
         with self.output.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def existing_rows(path: Path | None) -> list[dict[str, Any]]:
+    """The rows of a file that did not fail: of each key, the last."""
+    if path is None or not path.exists():
+        return []
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [row for row in {row["key"]: row for row in lines if "key" in row}.values() if "failed" not in row]
+
+
+def once(jobs: Iterable[Job], key: str, device: str) -> int:
+    """Run one job's call inside a profiler's range, for tools that watch this process; 4 if there is no such job."""
+    job = next((job for job in jobs if job.key == key), None)
+    if job is None:
+        print(f"no job {key!r}", file=sys.stderr)
+        return 4
+    run = job.prepare().run
+    if device == "cpu":
+        run()
+        return 0
+    for _ in range(3):
+        run()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.start()
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.stop()
+    return 0
 
 
 def output_path(device: str) -> Path:

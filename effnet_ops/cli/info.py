@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from collections import Counter
 
 import torch
 from rich.table import Table
@@ -11,6 +12,7 @@ from rich.table import Table
 import effnet_ops
 from effnet_ops import _native
 from effnet_ops.cli.console import console
+from effnet_ops.ops import gpu
 from effnet_ops.scaling.machine import cpu_model
 
 PACKAGES = (
@@ -30,6 +32,7 @@ def run() -> None:
     console.print(_table("built", _built()))
     backends = {name: reason or "[green]can run[/green]" for name, reason in effnet_ops.available_backends().items()}
     console.print(_table("backends", backends))
+    console.print(_table("of cuda and triton, by default", _gpu_choice()))
 
 
 def _table(title: str, rows: dict[str, object]) -> Table:
@@ -69,8 +72,23 @@ def _machine() -> dict[str, object]:
 def _built() -> dict[str, object]:
     native = _native.module
     if native is None:
-        return {"C++": _native.why_missing}
-    rows = {key.replace("_", " "): value for key, value in native.build_info().items()}
-    rows["instruction set in use"] = native.isa()
-    rows["CPU features"] = [name for name, present in native.cpu_features().items() if present]
+        rows: dict[str, object] = {"C++": _native.why_missing}
+    else:
+        rows = {key.replace("_", " "): value for key, value in native.build_info().items()}
+        rows["instruction set in use"] = native.isa()
+        rows["CPU features"] = [name for name, present in native.cpu_features().items() if present]
+    if missing := _native.load_cuda():
+        rows["CUDA"] = missing
+    else:
+        rows |= {f"CUDA {key}": value for key, value in _native.cuda_build_info().items()}
     return {key: ", ".join(value) if isinstance(value, list) else value for key, value in rows.items()}
+
+
+def _gpu_choice() -> dict[str, object]:
+    """How many shapes of each operator the table gives to which backend, and where it is from."""
+    rows: dict[str, object] = {}
+    for operator, entry in gpu.table().items():
+        counts = Counter((found["backend"], found["origin"]) for found in entry["shapes"].values())
+        shapes = "".join(f"; {backend} at {n} shapes ({origin})" for (backend, origin), n in counts.items())
+        rows[operator] = f"{entry['default']} ({entry['origin']}){shapes}"
+    return rows

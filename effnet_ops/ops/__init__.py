@@ -1,14 +1,13 @@
 """The operators ``torch.ops.effnet_ops.*``: schema, fake kernel, gradient, autocast and FLOP formula, one file a word.
 
-The compiled library registers their CPU kernels and `triton` those for CUDA; elsewhere they run the reference.
+The compiled library registers their CPU kernels and `gpu` those for CUDA; elsewhere they run the reference.
 """
 
-from effnet_ops.ops import packed
+from effnet_ops.ops import gpu, packed, triton
 from effnet_ops.ops.depthwise import depthwise_conv2d
 from effnet_ops.ops.mbconv import infer_mbconv, inference_arguments, mbconv, set_recompute
 from effnet_ops.ops.pointwise import pointwise_conv2d
 from effnet_ops.ops.squeeze_excite import squeeze_excite
-from effnet_ops.ops.triton import register as _register_triton
 
 __all__ = [
     "depthwise_conv2d",
@@ -21,4 +20,5 @@ __all__ = [
     "squeeze_excite",
 ]
 
-_register_triton()
+gpu.register()
+triton.register_interpreter()

@@ -9,10 +9,20 @@ import pytest
 from effnet_ops import available_backends
 
 HERE = Path(__file__).resolve().parent
-REASON = available_backends()["triton"]
+REASONS = available_backends()
+BACKENDS = ("cuda", "triton")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if REASON and HERE in item.path.parents:
-            item.add_marker(pytest.mark.skip(reason=f"backend triton: {REASON}"))
+        if HERE in item.path.parents:
+            callspec = getattr(item, "callspec", None)
+            backend = callspec.params.get("gpu_backend", "triton") if callspec else "triton"
+            if REASONS[backend]:
+                item.add_marker(pytest.mark.skip(reason=f"backend {backend}: {REASONS[backend]}"))
+
+
+@pytest.fixture(params=BACKENDS)
+def gpu_backend(request: pytest.FixtureRequest) -> str:
+    """Each backend for GPUs; a test that takes it must ask for it, by `use_backend`."""
+    return request.param

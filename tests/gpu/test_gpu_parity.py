@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases import DEPTHWISE, MBCONV, POINTWISE, SQUEEZE_EXCITE, DepthwiseCase, MBConvCase, PointwiseCase
 from cases import SqueezeExciteCase as SECase
+from fused_depthwise import CASES, Fused, check_backward, check_forward
 from helpers import (
     HALF,
     LAYOUTS,
@@ -29,6 +30,7 @@ from torch import Tensor
 
 import effnet_ops
 from effnet_ops import backends
+from effnet_ops.checks import pair
 
 DTYPES = (torch.float32, *HALF)
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -60,20 +62,27 @@ class OnCPU(torch.autograd.Function):
         return same_strides(grad, "cuda")
 
 
-def on_gpu(function: Function) -> Function:
-    """The function with its tensors moved to the GPU and its result back, through autograd and with all strides."""
+def on_gpu(function: Function, backend: str) -> Function:
+    """The function with its tensors moved to the GPU and its result back, through autograd and with all strides.
+
+    What is not in fp64, which is the reference's own call, runs on ``backend``.
+    """
 
     def moved(tensors: Tensors) -> Tensor:
         given = {name: None if value is None else OnGPU.apply(value) for name, value in tensors.items()}
-        if next(value for value in given.values() if value is not None).dtype != torch.float64:
-            assert backends.select(given["x"]) == "triton"
-        return OnCPU.apply(function(given))
+        if next(value for value in given.values() if value is not None).dtype == torch.float64:
+            return OnCPU.apply(function(given))
+        with effnet_ops.use_backend(backend):
+            assert backends.select(given["x"]) == backend
+            return OnCPU.apply(function(given))
 
     return moved
 
 
-def parity(function: Function, tensors: Tensors, dtype: torch.dtype, layout: str, **tolerances: Any) -> None:
-    check(on_gpu(function), tensors, dtype, layout, **tolerances)
+def parity(
+    function: Function, tensors: Tensors, dtype: torch.dtype, layout: str, backend: str = "triton", **tolerances: Any
+) -> None:
+    check(on_gpu(function, backend), tensors, dtype, layout, **tolerances)
 
 
 def laid_out(cases: list[Any]) -> list[tuple[Any, str]]:
@@ -82,8 +91,12 @@ def laid_out(cases: list[Any]) -> list[tuple[Any, str]]:
 
 @pytest.mark.parametrize(("case", "layout"), laid_out(DEPTHWISE), ids=names(DEPTHWISE))
 @by_dtype
-def test_depthwise(case: DepthwiseCase, layout: str, dtype: torch.dtype) -> None:
-    parity(*depthwise_problem(case), dtype, layout)
+def test_depthwise(case: DepthwiseCase, layout: str, dtype: torch.dtype, gpu_backend: str) -> None:
+    stride, dilation = pair("stride", case.stride, 1), pair("dilation", case.dilation, 1)
+    uncovered = backends.BACKENDS[gpu_backend].uncovered(backends.Window(case.kernel, stride, dilation))
+    if uncovered:
+        pytest.skip(f"{gpu_backend}: {uncovered}")
+    parity(*depthwise_problem(case), dtype, layout, gpu_backend)
 
 
 @pytest.mark.parametrize(("case", "layout"), laid_out(POINTWISE), ids=names(POINTWISE))
@@ -94,9 +107,9 @@ def test_pointwise(case: PointwiseCase, layout: str, dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize(("case", "layout"), laid_out(SQUEEZE_EXCITE), ids=names(SQUEEZE_EXCITE))
 @by_dtype
-def test_squeeze_excite(case: SECase, layout: str, dtype: torch.dtype) -> None:
+def test_squeeze_excite(case: SECase, layout: str, dtype: torch.dtype, gpu_backend: str) -> None:
     tolerance = {} if dtype in HALF else {"gradient_tolerance": gate_tolerance(case.gate, dtype)}
-    parity(*squeeze_excite_problem(case), dtype, layout, **tolerance)
+    parity(*squeeze_excite_problem(case), dtype, layout, gpu_backend, **tolerance)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
@@ -114,6 +127,17 @@ def test_realistic_size(dtype: torch.dtype) -> None:
     parity(function, tensors, dtype, "channels_last", **mbconv_bounds(case, dtype))
 
 
+@pytest.mark.parametrize("gpu_backend", ["cuda"])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@by_dtype
+def test_prologues_and_epilogues(
+    case: Fused, dtype: torch.dtype, layout: torch.memory_format, gpu_backend: str
+) -> None:
+    check_forward(case, dtype, "cuda", layout)
+    check_backward(case, dtype, "cuda", layout)
+
+
 def test_more_than_two_to_the_31_elements() -> None:
     """The last image of a batch whose activations do not fit 32-bit offsets equals the same image alone."""
     if torch.cuda.mem_get_info()[0] < 24 << 30:
@@ -125,5 +149,7 @@ def test_more_than_two_to_the_31_elements() -> None:
     expected = effnet_ops.pointwise_conv2d(image, weight, activation="silu")
     assert torch.equal(effnet_ops.pointwise_conv2d(x, weight, activation="silu")[-1:], expected)
     filters = normal(16, 1, 3, 3).bfloat16().cuda()
-    expected = effnet_ops.depthwise_conv2d(image, filters, padding=1)
-    assert relative_error(effnet_ops.depthwise_conv2d(x, filters, padding=1)[-1:], expected.double()) <= 1e-6
+    for backend in [name for name in ("cuda", "triton") if not effnet_ops.available_backends()[name]]:
+        with effnet_ops.use_backend(backend):
+            expected = effnet_ops.depthwise_conv2d(image, filters, padding=1)
+            assert relative_error(effnet_ops.depthwise_conv2d(x, filters, padding=1)[-1:], expected.double()) <= 1e-6

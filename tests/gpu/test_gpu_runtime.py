@@ -26,7 +26,10 @@ def block(case: MBConvCase, dtype: torch.dtype, training: bool) -> tuple[Callabl
 
 
 def test_automatic_choice() -> None:
-    assert effnet_ops.backends.select(torch.zeros(1, 8, 4, 4, device="cuda")) == "triton"
+    x = torch.zeros(1, 8, 4, 4, device="cuda")
+    first = "triton" if effnet_ops.available_backends()["cuda"] else "cuda"
+    assert effnet_ops.backends.select(x, operation="squeeze_excite") == first
+    assert effnet_ops.backends.select(x, operation="mbconv") == "triton"
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -1,7 +1,8 @@
 """The operators on Triton kernels: one file a word, with functions of the operators' names and arguments.
 
-They are registered for CUDA and, where kernels are interpreted, for CPU as long as the backend `triton` is asked for.
-Triton is imported by the first call. PyTorch's compiler sees the operators only, never these kernels.
+`ops/gpu.py` registers them for CUDA. Where kernels are interpreted they are registered here for CPU, for as long as the
+backend `triton` is asked for. Triton is imported by the first call. PyTorch's compiler sees the operators only, never
+these kernels.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from effnet_ops import backends
 from effnet_ops.ops import _library
@@ -38,19 +38,6 @@ def implementation(name: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(f"{__name__}.{WORDS[name]}"), name)
 
 
-def _register_cuda(name: str) -> None:
-    backend, fallback = backends.BACKENDS["triton"], _library.fallbacks[name]
-
-    def kernel(first: Tensor, *args: Any) -> Any:
-        if backend.unavailable() or backend.refuses(first):
-            return fallback(first, *args)
-        # Triton launches on the current device, whatever the tensors' device is.
-        with torch.cuda.device_of(first):
-            return implementation(name)(first, *args)
-
-    _library.library.impl(name, kernel, "CUDA")
-
-
 def _register_interpreter(name: str) -> None:
     compiled = torch.library.get_kernel(f"{_library.NAMESPACE}::{name}", "CPU")
 
@@ -66,9 +53,8 @@ def _register_interpreter(name: str) -> None:
         _library.library.impl(name, kernel, "CPU", with_keyset=True, allow_override=True)
 
 
-def register() -> None:
-    """Register every operator that has kernels; called once, when all operators are defined."""
-    for name in WORDS:
-        _register_cuda(name)
-        if backends.INTERPRETED and not backends.BACKENDS["triton"].unavailable():
+def register_interpreter() -> None:
+    """Register every operator that has kernels, where they are interpreted; called once, when all are defined."""
+    if backends.INTERPRETED and not backends.BACKENDS["triton"].unavailable():
+        for name in WORDS:
             _register_interpreter(name)

@@ -1,0 +1,617 @@
+// Unpacks tensors for the CUDA kernels and registers them, through the LibTorch stable ABI alone. The operators that
+// are defined here by name are internal (effnet_ops/ops/cuda): one for each kernel, with all that it can carry.
+//
+// With EFFNET_EMULATED this file is compiled for the emulation of tests/, where the kernels take tensors of the CPU.
+#include <cuda_runtime_api.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <map>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "kernels.h"
+
+#if defined(EFFNET_EMULATED)
+#define EFFNET_DISPATCH_KEY CPU
+extern "C" void emulation_reset(uint64_t seed, int multiprocessors, size_t shared_limit, uint64_t first, uint64_t last);
+extern "C" const char* emulation_error();
+extern "C" void emulation_adopt(const char* name, const void* pointer, size_t bytes, int kind);
+#else
+#define EFFNET_DISPATCH_KEY CUDA
+#endif
+
+namespace effnet {
+namespace {
+
+using cuda::Activation;
+using cuda::DType;
+using cuda::Gate;
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Ints = std::vector<int64_t>;
+using Needs = std::vector<bool>;
+using Optional = std::optional<Tensor>;
+
+DType kernel_dtype(const Tensor& x) {
+    switch (x.scalar_type()) {
+        case ScalarType::Float:
+            return DType::f32;
+        case ScalarType::BFloat16:
+            return DType::bf16;
+        case ScalarType::Half:
+            return DType::f16;
+        default:
+            STD_TORCH_CHECK(false, "the CUDA kernels take float32, bfloat16 or float16");
+            return DType::f32;
+    }
+}
+
+Activation activation_of(const std::string& name) {
+    if (name == "none") return Activation::none;
+    if (name == "relu") return Activation::relu;
+    if (name == "relu6") return Activation::relu6;
+    if (name == "silu") return Activation::silu;
+    STD_TORCH_CHECK(name == "hardswish", "unknown activation '", name, "'");
+    return Activation::hardswish;
+}
+
+Gate gate_of(const std::string& name) {
+    if (name == "sigmoid") return Gate::sigmoid;
+    STD_TORCH_CHECK(name == "hard_sigmoid", "unknown gate '", name, "'");
+    return Gate::hard_sigmoid;
+}
+
+#if defined(EFFNET_EMULATED)
+
+// An H200 with few multiprocessors, so that grids are small. Each call begins with an empty memory.
+class Here {
+  public:
+    explicit Here(const Tensor&) : device{0, 4, 9, 0, 227 * 1024, nullptr} {
+        emulation_reset(0, device.multiprocessors, device.max_shared_bytes, 0, UINT64_MAX);
+    }
+    const cuda::Device device;
+};
+
+void hand_over(const Tensor& t, const char* name, bool output) {
+    emulation_adopt(name, t.const_data_ptr(), t.numel() * t.element_size(), output ? 1 : 0);
+}
+
+const char* reason(cudaError_t) { return emulation_error(); }
+
+#else
+
+void hand_over(const Tensor&, const char*, bool) {}
+
+const char* reason(cudaError_t error) { return cudaGetErrorString(error); }
+
+struct Limits {
+    int multiprocessors, major, minor, max_shared_bytes;
+};
+
+Limits limits_of(int index) {
+    static std::mutex mutex;
+    static std::map<int, Limits> known;
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto found = known.find(index);
+    if (found != known.end()) return found->second;
+    const auto ask = [&](cudaDeviceAttr attribute) {
+        int value = 0;
+        const cudaError_t error = cudaDeviceGetAttribute(&value, attribute, index);
+        STD_TORCH_CHECK(error == cudaSuccess, "cuda:", index, " gives no attributes: ", cudaGetErrorString(error));
+        return value;
+    };
+    const Limits limits{ask(cudaDevAttrMultiProcessorCount), ask(cudaDevAttrComputeCapabilityMajor),
+                        ask(cudaDevAttrComputeCapabilityMinor), ask(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+    return known.emplace(index, limits).first->second;
+}
+
+cudaStream_t current_stream(int index) {
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+    return static_cast<cudaStream_t>(stream);
+}
+
+// Makes the device of x current for as long as this lives.
+class Here {
+  public:
+    explicit Here(const Tensor& x) : guard_(x.get_device_index()), device(of(x.get_device_index())) {}
+
+  private:
+    static cuda::Device of(int index) {
+        const Limits l = limits_of(index);
+        return {index, l.multiprocessors, l.major, l.minor, l.max_shared_bytes, current_stream(index)};
+    }
+    torch::stable::accelerator::DeviceGuard guard_;
+
+  public:
+    const cuda::Device device;
+};
+
+#endif
+
+// Axes of size 1 have no stride that matters.
+bool is_dense_nhwc(const Tensor& x) {
+    const auto size = x.sizes(), stride = x.strides();
+    const int64_t wanted[4] = {size[1] * size[2] * size[3], 1, size[1] * size[3], size[1]};
+    for (int axis = 0; axis < 4; ++axis)
+        if (size[axis] != 1 && stride[axis] != wanted[axis]) return false;
+    return true;
+}
+
+// Output keeps the input's layout: channels_last where the channels of x are innermost and x is not contiguous at the
+// same time.
+bool keeps_channels_last(const Tensor& x) { return x.size(1) > 1 && x.stride(1) == 1 && !x.is_contiguous(); }
+
+Tensor empty(const Tensor& like, const Ints& size, ScalarType type, MemoryFormat format = MemoryFormat::Contiguous) {
+    const Tensor made = torch::stable::empty(size, type, std::nullopt, like.device(), std::nullopt, format);
+    hand_over(made, "a result", true);
+    return made;
+}
+
+Tensor nothing(const Tensor& x, ScalarType type) { return empty(x, {0}, type); }
+Tensor nothing(const Tensor& x) { return nothing(x, x.scalar_type()); }
+
+Tensor as_dtype(const Tensor& t, ScalarType type) { return t.scalar_type() == type ? t : torch::stable::to(t, type); }
+
+// Slices of larger tensors can begin anywhere, and kernels read 16 bytes at a time.
+Tensor aligned(const Tensor& t) {
+    return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 ? t : torch::stable::clone(t);
+}
+
+// Tensors as the kernels read them, kept alive until the launch.
+class Operands {
+  public:
+    explicit Operands(const Tensor& x) : x_(x) {}
+
+    // An activation (N, C, H, W) of this size in the dtype of x, dense, with its channels innermost or not.
+    const void* activation(const Tensor& t, const Ints& size, bool channels_last, const char* name) {
+        check_device(t, name);
+        STD_TORCH_CHECK(t.dim() == 4 && std::equal(size.begin(), size.end(), t.sizes().begin()), name,
+                        " does not have the size that belongs to x");
+        Tensor dense = as_dtype(t, x_.scalar_type());
+        if (!(channels_last ? is_dense_nhwc(dense) : dense.is_contiguous()))
+            dense =
+                torch::stable::contiguous(dense, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+        return keep(aligned(dense), name).const_data_ptr();
+    }
+    const void* activation(const Optional& t, const Ints& size, bool channels_last, const char* name) {
+        return t.has_value() ? activation(*t, size, channels_last, name) : nullptr;
+    }
+
+    // Parameters, statistics and gates: fp32.
+    const float* vector(const Tensor& t, int64_t elements, const char* name) {
+        check_device(t, name);
+        STD_TORCH_CHECK(t.numel() == elements, name, " must have ", elements, " elements, got ", t.numel());
+        const Tensor dense = torch::stable::contiguous(as_dtype(t, ScalarType::Float));
+        return static_cast<const float*>(keep(aligned(dense), name).const_data_ptr());
+    }
+    const float* vector(const Optional& t, int64_t elements, const char* name) {
+        return t.has_value() ? vector(*t, elements, name) : nullptr;
+    }
+
+    void* workspace(size_t bytes) {
+        if (bytes == 0) return nullptr;
+        return keep(empty(x_, {int64_t(bytes)}, ScalarType::Byte), "workspace").mutable_data_ptr();
+    }
+
+  private:
+    void check_device(const Tensor& t, const char* name) const {
+        STD_TORCH_CHECK(t.device() == x_.device(), name, " is not on the device of x");
+    }
+    const Tensor& keep(Tensor t, const char* name) {
+        hand_over(t, name, false);
+        kept_.push_back(std::move(t));
+        return kept_.back();
+    }
+
+    Tensor x_;
+    std::vector<Tensor> kept_;
+};
+
+// A result in the layout that belongs to x. The kernel writes it as NHWC or, if not channels_last, as NCHW; where that
+// is not the result's layout, finish() copies.
+class Output {
+  public:
+    Output(const Tensor& x, const Ints& size, bool channels_last) : x_(x), size_(size) {
+        const bool last = keeps_channels_last(x), same_memory = size[1] == 1 || size[2] * size[3] == 1;
+        direct_ = same_memory || last == channels_last;
+        const bool as_last = direct_ ? last : channels_last;
+        memory_ = empty(x, size, x.scalar_type(), as_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+    }
+    void* data() const { return memory_.mutable_data_ptr(); }
+    Tensor finish() const {
+        if (direct_) return memory_;
+        const auto format = keeps_channels_last(x_) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+        return memory_.numel() == 0 ? empty(x_, size_, x_.scalar_type(), format)
+                                    : torch::stable::contiguous(memory_, format);
+    }
+
+  private:
+    Tensor x_;
+    Ints size_;
+    Tensor memory_{nullptr};
+    bool direct_;
+};
+
+// The gradient of a parameter: fp32 in the kernel, handed out in the parameter's dtype.
+class Gradient {
+  public:
+    Gradient(const Tensor& x, const Optional& parameter, bool needed)
+        : result_(nothing(x)), type_(x.scalar_type()), wanted_(needed && parameter.has_value()) {
+        if (!wanted_) return;
+        const auto size = parameter->sizes();
+        result_ = empty(x, Ints(size.begin(), size.end()), ScalarType::Float);
+        type_ = parameter->scalar_type();
+    }
+    float* data() const { return wanted_ ? static_cast<float*>(result_.mutable_data_ptr()) : nullptr; }
+    Tensor take() const { return as_dtype(result_, type_); }
+
+  private:
+    Tensor result_;
+    ScalarType type_;
+    bool wanted_;
+};
+
+float* floats(const Tensor& t) { return t.numel() == 0 ? nullptr : static_cast<float*>(t.mutable_data_ptr()); }
+
+// Stands for an optional tensor that is not allocated yet.
+float* const later = reinterpret_cast<float*>(uintptr_t{16});
+
+template <class Problem>
+void check_covered(const Problem& problem, const cuda::Device& device, const char* name) {
+    const char* const reason = cuda::why_not(problem, device);
+    STD_TORCH_CHECK(reason == nullptr, name, ": ", reason);
+}
+
+template <class Problem>
+void launch(const Problem& problem, const cuda::Device& device, const char* name) {
+    const cudaError_t error = cuda::run(problem, device);
+    STD_TORCH_CHECK(error == cudaSuccess, "launching ", name, " on cuda:", device.index, " failed: ", reason(error));
+}
+
+// padding: top, bottom, left, right.
+cuda::DepthwiseShape depthwise_shape(const Ints& size, const Tensor& weight, int64_t stride, const Ints& padding,
+                                     bool channels_last) {
+    STD_TORCH_CHECK(size.size() == 4, "x must be (N, C, H, W)");
+    STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == size[1] && weight.size(1) == 1, "weight must be (", size[1],
+                    ", 1, k, k)");
+    STD_TORCH_CHECK(weight.size(2) == weight.size(3) && weight.size(2) < 64, "kernels must be square and small");
+    STD_TORCH_CHECK(padding.size() == 4 && stride > 0 && stride < 64, "padding takes 4 numbers, stride one");
+    const auto axis = [&](int64_t length, int first) {
+        const int64_t before = padding[first], after = padding[first + 1];
+        STD_TORCH_CHECK(before >= 0 && after >= 0 && length + before + after >= weight.size(2) && before <= INT32_MAX,
+                        "the kernel does not fit into the padded image");
+        return (length + before + after - weight.size(2)) / stride + 1;
+    };
+    return {size[0],
+            size[1],
+            size[2],
+            size[3],
+            axis(size[2], 0),
+            axis(size[3], 2),
+            int(weight.size(2)),
+            int(stride),
+            int(padding[0]),
+            int(padding[2]),
+            channels_last};
+}
+
+Ints input_size(const cuda::DepthwiseShape& s) { return {s.batch, s.channels, s.height, s.width}; }
+Ints output_size(const cuda::DepthwiseShape& s) { return {s.batch, s.channels, s.out_height, s.out_width}; }
+Ints sizes_of(const Tensor& x) { return Ints(x.sizes().begin(), x.sizes().end()); }
+
+using Three = std::tuple<Tensor, Tensor, Tensor>;
+using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Three depthwise_forward(const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& norm,
+                        const Optional& gate, const Optional& out_norm, const Optional& grad, int64_t stride,
+                        const Ints& padding, const std::string& activation, const std::string& out_activation,
+                        bool pool, bool statistics) {
+    const Here here(x);
+    cuda::DepthwiseForward p{};
+    p.dtype = kernel_dtype(x);
+    p.activation = activation_of(activation), p.out_activation = activation_of(out_activation);
+    // Contiguous images are read as they are where a kernel does, or else through a copy.
+    p.shape = depthwise_shape(sizes_of(x), weight, stride, padding, is_dense_nhwc(x) || !x.is_contiguous());
+    p.norm = norm.has_value() ? later : nullptr, p.gate = gate.has_value() ? later : nullptr;
+    p.out_norm = out_norm.has_value() ? later : nullptr, p.grad = grad.has_value() ? later : nullptr;
+    p.bias = bias.has_value() ? later : nullptr;
+    p.pool = pool ? later : nullptr, p.statistics = statistics ? later : nullptr;
+    if (!p.shape.channels_last && cuda::why_not(p, here.device) != nullptr) p.shape.channels_last = true;
+    check_covered(p, here.device, "depthwise_forward");
+
+    const cuda::DepthwiseShape& s = p.shape;
+    const Output y(x, output_size(s), s.channels_last);
+    const int64_t parts = s.batch == 0 ? 0 : cuda::plan(p, here.device).parts;
+    const Tensor sums = pool ? empty(x, {s.batch, parts, s.channels}, ScalarType::Float) : nothing(x);
+    const Tensor partials = statistics ? empty(x, {s.batch * parts, 3, s.channels}, ScalarType::Float) : nothing(x);
+    if (s.batch == 0) return {y.finish(), sums, partials};
+
+    Operands operands(x);
+    p.x = operands.activation(x, input_size(s), s.channels_last, "x");
+    p.weight = operands.vector(weight, weight.numel(), "weight");
+    p.bias = operands.vector(bias, s.channels, "bias");
+    p.norm = operands.vector(norm, 3 * s.channels, "norm");
+    p.gate = operands.vector(gate, s.batch * s.channels, "gate");
+    p.out_norm = operands.vector(out_norm, 3 * s.channels, "out_norm");
+    p.grad = operands.activation(grad, output_size(s), s.channels_last, "grad");
+    p.y = y.data(), p.pool = floats(sums), p.statistics = floats(partials);
+    launch(p, here.device, "depthwise_forward");
+    return {y.finish(), sums, partials};
+}
+
+Four depthwise_backward(const Tensor& grad, const Optional& x, const Tensor& weight, const Optional& bias,
+                        const Optional& a, const Optional& a_norm, const Optional& coefficients, const Optional& gate,
+                        const Optional& pooled, const Optional& norm, const Optional& residual, const Tensor& like,
+                        int64_t stride, const Ints& padding, const std::string& a_activation,
+                        const std::string& activation, const Needs& needs) {
+    STD_TORCH_CHECK(needs.size() == 3, "needs takes 3 flags, got ", needs.size());
+    STD_TORCH_CHECK(x.has_value() || (!needs[1] && !norm.has_value() && activation == "none"),
+                    "x is needed for the gradient of weight, and behind a normalisation or an activation");
+    const Here here(grad);
+    const auto present = [](const Optional& t) { return t.has_value() ? later : nullptr; };
+    cuda::DepthwiseBackward p{};
+    p.dtype = kernel_dtype(grad);
+    p.a_activation = activation_of(a_activation), p.activation = activation_of(activation);
+    p.shape = depthwise_shape(sizes_of(like), weight, stride, padding, is_dense_nhwc(like) || !like.is_contiguous());
+    p.a = present(a), p.x = present(x), p.a_norm = present(a_norm), p.coefficients = present(coefficients);
+    p.gate = present(gate), p.pooled = present(pooled), p.norm = present(norm), p.residual = present(residual);
+    const bool wants_sums = needs[0] && norm.has_value();
+    p.dx = needs[0] ? later : nullptr, p.dw = needs[1] ? later : nullptr;
+    p.db = needs[2] && bias.has_value() ? later : nullptr, p.sums = wants_sums ? later : nullptr;
+    if (!p.shape.channels_last && cuda::why_not(p, here.device) != nullptr) p.shape.channels_last = true;
+    check_covered(p, here.device, "depthwise_backward");
+
+    const cuda::DepthwiseShape& s = p.shape;
+    const cuda::Plan plan = s.batch == 0 ? cuda::Plan{} : cuda::plan(p, here.device);
+    const Gradient dw(grad, weight, needs[1]), db(grad, bias, needs[2]);
+    std::optional<Output> dx;
+    if (needs[0]) dx.emplace(like, input_size(s), s.channels_last);
+    const Tensor sums = wants_sums ? empty(grad, {plan.parts, 2, s.channels}, ScalarType::Float) : nothing(grad);
+
+    Operands operands(grad);
+    const bool last = s.channels_last;
+    p.grad = operands.activation(grad, output_size(s), last, "grad");
+    p.a = operands.activation(a, output_size(s), last, "a");
+    p.x = operands.activation(x, input_size(s), last, "x");
+    p.residual = operands.activation(residual, input_size(s), last, "residual");
+    p.weight = operands.vector(weight, weight.numel(), "weight");
+    p.a_norm = operands.vector(a_norm, 3 * s.channels, "a_norm");
+    p.coefficients = operands.vector(coefficients, 4 * s.channels, "coefficients");
+    p.gate = operands.vector(gate, s.batch * s.channels, "gate");
+    p.pooled = operands.vector(pooled, s.batch * s.channels, "pooled");
+    p.norm = operands.vector(norm, 3 * s.channels, "norm");
+    p.dx = dx ? dx->data() : nullptr, p.dw = dw.data(), p.db = db.data(), p.sums = floats(sums);
+    p.workspace = operands.workspace(plan.workspace_bytes);
+    launch(p, here.device, "depthwise_backward");
+    return {dx ? dx->finish() : nothing(grad), dw.take(), db.take(), sums};
+}
+
+cuda::SqueezeExcite squeeze_excite_layer(Operands& operands, int64_t images, int64_t pixels, int64_t channels,
+                                         const Tensor& reduce_weight, const Optional& reduce_bias,
+                                         const Tensor& expand_weight, const Optional& expand_bias,
+                                         const std::string& activation, const std::string& gate) {
+    const int64_t reduced = reduce_weight.size(0);
+    return {images,
+            pixels,
+            channels,
+            reduced,
+            operands.vector(reduce_weight, reduced * channels, "reduce_weight"),
+            operands.vector(reduce_bias, reduced, "reduce_bias"),
+            operands.vector(expand_weight, channels * reduced, "expand_weight"),
+            operands.vector(expand_bias, channels, "expand_bias"),
+            activation_of(activation),
+            gate_of(gate)};
+}
+
+// From the tensor. Without `scale` there is no y, and x may be read through a normalisation.
+Three squeeze_excite_forward(const Tensor& x, const Optional& norm, const Tensor& reduce_weight,
+                             const Optional& reduce_bias, const Tensor& expand_weight, const Optional& expand_bias,
+                             const std::string& norm_activation, const std::string& activation, const std::string& gate,
+                             bool scale) {
+    STD_TORCH_CHECK(x.dim() == 4, "x must be (N, C, H, W)");
+    const Here here(x);
+    const int64_t images = x.size(0), channels = x.size(1), pixels = x.size(2) * x.size(3);
+    const Tensor pooled = empty(x, {images, channels}, ScalarType::Float);
+    const Tensor gates = empty(x, {images, channels}, ScalarType::Float);
+    std::optional<Output> y;
+    if (scale) y.emplace(x, sizes_of(x), true);
+    if (images != 0) {
+        Operands operands(x);
+        cuda::SqueezeExciteForward p{};
+        p.layer = squeeze_excite_layer(operands, images, pixels, channels, reduce_weight, reduce_bias, expand_weight,
+                                       expand_bias, activation, gate);
+        p.dtype = kernel_dtype(x);
+        p.x = operands.activation(x, sizes_of(x), true, "x");
+        p.norm = operands.vector(norm, 3 * channels, "norm");
+        p.norm_activation = activation_of(norm_activation);
+        p.y = y ? y->data() : nullptr, p.pooled = floats(pooled), p.gates = floats(gates);
+        check_covered(p, here.device, "squeeze_excite_forward");
+        p.workspace = operands.workspace(cuda::plan(p, here.device).workspace_bytes);
+        launch(p, here.device, "squeeze_excite_forward");
+    }
+    return {y ? y->finish() : nothing(x), pooled, gates};
+}
+
+// From sums over the pixels of parts, (images, parts, C).
+std::tuple<Tensor, Tensor> gates_forward(const Tensor& sums, int64_t pixels, const Tensor& reduce_weight,
+                                         const Optional& reduce_bias, const Tensor& expand_weight,
+                                         const Optional& expand_bias, const std::string& activation,
+                                         const std::string& gate) {
+    STD_TORCH_CHECK(sums.dim() == 3, "sums must be (images, parts, C)");
+    const Here here(sums);
+    const int64_t images = sums.size(0), channels = sums.size(2);
+    const Tensor pooled = empty(sums, {images, channels}, ScalarType::Float);
+    const Tensor gates = empty(sums, {images, channels}, ScalarType::Float);
+    if (images != 0) {
+        Operands operands(sums);
+        cuda::SqueezeExciteForward p{};
+        p.layer = squeeze_excite_layer(operands, images, pixels, channels, reduce_weight, reduce_bias, expand_weight,
+                                       expand_bias, activation, gate);
+        p.sums = operands.vector(sums, sums.numel(), "sums"), p.parts = sums.size(1);
+        p.pooled = floats(pooled), p.gates = floats(gates);
+        check_covered(p, here.device, "squeeze_excite_forward");
+        p.workspace = operands.workspace(cuda::plan(p, here.device).workspace_bytes);
+        launch(p, here.device, "squeeze_excite_forward");
+    }
+    return {pooled, gates};
+}
+
+// The gradients of the four parameters, in order.
+struct LayerGradients {
+    LayerGradients(const Tensor& x, const Tensor& reduce_weight, const Optional& reduce_bias,
+                   const Tensor& expand_weight, const Optional& expand_bias, const Needs& needs, size_t first)
+        : all{Gradient(x, reduce_weight, needs[first]), Gradient(x, reduce_bias, needs[first + 1]),
+              Gradient(x, expand_weight, needs[first + 2]), Gradient(x, expand_bias, needs[first + 3])} {}
+    void fill(cuda::SqueezeExciteBackward& p) const {
+        p.reduce_weight_grad = all[0].data(), p.reduce_bias_grad = all[1].data();
+        p.expand_weight_grad = all[2].data(), p.expand_bias_grad = all[3].data();
+    }
+    const Gradient all[4];
+};
+
+Five squeeze_excite_backward(const Tensor& grad, const Tensor& x, const Tensor& pooled, const Tensor& reduce_weight,
+                             const Optional& reduce_bias, const Tensor& expand_weight, const Optional& expand_bias,
+                             const std::string& activation, const std::string& gate, const Needs& needs) {
+    STD_TORCH_CHECK(x.dim() == 4 && needs.size() == 5, "x must be (N, C, H, W), needs takes 5 flags");
+    const Here here(x);
+    const int64_t images = x.size(0), channels = x.size(1), pixels = x.size(2) * x.size(3);
+    const LayerGradients gradients(x, reduce_weight, reduce_bias, expand_weight, expand_bias, needs, 1);
+    std::optional<Output> dx;
+    if (needs[0]) dx.emplace(x, sizes_of(x), true);
+    Operands operands(x);
+    cuda::SqueezeExciteBackward p{};
+    p.layer = squeeze_excite_layer(operands, images, pixels, channels, reduce_weight, reduce_bias, expand_weight,
+                                   expand_bias, activation, gate);
+    p.dtype = kernel_dtype(x);
+    p.grad = operands.activation(grad, sizes_of(x), true, "grad");
+    p.x = operands.activation(x, sizes_of(x), true, "x");
+    p.pooled = operands.vector(pooled, images * channels, "pooled");
+    p.dx = dx ? dx->data() : nullptr;
+    gradients.fill(p);
+    check_covered(p, here.device, "squeeze_excite_backward");
+    p.workspace = operands.workspace(images == 0 ? 0 : cuda::plan(p, here.device).workspace_bytes);
+    launch(p, here.device, "squeeze_excite_backward");
+    const auto& g = gradients.all;
+    return {dx ? dx->finish() : nothing(x), g[0].take(), g[1].take(), g[2].take(), g[3].take()};
+}
+
+using Seven = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// From sums (images, parts, rows, C): the gradients of the parameters, the gates, the gradient of the mean over pixels
+// divided by their number, and with five rows the sums (images, 2, C) that the normalisation before needs.
+Seven gates_backward(const Tensor& sums, int64_t pixels, const Tensor& pooled, const Tensor& reduce_weight,
+                     const Optional& reduce_bias, const Tensor& expand_weight, const Optional& expand_bias,
+                     const std::string& activation, const std::string& gate, const Needs& needs) {
+    STD_TORCH_CHECK(sums.dim() == 4 && (sums.size(2) == 1 || sums.size(2) == 5),
+                    "sums must be (images, parts, 1 or 5, C)");
+    STD_TORCH_CHECK(needs.size() == 4, "needs takes 4 flags, got ", needs.size());
+    const Here here(sums);
+    const int64_t images = sums.size(0), rows = sums.size(2), channels = sums.size(3);
+    const LayerGradients gradients(sums, reduce_weight, reduce_bias, expand_weight, expand_bias, needs, 0);
+    const Tensor gates = empty(sums, {images, channels}, ScalarType::Float);
+    const Tensor pooled_grad = empty(sums, {images, channels}, ScalarType::Float);
+    const Tensor partials = rows == 5 ? empty(sums, {images, 2, channels}, ScalarType::Float) : nothing(sums);
+    Operands operands(sums);
+    cuda::SqueezeExciteBackward p{};
+    p.layer = squeeze_excite_layer(operands, images, pixels, channels, reduce_weight, reduce_bias, expand_weight,
+                                   expand_bias, activation, gate);
+    p.sums = operands.vector(sums, sums.numel(), "sums"), p.parts = sums.size(1), p.rows = rows;
+    p.pooled = operands.vector(pooled, images * channels, "pooled");
+    p.gates = floats(gates), p.pooled_grad = floats(pooled_grad), p.partials = floats(partials);
+    gradients.fill(p);
+    check_covered(p, here.device, "squeeze_excite_backward");
+    p.workspace = operands.workspace(images == 0 ? 0 : cuda::plan(p, here.device).workspace_bytes);
+    launch(p, here.device, "squeeze_excite_backward");
+    const auto& g = gradients.all;
+    return {g[0].take(), g[1].take(), g[2].take(), g[3].take(), gates, pooled_grad, partials};
+}
+
+}  // namespace
+}  // namespace effnet
+
+#define EFFNET_EXPORT extern "C" __attribute__((visibility("default")))
+
+// What no operator has to do with, and needs no GPU: for `effnet-ops info`, and for the model by which
+// benchmarks/gpu/choice.py compares backends.
+
+#if !defined(EFFNET_EMULATED)
+EFFNET_EXPORT const char* effnet_cuda_toolkit() { return EFFNET_CUDA_TOOLKIT; }
+EFFNET_EXPORT const char* effnet_cuda_architectures() { return EFFNET_CUDA_ARCHITECTURES; }
+#endif
+
+namespace {
+
+struct PlanRequest {
+    int dtype, multiprocessors, major, minor, max_shared_bytes;
+    effnet::cuda::Device device() const { return {0, multiprocessors, major, minor, max_shared_bytes, nullptr}; }
+};
+
+template <class Problem>
+void answer(const Problem& problem, const PlanRequest& request, int64_t* found) {
+    const effnet::cuda::Plan plan = effnet::cuda::plan(problem, request.device());
+    found[0] = plan.read_bytes, found[1] = plan.launches, found[2] = plan.blocks;
+    found[3] = int64_t(plan.workspace_bytes);
+}
+
+void* present() { return effnet::later; }
+
+}  // namespace
+
+// For a plain depthwise convolution or both its gradients: the activations' bytes that are read, launches, blocks, and
+// bytes of workspace. size: batch, channels, height, width, out_height, out_width, kernel, stride, top, left.
+EFFNET_EXPORT void effnet_cuda_depthwise_plan(const PlanRequest* request, const int64_t* size, bool backward,
+                                              int64_t* found) {
+    using namespace effnet::cuda;
+    const DepthwiseShape shape{size[0],      size[1],      size[2],      size[3],      size[4], size[5],
+                               int(size[6]), int(size[7]), int(size[8]), int(size[9]), true};
+    if (backward) {
+        DepthwiseBackward p{};
+        p.shape = shape, p.dtype = DType(request->dtype), p.x = present(), p.dx = present();
+        p.dw = static_cast<float*>(present());
+        return answer(p, *request, found);
+    }
+    DepthwiseForward p{};
+    p.shape = shape, p.dtype = DType(request->dtype);
+    answer(p, *request, found);
+}
+
+// The same of squeeze-and-excitation from the tensor. size: images, pixels, channels, reduced.
+EFFNET_EXPORT void effnet_cuda_squeeze_excite_plan(const PlanRequest* request, const int64_t* size, bool backward,
+                                                   int64_t* found) {
+    using namespace effnet::cuda;
+    SqueezeExcite layer{};
+    layer.images = size[0], layer.pixels = size[1], layer.channels = size[2], layer.reduced = size[3];
+    if (backward) {
+        SqueezeExciteBackward p{};
+        p.layer = layer, p.dtype = DType(request->dtype);
+        p.grad = p.x = p.dx = present();
+        p.reduce_weight_grad = p.reduce_bias_grad = p.expand_weight_grad = p.expand_bias_grad =
+            static_cast<float*>(present());
+        return answer(p, *request, found);
+    }
+    SqueezeExciteForward p{};
+    p.layer = layer, p.dtype = DType(request->dtype), p.x = p.y = present(), p.pooled = static_cast<float*>(present());
+    answer(p, *request, found);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(effnet_ops, EFFNET_DISPATCH_KEY, m) {
+    m.impl("cuda_depthwise_forward", TORCH_BOX(&effnet::depthwise_forward));
+    m.impl("cuda_depthwise_backward", TORCH_BOX(&effnet::depthwise_backward));
+    m.impl("cuda_squeeze_excite_forward", TORCH_BOX(&effnet::squeeze_excite_forward));
+    m.impl("cuda_squeeze_excite_backward", TORCH_BOX(&effnet::squeeze_excite_backward));
+    m.impl("cuda_gates_forward", TORCH_BOX(&effnet::gates_forward));
+    m.impl("cuda_gates_backward", TORCH_BOX(&effnet::gates_backward));
+}

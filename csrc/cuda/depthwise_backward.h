@@ -1,0 +1,101 @@
+// Chooses and launches a backward kernel; instantiated once a dtype, in a source of its own.
+#pragma once
+
+#include "depthwise_launch.h"
+
+namespace effnet::cuda {
+
+// Calls f with the traits of the kernel that runs this.
+template <class T, class F>
+auto with_backward_traits(const DepthwiseBackward& problem, const F& f) {
+    const bool plain = problem.a == nullptr && problem.norm == nullptr && problem.activation == Activation::none &&
+                       problem.x != nullptr;
+    const bool fused = problem.a != nullptr && problem.a_norm != nullptr && problem.a_activation == Activation::silu &&
+                       problem.coefficients != nullptr && problem.norm != nullptr && problem.x != nullptr &&
+                       problem.activation == Activation::silu && problem.residual == nullptr;
+    return with_window(problem.shape, [&](auto kernel, auto stride) {
+        constexpr int k = decltype(kernel)::value, s = decltype(stride)::value;
+        if constexpr (k < 7) {
+            if (!in_chunks<T>(problem.shape)) return f(BackwardTraits<T, k, s, BackwardKind::any>());
+            if (plain) return f(BackwardTraits<T, k, s, BackwardKind::plain>());
+            if (fused) return f(BackwardTraits<T, k, s, BackwardKind::fused>());
+        }
+        return f(BackwardTraits<T, k, s, BackwardKind::any>());
+    });
+}
+
+template <class Traits>
+CutTile cut_backward(const DepthwiseBackward& problem, const Device& device) {
+    using T = typename Traits::Element;
+    const DepthwiseShape& shape = problem.shape;
+    const int64_t rows = std::max(ceil_div(shape.height + shape.pad_top, shape.stride), shape.out_height);
+    const int64_t columns = std::max(ceil_div(shape.width + shape.pad_left, shape.stride), shape.out_width);
+    const Cut cut{shape.batch,     shape.channels,   rows,           columns,
+                  int(sizeof(T)),  Traits::open - 1, Traits::width,  Traits::columns,
+                  Traits::threads, Traits::blocks,   Traits::stride, Traits::reach};
+    CutTile found = choose_tile(cut, in_chunks<T>(shape), device, [&](int groups, int pitch, int slab) {
+        return Traits::shared_bytes(groups, pitch, slab, problem.a != nullptr, problem.x != nullptr);
+    });
+    choose_strips(cut, found, device);
+    return found;
+}
+
+template <class Traits>
+int64_t backward_read_bytes(const DepthwiseBackward& problem, const DepthwiseTile& tile) {
+    const DepthwiseShape& shape = problem.shape;
+    constexpr int64_t stride = Traits::stride, before = Traits::open - 1, reach = Traits::reach;
+    const int64_t columns = int64_t(tile.groups) * Traits::columns;
+    const Reads grads{tile.strip_rows, tile.strip_rows + before, before, shape.out_height,
+                      columns,         columns + reach,          reach,  shape.out_width};
+    const Reads pixels{tile.strip_rows * stride, tile.strip_rows * stride, shape.pad_top,  shape.height,
+                       columns * stride,         columns * stride,         shape.pad_left, shape.width};
+    const int64_t read = grads.pixels(tile) * (problem.a == nullptr ? 1 : 2) +
+                         pixels.pixels(tile) * ((problem.x != nullptr) + (problem.residual != nullptr));
+    return read * shape.batch * shape.channels * int64_t(sizeof(typename Traits::Element));
+}
+
+template <class T>
+Plan plan_backward(const DepthwiseBackward& problem, const Device& device) {
+    return with_backward_traits<T>(problem, [&](auto traits) {
+        using Traits = decltype(traits);
+        const CutTile found = cut_backward<Traits>(problem, device);
+        const DepthwiseTile& tile = found.tile;
+        const size_t workspace = sizeof(float) * tile.walkers * partial_rows(problem) * problem.shape.channels;
+        return Plan{tile.walkers,          workspace,          int64_t(tile.slabs) * tile.walkers,
+                    found.threads,         found.shared_bytes, backward_read_bytes<Traits>(problem, tile),
+                    workspace == 0 ? 1 : 2};
+    });
+}
+
+template <class T>
+cudaError_t run_backward(const DepthwiseBackward& problem, const Device& device) {
+    return with_backward_traits<T>(problem, [&](auto traits) {
+        using Traits = decltype(traits);
+        const CutTile found = cut_backward<Traits>(problem, device);
+        const BackwardArguments<T> arguments{sizes_of(problem.shape),
+                                             found.tile,
+                                             static_cast<const T*>(problem.grad),
+                                             static_cast<const T*>(problem.a),
+                                             static_cast<const T*>(problem.x),
+                                             problem.weight,
+                                             problem.a_norm,
+                                             problem.coefficients,
+                                             problem.gate,
+                                             problem.pooled,
+                                             problem.norm,
+                                             static_cast<const T*>(problem.residual),
+                                             problem.a_activation,
+                                             problem.activation,
+                                             static_cast<T*>(problem.dx),
+                                             static_cast<float*>(problem.workspace),
+                                             problem.sums,
+                                             problem.dw != nullptr,
+                                             problem.db != nullptr};
+        const cudaError_t error = launch<depthwise_backward_kernel<Traits>>(
+            dim3(found.tile.slabs * found.tile.walkers), found.threads, found.shared_bytes, device.stream, arguments);
+        if (error != cudaSuccess || partial_rows(problem) == 0) return error;
+        return sum_partials(problem, found.tile.walkers, device);
+    });
+}
+
+}  // namespace effnet::cuda

@@ -1,0 +1,94 @@
+// Chooses and launches a forward kernel; instantiated once a dtype, in a source of its own.
+#pragma once
+
+#include "depthwise_launch.h"
+
+namespace effnet::cuda {
+
+// Calls f with the traits of the kernel that runs this.
+template <class T, class F>
+auto with_forward_traits(const DepthwiseForward& problem, const F& f) {
+    const bool plain_input = problem.norm == nullptr && problem.activation == Activation::none;
+    const bool neither = problem.gate == nullptr && problem.out_norm == nullptr && problem.grad == nullptr;
+    const bool inference = plain_input && neither && problem.out_activation == Activation::silu && !problem.statistics;
+    const bool training = problem.norm != nullptr && problem.activation == Activation::silu && neither &&
+                          problem.out_activation == Activation::none && !problem.bias && !problem.pool;
+    return with_window(problem.shape, [&](auto kernel, auto stride) {
+        constexpr int k = decltype(kernel)::value, s = decltype(stride)::value;
+        if constexpr (k < 7) {
+            if (!in_chunks<T>(problem.shape)) return f(ForwardTraits<T, k, s, ForwardKind::any>());
+            if (inference) return f(ForwardTraits<T, k, s, ForwardKind::inference>());
+            if (training) return f(ForwardTraits<T, k, s, ForwardKind::training>());
+        }
+        return f(ForwardTraits<T, k, s, ForwardKind::any>());
+    });
+}
+
+template <class Traits>
+CutTile cut_forward(const DepthwiseForward& problem, const Device& device) {
+    using T = typename Traits::Element;
+    const DepthwiseShape& shape = problem.shape;
+    const Cut cut{shape.batch,     shape.channels,   shape.out_height, shape.out_width,
+                  int(sizeof(T)),  Traits::open - 1, Traits::width,    Traits::columns,
+                  Traits::threads, Traits::blocks,   Traits::stride,   Traits::kernel - Traits::stride};
+    const bool sums = problem.pool != nullptr || problem.statistics != nullptr;
+    CutTile found = choose_tile(cut, in_chunks<T>(shape), device, [&](int groups, int pitch, int slab) {
+        return Traits::shared_bytes(groups, pitch, slab, sums);
+    });
+    choose_strips(cut, found, device);
+    return found;
+}
+
+template <class T>
+Plan plan_forward(const DepthwiseForward& problem, const Device& device) {
+    return with_forward_traits<T>(problem, [&](auto traits) {
+        using Traits = decltype(traits);
+        const CutTile found = cut_forward<Traits>(problem, device);
+        const DepthwiseTile& tile = found.tile;
+        const DepthwiseShape& shape = problem.shape;
+        constexpr int64_t stride = Traits::stride;
+        const Reads reads{tile.strip_rows * stride,
+                          (tile.strip_rows + Traits::open - 1) * stride,
+                          shape.pad_top,
+                          shape.height,
+                          tile.groups * Traits::columns * stride,
+                          Traits::row_pixels(tile.groups),
+                          shape.pad_left,
+                          shape.width};
+        const int64_t grads = problem.grad == nullptr ? 0 : shape.out_height * shape.out_width;
+        const int64_t read_bytes = (reads.pixels(tile) + grads) * shape.batch * shape.channels * int64_t(sizeof(T));
+        return Plan{int64_t(tile.strips) * tile.tiles,
+                    0,
+                    int64_t(tile.slabs) * tile.walkers,
+                    found.threads,
+                    found.shared_bytes,
+                    read_bytes,
+                    1};
+    });
+}
+
+template <class T>
+cudaError_t run_forward(const DepthwiseForward& problem, const Device& device) {
+    return with_forward_traits<T>(problem, [&](auto traits) {
+        using Traits = decltype(traits);
+        const CutTile found = cut_forward<Traits>(problem, device);
+        const ForwardArguments<T> arguments{sizes_of(problem.shape),
+                                            found.tile,
+                                            static_cast<const T*>(problem.x),
+                                            problem.weight,
+                                            problem.bias,
+                                            problem.norm,
+                                            problem.gate,
+                                            problem.out_norm,
+                                            static_cast<const T*>(problem.grad),
+                                            problem.activation,
+                                            problem.out_activation,
+                                            static_cast<T*>(problem.y),
+                                            problem.pool,
+                                            problem.statistics};
+        return launch<depthwise_forward_kernel<Traits>>(dim3(found.tile.slabs * found.tile.walkers), found.threads,
+                                                        found.shared_bytes, device.stream, arguments);
+    });
+}
+
+}  // namespace effnet::cuda

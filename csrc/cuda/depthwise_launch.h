@@ -1,0 +1,66 @@
+// What the launches of depthwise forward and backward share, on the host.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "depthwise.cuh"
+#include "depthwise_tile.h"
+
+namespace effnet::cuda {
+
+inline const char* why_not(const DepthwiseShape& shape, const Device& device) {
+    if (device.major < 8) return "the kernels need compute capability 8.0 or higher";
+    if (shape.kernel != 3 && shape.kernel != 5 && shape.kernel != 7) return "kernels are 3x3, 5x5 or 7x7";
+    if (shape.stride != 1 && shape.stride != 2) return "strides are 1 or 2";
+    if (!shape.channels_last) return "activations are channels_last";
+    constexpr int64_t most = int64_t(1) << 31;
+    const int64_t bordered_rows = std::max(shape.height, shape.out_height * shape.stride) + 2 * shape.kernel;
+    const int64_t bordered_columns = std::max(shape.width, shape.out_width * shape.stride) + 64 * shape.kernel;
+    if (shape.channels >= most / 64 || bordered_rows * bordered_columns * std::max<int64_t>(shape.channels, 8) >= most)
+        return "an image has 2^31 or more elements";
+    if (shape.batch * shape.out_height * shape.out_width >= most) return "the batch has 2^31 or more pixels";
+    return nullptr;
+}
+
+inline DepthwiseSizes sizes_of(const DepthwiseShape& shape) {
+    return {int(shape.channels),  int(shape.height),  int(shape.width),   int(shape.out_height),
+            int(shape.out_width), int(shape.pad_top), int(shape.pad_left)};
+}
+
+// Whether every pixel begins at a multiple of 16 bytes.
+template <class T>
+bool in_chunks(const DepthwiseShape& shape) {
+    return shape.channels % (16 / sizeof(T)) == 0;
+}
+
+// Calls f with the kernel size and stride as types.
+template <class F>
+auto with_window(const DepthwiseShape& shape, const F& f) {
+    const auto with_stride = [&](auto kernel) {
+        if (shape.stride == 1) return f(kernel, std::integral_constant<int, 1>());
+        return f(kernel, std::integral_constant<int, 2>());
+    };
+    if (shape.kernel == 3) return with_stride(std::integral_constant<int, 3>());
+    if (shape.kernel == 5) return with_stride(std::integral_constant<int, 5>());
+    return with_stride(std::integral_constant<int, 7>());
+}
+
+template <class T>
+Plan plan_forward(const DepthwiseForward&, const Device&);
+template <class T>
+cudaError_t run_forward(const DepthwiseForward&, const Device&);
+template <class T>
+Plan plan_backward(const DepthwiseBackward&, const Device&);
+template <class T>
+cudaError_t run_backward(const DepthwiseBackward&, const Device&);
+
+// Rows of a walker's partial sums.
+inline int partial_rows(const DepthwiseBackward& problem) {
+    return (problem.dw ? problem.shape.kernel * problem.shape.kernel : 0) + (problem.db ? 1 : 0);
+}
+
+// Adds up dw and db over the walkers.
+cudaError_t sum_partials(const DepthwiseBackward&, int walkers, const Device&);
+
+}  // namespace effnet::cuda

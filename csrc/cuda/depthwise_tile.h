@@ -1,0 +1,130 @@
+// How a depthwise problem is cut into blocks: a rule of the shape and the device, on the host.
+//
+// A candidate for the slab is C in n equal parts, for n = 1, 2, .... As many column groups as a block has threads for
+// stand beside each other. Of the candidates, that is taken which loses least to
+//   threads without an output (a whole number of warps, of groups, of slabs),
+//   columns that two tiles both read,
+//   parts of 32-byte sectors, where a slab's share of a pixel is no multiple of them.
+// Strips are as tall as leaves the GPU full: the number of strips is that with the shortest schedule, in steps of rows,
+// counting the `warm_up` steps that every strip takes before its first result.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "depthwise.cuh"
+#include "host.h"
+
+namespace effnet::cuda {
+
+// What the rule has to know. `columns` and `rows` are steps of the kernel: outputs, or strides of input pixels.
+struct Cut {
+    int64_t batch, channels, rows, columns;
+    int element_bytes, warm_up;
+    int width, thread_columns, threads, blocks;  // of the kernel's traits
+    int stride, halo;                            // pixels that a row of n columns reads: n * stride + halo
+};
+
+struct CutTile {
+    DepthwiseTile tile;
+    int threads, shared_bytes;
+};
+
+// Pixels of an image that all strips together read, where a strip reads `rows` x `columns` from `row_step` and
+// `column_step` times its number, less top and left, on.
+struct Reads {
+    int64_t row_step, rows, top, height, column_step, columns, left, width;
+
+    int64_t pixels(const DepthwiseTile& tile) const {
+        return along(tile.strips, row_step, rows, top, height) * along(tile.tiles, column_step, columns, left, width);
+    }
+
+  private:
+    static int64_t along(int count, int64_t step, int64_t length, int64_t before, int64_t size) {
+        int64_t sum = 0;
+        for (int i = 0; i < count; ++i) {
+            const int64_t first = i * step - before;
+            sum += std::max<int64_t>(0, std::min(first + length, size) - std::max<int64_t>(first, 0));
+        }
+        return sum;
+    }
+};
+
+namespace detail {
+
+inline double usefulness(const Cut& cut, const DepthwiseTile& tile, int threads) {
+    const double pixels = tile.groups * cut.thread_columns * cut.stride, bytes = tile.slab * cut.element_bytes;
+    const double threads_used = double(cut.channels) / cut.width * (double(cut.columns) / cut.thread_columns) /
+                                (double(tile.slabs) * tile.tiles * threads);
+    const double columns_once = tile.tiles == 1 ? 1.0 : pixels / (pixels + cut.halo);
+    const double sectors = tile.slabs == 1 || tile.slab * cut.element_bytes % 32 == 0 ? 1.0 : bytes / (bytes + 32);
+    const double bursts = tile.slabs == 1 || bytes >= 64 ? 1.0 : 0.9;
+    return threads_used * columns_once * sectors * bursts;
+}
+
+}  // namespace detail
+
+// shared_bytes(groups, pitch, slab): what a block of a candidate needs.
+template <class SharedBytes>
+CutTile choose_tile(const Cut& cut, bool chunks, const Device& device, const SharedBytes& shared_bytes) {
+    const int64_t all_vectors = ceil_div(cut.channels, cut.width), chunk = 16 / cut.element_bytes;
+    const int64_t granule = chunks ? std::max<int64_t>(chunk / cut.width, 1) : 1;
+    const int64_t all_groups = ceil_div(cut.columns, cut.thread_columns);
+    CutTile best{};
+    double best_score = -1;
+    for (int64_t n = 1, last = 0; n <= ceil_div(all_vectors, granule); ++n) {
+        const int64_t vectors = round_up(ceil_div(all_vectors, n), granule);
+        if (vectors > cut.threads || vectors == last) continue;
+        last = vectors;
+        CutTile found{};
+        DepthwiseTile& tile = found.tile;
+        tile.chunks = chunks;
+        tile.together = cut.channels % cut.width == 0;
+        tile.vectors = int(vectors);
+        tile.slab = int(vectors * cut.width);
+        tile.slabs = int(ceil_div(all_vectors, vectors));
+        tile.pitch = int(round_up(tile.slab, chunk));
+        for (int64_t most = std::min(all_groups, cut.threads / vectors);; --most) {
+            tile.tiles = int(ceil_div(all_groups, most));
+            tile.groups = int(ceil_div(all_groups, tile.tiles));
+            found.threads = int(round_up(vectors * tile.groups, 32));
+            found.shared_bytes = shared_bytes(tile.groups, tile.pitch, tile.slab);
+            if (most == 1 || found.shared_bytes <= device.max_shared_bytes / 2) break;
+        }
+        if (found.shared_bytes > device.max_shared_bytes) continue;
+        const double score = detail::usefulness(cut, tile, found.threads);
+        if (score > best_score * 1.02) best = found, best_score = score;
+    }
+    return best;
+}
+
+// How many blocks of a tile are on the GPU at once.
+inline int64_t resident_blocks(const Cut& cut, const CutTile& found, const Device& device) {
+    const int64_t by_registers = int64_t(cut.threads) * cut.blocks / found.threads;
+    const int64_t by_shared = (device.max_shared_bytes + 1024) / (found.shared_bytes + 1024);
+    return device.multiprocessors * std::max<int64_t>(1, std::min<int64_t>({by_registers, by_shared, 32}));
+}
+
+inline void choose_strips(const Cut& cut, CutTile& found, const Device& device) {
+    DepthwiseTile& tile = found.tile;
+    const int64_t resident = resident_blocks(cut, found, device);
+    const int64_t shortest = std::min<int64_t>(cut.rows, std::max(4, 2 * cut.warm_up));
+    double best = -1;
+    for (int64_t strips = 1; strips <= ceil_div(cut.rows, shortest); ++strips) {
+        const int64_t rows = ceil_div(cut.rows, strips), items = cut.batch * tile.tiles * ceil_div(cut.rows, rows);
+        const int64_t blocks = items * tile.slabs;
+        // A GPU that is not full gives each block more, up to twice its share.
+        const double share = std::max(0.5, double(round_up(blocks, device.multiprocessors)) / resident);
+        const double rounds = blocks > resident ? double(ceil_div(blocks, resident)) : std::min(share, 1.0);
+        const double time = rounds * double(rows + cut.warm_up);
+        if (best >= 0 && time >= best * 0.98) continue;
+        best = time;
+        tile.strip_rows = int(rows);
+        tile.strips = int(ceil_div(cut.rows, rows));
+    }
+    tile.items = int(cut.batch * tile.tiles * tile.strips);
+    const int64_t most = std::min<int64_t>(tile.items, std::max<int64_t>(1, resident / tile.slabs));
+    tile.walkers = int(ceil_div(tile.items, ceil_div(tile.items, std::max<int64_t>(most, 1))));
+}
+
+}  // namespace effnet::cuda

@@ -1,0 +1,157 @@
+// What the bindings see of the CUDA kernels: plain pointers, sizes and a stream. Free of PyTorch.
+//
+// For each operation: fill in the struct's shape and the pointers (before allocating, any non-null pointer stands for
+// an optional tensor that will be there), ask why_not() whether a kernel covers it, ask plan() how large what it
+// returns has to be, allocate, and run(). All pointers are device pointers, contiguous, and aligned to 16 bytes.
+// Activations (void*) have the struct's dtype, everything else is float. Optional pointers may be null; outputs that
+// are null are not wanted. run() launches on the device's stream, waits for nothing, and returns the first error of a
+// launch.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace effnet::cuda {
+
+enum class Activation : int { none = 0, relu = 1, relu6 = 2, silu = 3, hardswish = 4 };
+enum class Gate : int { sigmoid = 0, hard_sigmoid = 1 };
+enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
+
+// The current device, whose numbers choose tiles. max_shared_bytes: what a block may opt in to.
+struct Device {
+    int index, multiprocessors, major, minor, max_shared_bytes;
+    cudaStream_t stream;
+};
+
+// `parts` is how many partial sums an image (depthwise forward) or the whole batch (depthwise backward) has, and
+// `workspace_bytes` the size of the workspace. The rest says how it will be launched, for tests and reports.
+struct Plan {
+    int64_t parts;
+    size_t workspace_bytes;
+    int64_t blocks;
+    int threads, shared_bytes;
+    int64_t read_bytes;  // of activations, by all blocks: halos and repeats included
+    int launches;        // of one run(), clearing a counter included
+};
+
+// A depthwise convolution without dilation; padding below and on the right follows from the sizes.
+// Activations are (batch, height, width, channels) in memory where channels_last, else (batch, channels, height,
+// width).
+struct DepthwiseShape {
+    int64_t batch, channels, height, width, out_height, out_width;
+    int kernel, stride, pad_top, pad_left;
+    bool channels_last;
+};
+
+// y = out_activation(out_norm(conv(gate * activation(norm(x))) + bias)), or, with grad, grad * out_activation'(...).
+// A norm is (n - mean) * scale + shift. Padding is zero behind the prologue.
+struct DepthwiseForward {
+    DepthwiseShape shape;
+    DType dtype;
+    const void* x;
+    const float* weight;    // (channels, kernel * kernel)
+    const float* bias;      // (channels); optional, as all below but y
+    const float* norm;      // (3, channels): mean, scale, shift
+    const float* gate;      // (batch, channels)
+    const float* out_norm;  // (3, channels)
+    const void* grad;       // like y
+    Activation activation, out_activation;
+    void* y;
+    float* pool;        // (batch, parts, channels): sums of the result over the pixels of a part
+    float* statistics;  // (batch * parts, 3, channels): count, mean, squares around the mean, of the stored result
+};
+
+// Gradients of y = conv(activation(norm(x))) + bias. With a (the stored y), grad is the gradient behind normalisation,
+// activation and gate, and that of y is A n + B (a - mean) + D, n = (grad * gate + pooled) * a_activation'(a_norm(a)),
+// where a is centred with the mean of a_norm. dx is the gradient of norm(x), plus the residual.
+struct DepthwiseBackward {
+    DepthwiseShape shape;
+    DType dtype;
+    const void* grad;           // like y
+    const void* a;              // like y; optional, as all below but weight
+    const void* x;              // needed for dw, for activation and with norm
+    const float* weight;        // (channels, kernel * kernel)
+    const float* a_norm;        // (3, channels)
+    const float* coefficients;  // (4, channels): mean, A, B, D
+    const float* gate;          // (batch, channels)
+    const float* pooled;        // (batch, channels)
+    const float* norm;          // (3, channels)
+    const void* residual;       // like x
+    Activation a_activation, activation;
+    void* dx;
+    float* dw;        // (channels, kernel * kernel)
+    float* db;        // (channels)
+    float* sums;      // (parts, 2, channels): of dx, and of dx * (x - mean)
+    void* workspace;  // null where plan() says 0 bytes
+};
+
+struct SqueezeExcite {
+    int64_t images, pixels, channels, reduced;
+    const float* reduce_weight;  // (reduced, channels)
+    const float* reduce_bias;    // (reduced); optional
+    const float* expand_weight;  // (channels, reduced)
+    const float* expand_bias;    // (channels); optional
+    Activation activation;
+    Gate gate;
+};
+
+// pooled = mean over pixels; gates = gate(expand(activation(reduce(pooled)))); y = x * gates.
+// From the tensor: x is given, and is read through norm and norm_activation where norm is (then y is not wanted).
+// From partials: sums is given, x and y are null.
+struct SqueezeExciteForward {
+    SqueezeExcite layer;
+    DType dtype;
+    const void* x;      // (images, pixels, channels)
+    const float* norm;  // (3, channels); optional
+    const float* sums;  // (images, parts, channels): sums over the pixels of a part
+    int64_t parts;      // of sums
+    Activation norm_activation;
+    void* y;        // like x; optional, as all below
+    float* pooled;  // (images, channels)
+    float* gates;   // (images, channels)
+    void* workspace;
+};
+
+// Gradients of the forward and of the gates' use. From the tensor: grad and x are given, dx = grad * gates +
+// pooled_grad. From partials: sums (images, parts, rows, channels) are sums over pixels of z u, where u * gates is what
+// was used and z its gradient; with five rows also of z s, s, z s c and s c, as kernels/pointwise.py: input_gradient
+// makes them.
+struct SqueezeExciteBackward {
+    SqueezeExcite layer;
+    DType dtype;
+    const void* grad;  // (images, pixels, channels)
+    const void* x;     // like grad
+    const float* sums;
+    int64_t parts, rows;  // of sums
+    const float* pooled;  // (images, channels), as the forward made it
+    void* dx;             // like x; optional, as all below
+    float* reduce_weight_grad;
+    float* reduce_bias_grad;
+    float* expand_weight_grad;
+    float* expand_bias_grad;
+    float* gates;        // (images, channels)
+    float* pooled_grad;  // (images, channels): gradient of the mean over pixels, divided by their number
+    float* partials;     // (images, 2, channels): sums for the normalisation before the pool, where rows is 5
+    void* workspace;
+};
+
+// nullptr, or the reason why no kernel covers this.
+const char* why_not(const DepthwiseForward&, const Device&);
+const char* why_not(const DepthwiseBackward&, const Device&);
+const char* why_not(const SqueezeExciteForward&, const Device&);
+const char* why_not(const SqueezeExciteBackward&, const Device&);
+
+Plan plan(const DepthwiseForward&, const Device&);
+Plan plan(const DepthwiseBackward&, const Device&);
+Plan plan(const SqueezeExciteForward&, const Device&);
+Plan plan(const SqueezeExciteBackward&, const Device&);
+
+// With an empty batch, nothing is launched and nothing but zeros for parameters' gradients is written.
+cudaError_t run(const DepthwiseForward&, const Device&);
+cudaError_t run(const DepthwiseBackward&, const Device&);
+cudaError_t run(const SqueezeExciteForward&, const Device&);
+cudaError_t run(const SqueezeExciteBackward&, const Device&);
+
+}  // namespace effnet::cuda

@@ -1,0 +1,125 @@
+"""Who runs an operator on CUDA tensors: CUDA C++ kernels, Triton's, or the fallback.
+
+A request is honoured where the requested backend has a kernel. Where both backends have one, `gpu_choice.json` decides,
+by operator and shape: data with an origin, either "measured on <GPU>" or "byte model", which
+`benchmarks/gpu/choice.py` writes.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effnet_ops import backends
+from effnet_ops.ops import _library, cuda, triton
+
+TABLE = Path(__file__).with_name("gpu_choice.json")
+GPU_BACKENDS = {"cuda": cuda, "triton": triton}
+
+_logger = logging.getLogger(__name__)
+_chosen: dict[tuple[Any, ...], Callable[..., Any]] = {}
+
+
+@functools.cache
+def table() -> dict[str, Any]:
+    """operator -> {"default": .., "origin": .., "shapes": shape -> {"backend": .., "origin": ..}}"""
+    return json.loads(TABLE.read_text(encoding="utf-8"))["operators"]
+
+
+def bucket(x: Sequence[int], kernel: int | None, stride: int | None, element_size: int) -> str:
+    """The name of the shapes that share an entry: of (N, C, H, W) the batch counts by powers of four."""
+    batch = 1
+    while 4 * batch <= x[0]:
+        batch *= 4
+    window = "" if kernel is None else f",kernel={kernel},stride={stride}"
+    return f"batch={batch},channels={x[1]},height={x[2]},width={x[3]}{window},element_size={element_size}"
+
+
+def preferred(operator: str, x: Tensor, window: backends.Window | None) -> tuple[str, str]:
+    """The backend that the table names for a shape that both have kernels for, and its origin."""
+    entry = table()[operator]
+    sizes = (None, None) if window is None else (window.kernel[0], window.stride[0])
+    found = entry["shapes"].get(bucket(x.shape, *sizes, x.element_size()))
+    return (found["backend"], found["origin"]) if found else (entry["default"], entry["origin"])
+
+
+def _able(operator: str, backend: str, x: Tensor, window: backends.Window | None) -> bool:
+    runs = operator in GPU_BACKENDS[backend].WORDS and not backends.BACKENDS[backend].unavailable()
+    return runs and not backends.why_not(backend, x, window)
+
+
+def choose(operator: str, x: Tensor, window: backends.Window | None) -> str:
+    """The backend that runs this operator on x, or "reference".
+
+    A request that has no kernel for the call is an error of the public function already; the operator itself is right
+    all the same.
+    """
+    able = [name for name in GPU_BACKENDS if _able(operator, name, x, window)]
+    requested = backends.requested()
+    if requested in able:
+        return requested
+    if len(able) < 2:
+        return able[0] if able else "reference"
+    name, origin = preferred(operator, x, window)
+    _announce(operator, name, origin)
+    return name
+
+
+@functools.cache
+def _announce(operator: str, backend: str, origin: str) -> None:
+    _logger.info("%s on a GPU runs on %s by default (%s)", operator, backend, origin)
+
+
+def _implementation(operator: str, x: Tensor, window: backends.Window | None) -> Callable[..., Any]:
+    key = (operator, backends.requested(), x.device, x.dtype, x.shape, *(() if window is None else map(tuple, window)))
+    if key not in _chosen:
+        name = choose(operator, x, window)
+        _chosen[key] = _library.fallbacks[operator] if name == "reference" else _launched(operator, name)
+    return _chosen[key]
+
+
+def _launched(operator: str, backend: str) -> Callable[..., Any]:
+    function = GPU_BACKENDS[backend].implementation(operator)
+    if backend == "cuda":
+        return function
+
+    def on_device(first: Tensor, *args: Any) -> Any:
+        # Triton launches on the current device, whatever the tensors' device is.
+        with torch.cuda.device_of(first):
+            return function(first, *args)
+
+    return on_device
+
+
+# Of each operator's arguments, which is x, and which window it has.
+def _depthwise(x: Tensor, weight: Tensor, bias: Any, stride: Any, padding: Any, dilation: Any, *_: Any) -> Any:
+    return x, backends.Window(weight.shape[2:], stride, dilation)
+
+
+_PROBLEMS: dict[str, Callable[..., tuple[Tensor, backends.Window | None]]] = {
+    "depthwise_conv2d": _depthwise,
+    "depthwise_conv2d_backward": lambda grad, *args: _depthwise(*args),
+    "squeeze_excite_backward": lambda grad, x, *_: (x, None),
+}
+
+
+def _register(operator: str) -> None:
+    problem = _PROBLEMS.get(operator, lambda first, *_: (first, None))
+
+    def kernel(*args: Any) -> Any:
+        return _implementation(operator, *problem(*args))(*args)
+
+    _library.library.impl(operator, kernel, "CUDA")
+
+
+def register() -> None:
+    """Register every operator that has kernels for CUDA tensors; called once, when all operators are defined."""
+    for operator in triton.WORDS:
+        _register(operator)

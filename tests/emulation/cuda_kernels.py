@@ -1,0 +1,99 @@
+"""The kernels of csrc/cuda on the emulated GPU: kernels.h as ctypes structures, and calls with tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from emulator import CUDA, HERE, Machine
+from torch import Tensor
+
+_TYPES = {
+    "int": ctypes.c_int,
+    "bool": ctypes.c_bool,
+    "int64_t": ctypes.c_int64,
+    "size_t": ctypes.c_size_t,
+    "cudaStream_t": ctypes.c_void_p,
+}
+DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+@functools.cache
+def interface() -> tuple[dict[str, type[ctypes.Structure]], dict[str, dict[str, int]]]:
+    """The structures and the enumerations of kernels.h by name, read from the header itself."""
+    text = re.sub(r"//[^\n]*", "", (CUDA / "kernels.h").read_text())
+    enums = {
+        name: {key: int(value) for key, value in re.findall(r"(\w+) = (\d+)", body)}
+        for name, body in re.findall(r"enum class (\w+) : int \{([^}]*)\}", text)
+    }
+    structures: dict[str, type[ctypes.Structure]] = {}
+    for name, body in re.findall(r"struct (\w+) \{([^}]*)\}", text):
+        fields = []
+        for statement in filter(None, (part.strip() for part in body.split(";"))):
+            kind, declarators = re.fullmatch(r"(?:const )?(\w+)\b(.*)", statement, re.S).groups()
+            for declarator in declarators.split(","):
+                pointer = "*" in declarator
+                type_ = ctypes.c_int if kind in enums else _TYPES.get(kind) or structures.get(kind)
+                fields.append((declarator.strip("* \n"), ctypes.c_void_p if pointer else type_))
+        structures[name] = type(name, (ctypes.Structure,), {"_fields_": fields})
+    return structures, enums
+
+
+def structure(name: str, values: Mapping[str, Any]) -> ctypes.Structure:
+    """A structure of kernels.h: tensors and None for pointers, names for enumerations, mappings for structures."""
+    structures, enums = interface()
+    made = structures[name]()
+    known = dict(made._fields_)
+    for key, value in values.items():
+        if key not in known:
+            raise KeyError(f"{name} of kernels.h has no {key}, but {list(known)}")
+        if isinstance(value, Tensor):
+            value = value.data_ptr() if value.numel() else None
+        elif isinstance(value, Mapping):
+            value = structure(known[key].__name__, value)
+        elif isinstance(value, str):
+            (value,) = {names[value] for names in enums.values() if value in names}
+        elif isinstance(value, torch.dtype):
+            value = enums["DType"][DTYPES[value]]
+        setattr(made, key, value)
+    return made
+
+
+class Kernels(Machine):
+    """An emulated GPU with the kernels of csrc/cuda."""
+
+    def __init__(self) -> None:
+        super().__init__("kernels", [HERE / "bindings.cpp", *sorted(CUDA.glob("*.cu"))])
+        self.multiprocessors = 4
+        self.shared_limit = 227 * 1024
+
+    def reset(self, seed: int = 0, **options: Any) -> None:
+        super().reset(seed, **options)
+        self.multiprocessors = options.get("multiprocessors", 4)
+        self.shared_limit = options.get("shared_limit", 227 * 1024)
+
+    def _device(self) -> ctypes.Structure:
+        values = {"multiprocessors": self.multiprocessors, "major": 9, "max_shared_bytes": self.shared_limit}
+        return structure("Device", values)
+
+    def why_not(self, name: str, **values: Any) -> str | None:
+        """Why no kernel covers this problem, or None."""
+        problem, device = structure(name, values), self._device()
+        reason = self.call(f"why_not_{name}", ctypes.byref(problem), ctypes.byref(device), result=ctypes.c_char_p)
+        return None if reason is None else reason.decode()
+
+    def plan(self, name: str, **values: Any) -> ctypes.Structure:
+        problem, device, found = structure(name, values), self._device(), structure("Plan", {})
+        arguments = (ctypes.byref(item) for item in (problem, device, found))
+        self.call(f"plan_{name}", *arguments, result=None)
+        return found
+
+    def run(self, name: str, **values: Any) -> None:
+        """Launches; an `EmulationError` is a detector's report."""
+        problem, device = structure(name, values), self._device()
+        error = self.call(f"run_{name}", ctypes.byref(problem), ctypes.byref(device))
+        assert error == 0, f"{name} returned the error {error}"

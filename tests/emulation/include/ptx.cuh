@@ -1,0 +1,40 @@
+// Shadows csrc/cuda/ptx.cuh: what each instruction does, and what its user must not rely on.
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace effnet::cuda {
+
+inline void copy_async_16(void* shared, const void* global, bool inside) {
+    emulation::copy_async(shared, global, 16, inside ? 16 : 0);
+}
+
+inline void copy_async_commit() { emulation::commit_copies(); }
+
+template <int open>
+void copy_async_wait() {
+    emulation::wait_copies(open);
+}
+
+// About as coarse as the instruction.
+inline float tanh_approximate(float x) {
+    const float y = tanhf(x);
+    return __uint_as_float((__float_as_uint(y) + 0x800u) & ~0xfffu);
+}
+
+namespace detail {
+
+inline float flushed(float x) { return fabsf(x) < 0x1p-126f ? copysignf(0.0f, x) : x; }
+
+}  // namespace detail
+
+inline float exp2_approximate(float x) { return detail::flushed(exp2f(detail::flushed(x))); }
+
+inline float reciprocal_approximate(float x) { return detail::flushed(1.0f / detail::flushed(x)); }
+
+inline void grid_barrier(unsigned* counter, unsigned arrivals, const char* file = __builtin_FILE(),
+                         int line = __builtin_LINE()) {
+    emulation::grid_barrier(counter, arrivals, {file, line});
+}
+
+}  // namespace effnet::cuda

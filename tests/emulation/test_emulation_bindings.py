@@ -1,0 +1,196 @@
+"""The whole way from an operator's arguments to the emulated kernels: ops/cuda, csrc/cuda/bindings.cpp, the launches.
+
+The bindings are compiled for tensors of the CPU. The kernels may touch what the bindings hand over, and nothing else.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import emulator
+import pytest
+import torch
+from cases import DEPTHWISE, SQUEEZE_EXCITE, DepthwiseCase
+from cases import SqueezeExciteCase as SECase
+from cuda_kernels import Kernels
+from fused_depthwise import CASES, Fused, check_backward, check_forward
+from helpers import HALF, LAYOUTS, Function, Tensors, check, gate_tolerance, names
+from torch import Tensor
+
+from effnet_ops import backends, checks
+from effnet_ops.ops import cuda, gpu
+
+sys.path.insert(0, str(emulator.ROOT / "benchmarks" / "gpu"))
+
+import choice
+
+TORCH = Path(torch.__file__).parent
+
+
+@pytest.fixture(scope="session")
+def bindings(kernel_machine: Kernels) -> ctypes.CDLL:
+    """The bindings beside the emulated kernels, registered for the CPU."""
+    sources = [emulator.CUDA / "bindings.cpp", emulator.HERE / "adopt.cpp"]
+    flags = ["-std=c++17", "-O1", "-fPIC", "-DEFFNET_EMULATED", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    flags += [f"-I{emulator.HERE / 'include'}", f"-I{TORCH / 'include'}", "-shared"]
+    link = [str(kernel_machine.path), f"-Wl,-rpath,{kernel_machine.path.parent}", f"-L{TORCH / 'lib'}", "-ltorch_cpu"]
+    text = [path.read_bytes() for path in (*sources, emulator.CUDA / "kernels.h")]
+    key = hashlib.sha256(repr((flags, link, text)).encode()).hexdigest()[:16]
+    library = kernel_machine.path.parent / f"torch_bindings-{key}.so"
+    if not library.exists():
+        emulator._run([emulator.compiler(), *flags, *map(str, sources), *link], library)
+    torch.ops.load_library(str(library))
+    return ctypes.CDLL(str(library))
+
+
+class Emulated(torch.autograd.Function):
+    """An operator of ops/cuda with its gradient, as ops/_library.py would put them together."""
+
+    @staticmethod
+    def forward(ctx: Any, operator: str, config: tuple[Any, ...], *inputs: Tensor | None) -> Tensor:
+        result = cuda.implementation(operator)(*inputs, *config)
+        y, saved = (result, ()) if isinstance(result, Tensor) else (result[0], result[1:])
+        ctx.operator, ctx.config, ctx.count = operator, config, len(saved)
+        ctx.save_for_backward(*inputs, *saved)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = ctx.saved_tensors[: len(ctx.saved_tensors) - ctx.count]
+        saved = ctx.saved_tensors[len(inputs) :]
+        needs = list(ctx.needs_input_grad[2:])
+        found = cuda.implementation(f"{ctx.operator}_backward")(
+            grad, inputs[0], *saved, *inputs[1:], *ctx.config, needs
+        )
+        return (None, None, *(value if need else None for value, need in zip(found, needs, strict=True)))
+
+
+def on_emulation(public: Function, emulated: Function) -> Function:
+    """The public function for the reference, which `check` asks for, and else the emulated one."""
+    return lambda tensors: public(tensors) if backends.requested() == "reference" else emulated(tensors)
+
+
+def depthwise(case: DepthwiseCase) -> tuple[Function, Tensors]:
+    from test_depthwise import problem
+
+    public, tensors = problem(case)
+    stride, dilation = checks.pair("stride", case.stride, 1), checks.pair("dilation", case.dilation, 1)
+    config = (stride, checks.padding_sides(case.padding), dilation, case.activation)
+
+    def emulated(t: Tensors) -> Tensor:
+        return Emulated.apply("depthwise_conv2d", config, t["x"], t["weight"], t["bias"])
+
+    return on_emulation(public, emulated), tensors
+
+
+def squeeze_excite(case: SECase) -> tuple[Function, Tensors]:
+    from test_squeeze_excite import problem
+
+    public, tensors = problem(case)
+    config = (case.activation, case.gate)
+    return on_emulation(public, lambda t: Emulated.apply("squeeze_excite", config, *t.values())), tensors
+
+
+def covered(case: DepthwiseCase) -> bool:
+    stride, dilation = checks.pair("stride", case.stride, 1), checks.pair("dilation", case.dilation, 1)
+    return not backends._cuda_uncovered(backends.Window(case.kernel, stride, dilation))
+
+
+COVERED = [case for case in DEPTHWISE if covered(case)]
+SMALL = [case for case in COVERED if case.name != "large"]
+by_dtype = pytest.mark.parametrize("dtype", HALF, ids=str)
+
+
+def laid_out(cases: list[Any]) -> list[tuple[Any, str]]:
+    return [(case, LAYOUTS[i % len(LAYOUTS)]) for i, case in enumerate(cases)]
+
+
+def test_the_table_covers_all_windows() -> None:
+    assert {(case.kernel[0], case.stride) for case in COVERED} == {(k, s) for k in (3, 5, 7) for s in (1, 2)}
+
+
+@pytest.mark.usefixtures("bindings", "poison")
+@pytest.mark.parametrize(("case", "layout"), laid_out(SMALL), ids=names(SMALL))
+def test_depthwise(case: DepthwiseCase, layout: str) -> None:
+    check(*depthwise(case), torch.float32, layout)
+
+
+@pytest.mark.usefixtures("bindings", "poison")
+@by_dtype
+@pytest.mark.parametrize("case", SMALL[::5], ids=names(SMALL[::5]))
+def test_depthwise_half(case: DepthwiseCase, dtype: torch.dtype) -> None:
+    check(*depthwise(case), dtype)
+
+
+@pytest.mark.usefixtures("bindings", "poison")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout: str) -> None:
+    check(*depthwise(COVERED[0]), torch.bfloat16, layout, parameter_dtype=torch.bfloat16)
+    check(*squeeze_excite(SQUEEZE_EXCITE[0]), torch.bfloat16, layout, parameter_dtype=torch.bfloat16)
+
+
+@pytest.mark.usefixtures("bindings", "poison")
+@pytest.mark.parametrize(("case", "layout"), laid_out(SQUEEZE_EXCITE), ids=names(SQUEEZE_EXCITE))
+def test_squeeze_excite(case: SECase, layout: str) -> None:
+    check(*squeeze_excite(case), torch.float32, layout, gradient_tolerance=gate_tolerance(case.gate, torch.float32))
+
+
+@pytest.mark.usefixtures("bindings", "poison")
+@by_dtype
+def test_squeeze_excite_half(dtype: torch.dtype) -> None:
+    check(*squeeze_excite(SQUEEZE_EXCITE[0]), dtype)
+
+
+@pytest.mark.usefixtures("bindings", "poison")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("check", [check_forward, check_backward])
+def test_prologues_and_epilogues(check: Any, case: Fused, dtype: torch.dtype) -> None:
+    check(case, dtype, "cpu", torch.channels_last)
+
+
+@pytest.mark.usefixtures("bindings")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({1: torch.zeros(8, 1, 3, 5)}, "kernels must be square"),
+        ({1: torch.zeros(7, 1, 3, 3)}, "weight must be"),
+        ({2: torch.zeros(9)}, "bias must have 8 elements, got 9"),
+        ({6: torch.zeros(1, 8, 4, 5)}, "grad does not have the size"),
+        ({7: 3}, "strides are 1 or 2"),
+        ({8: [0, 0, 0]}, "padding takes 4 numbers"),
+        ({9: "gelu"}, "unknown activation 'gelu'"),
+        ({0: torch.zeros(1, 8, 4, 4, dtype=torch.float64)}, "take float32, bfloat16 or float16"),
+    ],
+)
+def test_direct_calls_that_do_not_fit(change: dict[int, Any], message: str) -> None:
+    fitting = [torch.zeros(1, 8, 4, 4), torch.zeros(8, 1, 3, 3), *[None] * 5, 1, [1] * 4, "none", "none", False, False]
+    torch.ops.effnet_ops.cuda_depthwise_forward(*fitting)
+    arguments = [change.get(i, value) for i, value in enumerate(fitting)]
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.effnet_ops.cuda_depthwise_forward(*arguments)
+
+
+def test_committed_choice_is_the_models(bindings: ctypes.CDLL) -> None:
+    """Where no rows decide. If tiles have changed: python benchmarks/gpu/choice.py --library <the bindings here>."""
+    expected = choice.table(list(choice.modelled(Path(bindings._name))), choice.MODEL)
+    for operator, entry in gpu.table().items():
+        by_model = {key: found for key, found in entry["shapes"].items() if found["origin"] == choice.MODEL}
+        assert (entry["default"], by_model) == (expected[operator]["default"], expected[operator]["shapes"]), (
+            bindings._name
+        )
+
+
+def test_model_counts_what_a_plan_says(bindings: ctypes.CDLL) -> None:
+    """Images that are one tile each are read once, whatever the window; cut into strips, one has rows to read twice."""
+    plans = choice.Plans(Path(bindings._name))
+    for kernel in (3, 5, 7):
+        many = choice.Geometry.of(choice.Window(8, 9, kernel, 1), 4096, 2)
+        assert plans.depthwise(many, False) == (1, 2 * many.x_bytes, 2 * many.x_bytes)
+        assert choice.triton_forward(many) == (1, 2 * many.x_bytes, 2 * many.x_bytes)
+    one = choice.Geometry.of(choice.Window(8, 90, 5, 1), 1, 2)
+    assert plans.depthwise(one, False).l2 > 2 * one.x_bytes and choice.triton_forward(one).l2 > 2 * one.x_bytes

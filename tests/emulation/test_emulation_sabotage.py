@@ -1,0 +1,108 @@
+"""Every barrier of csrc/cuda is needed: without it a detector speaks. So the cases reach them, and none is in vain."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from cases import DepthwiseCase, SqueezeExciteCase
+from cuda_kernels import Kernels
+from depthwise_problems import BackwardFusion, Fusion, Geometry, run_backward, run_forward
+from emulator import CUDA, EmulationError
+from squeeze_excite_problems import (
+    backward_from_partials,
+    backward_from_tensor,
+    forward_from_partials,
+    forward_from_tensor,
+)
+
+
+def barriers() -> dict[str, tuple[str, int]]:
+    """File and line of every barrier by "file: function #number". A grid barrier counts as one."""
+    found: dict[str, tuple[str, int]] = {}
+    for path in sorted(CUDA.glob("*.cuh")):
+        function, number = "", 0
+        for i, line in enumerate(path.read_text().splitlines(), 1):
+            code = line.split("//")[0]
+            if definition := re.search(r"\bvoid (\w+)\(", code):
+                function, number = definition[1], 0
+            if path.name not in ("ptx.cuh", "launch.cuh") and re.search(
+                r"\b(__syncthreads|__syncwarp|grid_barrier)\(", code
+            ):
+                number += 1
+                found[f"{path.name}: {function} #{number}"] = (path.name, i)
+    return found
+
+
+BARRIERS = barriers()
+# Not needed for a reason that is less sure than the barrier is cheap.
+KEPT = {
+    "squeeze_excite.cuh: expand_backward #2": "in the cases with another turn, threads read what they wrote themselves",
+}
+# Several strips for each of few blocks, and groups of columns that share their channels.
+DEPTHWISE = [
+    Geometry.of(DepthwiseCase("several_groups", (3, 16, 12, 28))),
+    Geometry.of(DepthwiseCase("odd_channels", (3, 13, 12, 30), stride=2)),
+]
+SQUEEZE_EXCITE = [
+    SqueezeExciteCase("large_images", (2, 48, 21, 20), 4),
+    SqueezeExciteCase("many_images", (9, 20, 4, 4), 40),
+    SqueezeExciteCase("wide", (5, 13, 3, 3), 300),
+]
+FORWARD = Fusion(norm=True, activation="silu", bias=True, gate=True, pool=True, statistics=True)
+BACKWARD = BackwardFusion(after=True, statistics=True, norm=True, wanted=("dx", "dw", "db", "sums"))
+
+
+def depthwise_problems() -> list[Callable[[Kernels], object]]:
+    return [
+        *(lambda k, g=g: run_forward(k, g, FORWARD, torch.float32) for g in DEPTHWISE),
+        *(lambda k, g=g: run_backward(k, g, BACKWARD, torch.float32) for g in DEPTHWISE),
+    ]
+
+
+def squeeze_excite_problems() -> list[Callable[[Kernels], object]]:
+    problems: list[Callable[[Kernels], object]] = []
+    for case in SQUEEZE_EXCITE:
+        problems += [
+            lambda k, c=case: forward_from_tensor(k, c, torch.float32, None),
+            lambda k, c=case: backward_from_tensor(k, c, torch.float32),
+            lambda k, c=case: forward_from_partials(k, c, 2),
+            lambda k, c=case: backward_from_partials(k, c, 2, 5),
+        ]
+    return problems
+
+
+def problems_for(file: str) -> list[Callable[[Kernels], object]]:
+    if file.startswith("squeeze_excite"):
+        return squeeze_excite_problems()
+    if file.startswith(("depthwise", "reduction")):
+        return depthwise_problems()
+    raise ValueError(f"no problems that exercise the barriers of {file}")
+
+
+@pytest.mark.parametrize("name", BARRIERS)
+def test_barrier_is_needed(kernels: Kernels, name: str) -> None:
+    file, line = BARRIERS[name]
+    reports = []
+    for multiprocessors in (1, 4):
+        for problem in problems_for(file):
+            kernels.reset(multiprocessors=multiprocessors)
+            kernels.sabotage(file, line)
+            try:
+                problem(kernels)
+            except EmulationError as report:
+                reports.append(report)
+                break
+    if name in KEPT:
+        assert not reports, f"{name} is needed after all: {reports[0]}"
+    else:
+        assert reports, f"nothing is reported without {name}, line {line}"
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_copies_are_waited_for(kernels: Kernels, backward: bool) -> None:
+    kernels.sabotage(late_groups=1)
+    with pytest.raises(EmulationError, match="before the asynchronous copy to it has landed"):
+        depthwise_problems()[2 if backward else 0](kernels)

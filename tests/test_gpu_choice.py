@@ -1,0 +1,190 @@
+"""Who of `cuda` and `triton` runs an operator: reasons, requests, the table. The GPU is made up, nothing launched."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from effnet_ops import _native, backends, reference
+from effnet_ops.ops import cuda, gpu, triton
+
+WINDOW = backends.Window((3, 3), (1, 1), (1, 1))
+
+
+def on_gpu(dtype: torch.dtype = torch.bfloat16, *, index: int = 0, shape: tuple[int, ...] = (2, 8, 5, 5)) -> Any:
+    """What the predicates look at of a tensor."""
+    size = torch.Size(shape)
+    device = torch.device("cuda", index)
+    return SimpleNamespace(
+        device=device, dtype=dtype, layout=torch.strided, shape=size, element_size=lambda: dtype.itemsize
+    )
+
+
+@pytest.fixture
+def both(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which both backends can run, with a GPU of compute capability 9.0 and an old one."""
+    for name in gpu.GPU_BACKENDS:
+        monkeypatch.setitem(backends.BACKENDS, name, backends.BACKENDS[name]._replace(unavailable=lambda: ""))
+    monkeypatch.setattr(backends, "_automatic", list(backends.BACKENDS))
+    monkeypatch.setattr(backends, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: ((9, 0), (7, 5))[index])
+    monkeypatch.setattr(gpu, "_chosen", {})
+    backends._refuses_gpu.cache_clear()
+    yield
+    backends._refuses_gpu.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("x", "window", "operation", "reason"),
+    [
+        (on_gpu(), WINDOW, "depthwise_conv2d", ""),
+        (on_gpu(torch.float32), WINDOW._replace(stride=(2, 2)), "depthwise_conv2d", ""),
+        (on_gpu(), None, "pointwise_conv2d", "it has no kernels for pointwise_conv2d"),
+        (on_gpu(), WINDOW, "mbconv", "it has no kernels for mbconv"),
+        (
+            on_gpu(torch.float64),
+            WINDOW,
+            "",
+            "x is torch.float64, and the kernels are for float32, float16 and bfloat16",
+        ),
+        (on_gpu(index=1), WINDOW, "", "cuda:1 has compute capability 7.5, and the kernels need 8.0"),
+        (torch.zeros(1, 8, 5, 5), WINDOW, "", "x is on cpu"),
+        (on_gpu(), WINDOW._replace(kernel=(3, 5)), "", "a 3x5 kernel is not 3x3, 5x5 or 7x7"),
+        (on_gpu(), WINDOW._replace(kernel=(9, 9)), "", "a 9x9 kernel is not 3x3, 5x5 or 7x7"),
+        (on_gpu(), WINDOW._replace(stride=(1, 2)), "", r"stride (1, 2) is not (1, 1) or (2, 2)"),
+        (on_gpu(), WINDOW._replace(stride=(3, 3)), "", r"stride (3, 3) is not (1, 1) or (2, 2)"),
+        (on_gpu(), WINDOW._replace(dilation=(2, 1)), "", r"dilation (2, 1) is not (1, 1)"),
+    ],
+)
+@pytest.mark.usefixtures("both")
+def test_reasons_of_cuda(x: Any, window: backends.Window | None, operation: str, reason: str) -> None:
+    assert backends.why_not("cuda", x, window, operation) == reason
+    with backends.use_backend("cuda"):
+        if reason:
+            with pytest.raises(RuntimeError, match="'cuda' cannot run this call"):
+                backends.select(x, "", window, operation)
+        else:
+            assert backends.select(x, "", window, operation) == "cuda"
+
+
+@pytest.mark.usefixtures("both")
+def test_automatic_choice_passes_over_what_cuda_lacks() -> None:
+    assert backends.select(on_gpu(), "", WINDOW, "depthwise_conv2d") == "cuda"
+    assert backends.select(on_gpu(), "", WINDOW, "mbconv") == "triton"
+    assert backends.select(on_gpu(torch.float64), "", WINDOW, "depthwise_conv2d") == "triton"
+    assert backends.select(on_gpu(index=1), "", WINDOW, "depthwise_conv2d") == "reference"
+
+
+def test_why_cuda_cannot_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No library, no CUDA in PyTorch, no GPU: each is a reason, none an error."""
+    backends._cuda_unavailable.cache_clear()
+    _native.load_cuda.cache_clear()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "built without CUDA" in backends._cuda_unavailable()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(_native, "cuda_library", lambda: None)
+    backends._cuda_unavailable.cache_clear()
+    _native.load_cuda.cache_clear()
+    assert "FORCE_CUDA=1" in backends._cuda_unavailable()
+    broken = _native.Path(__file__)
+    monkeypatch.setattr(_native, "cuda_library", lambda: broken)
+    backends._cuda_unavailable.cache_clear()
+    assert backends._cuda_unavailable() == "there is no NVIDIA GPU, or no driver for it"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    backends._cuda_unavailable.cache_clear()
+    _native.load_cuda.cache_clear()
+    assert backends._cuda_unavailable().startswith("the CUDA part does not load: ")
+    backends._cuda_unavailable.cache_clear()
+    _native.load_cuda.cache_clear()
+
+
+@pytest.mark.usefixtures("both")
+@pytest.mark.parametrize("operator", cuda.WORDS)
+def test_a_request_decides_before_the_table(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    window = WINDOW if operator.startswith("depthwise") else None
+    for preferred in gpu.GPU_BACKENDS:
+        monkeypatch.setattr(gpu, "preferred", lambda *args, preferred=preferred: (preferred, "a test"))
+        assert gpu.choose(operator, on_gpu(), window) == preferred
+        for name in gpu.GPU_BACKENDS:
+            with backends.use_backend(name):
+                assert gpu.choose(operator, on_gpu(), window) == name
+
+
+@pytest.mark.usefixtures("both")
+def test_operators_are_right_where_the_request_has_no_kernel() -> None:
+    with backends.use_backend("cuda"):
+        assert gpu.choose("pointwise_conv2d", on_gpu(), None) == "triton"
+        assert gpu.choose("depthwise_conv2d", on_gpu(), WINDOW._replace(kernel=(2, 2))) == "triton"
+        assert gpu.choose("depthwise_conv2d", on_gpu(index=1), WINDOW) == "reference"
+        assert gpu.choose("depthwise_conv2d", on_gpu(), WINDOW._replace(kernel=(9, 9))) == "reference"
+
+
+@pytest.mark.usefixtures("both")
+def test_a_decision_is_of_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decisions are kept, so what was asked for is part of what they are kept by."""
+    monkeypatch.setattr(gpu, "_launched", lambda operator, backend: backend)
+    found = []
+    for name in ("cuda", "triton", "cuda"):
+        with backends.use_backend(name):
+            found.append(gpu._implementation("depthwise_conv2d", on_gpu(), WINDOW))
+    assert found == ["cuda", "triton", "cuda"] and len(gpu._chosen) == 2
+
+
+def test_every_operator_is_registered_for_cuda_tensors() -> None:
+    for operator in triton.WORDS:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"effnet_ops::{operator}", "CUDA")
+    assert set(cuda.WORDS) <= set(triton.WORDS)
+
+
+def test_too_large_for_the_kernels_is_right_all_the_same() -> None:
+    """What has more channels than shared memory has room for runs the fallback: on the CPU there is nothing else."""
+    x, weights = torch.randn(1, 16000, 1, 1), (torch.randn(2, 16000, 1, 1) / 100, torch.randn(16000, 2, 1, 1))
+    y, pooled = cuda.implementation("squeeze_excite")(x, weights[0], None, weights[1], None, "silu", "sigmoid")
+    assert torch.equal(y, reference.squeeze_excite(x, weights[0], None, weights[1], None, "silu", "sigmoid"))
+    arguments = (x, x, pooled, weights[0], None, weights[1], None, "silu", "sigmoid", [True] + [False] * 4)
+    assert cuda.implementation("squeeze_excite_backward")(*arguments)[0].shape == x.shape
+
+
+@pytest.mark.parametrize(
+    ("shape", "sides", "too_large"),
+    [
+        ((256, 96, 112, 112), (1, 1, 1, 1), False),
+        ((520, 16, 512, 512), (1, 1, 1, 1), False),
+        ((1, 16, 16000, 16000), (1, 1, 1, 1), True),
+        ((1, 8, 4, 4), (20000, 20000, 20000, 20000), True),
+        ((1 << 22, 8, 20, 20), (1, 1, 1, 1), True),
+    ],
+)
+def test_images_too_large_for_the_kernels(shape: tuple[int, ...], sides: tuple[int, ...], too_large: bool) -> None:
+    from effnet_ops.ops.cuda.depthwise import _too_large
+
+    assert _too_large(torch.empty(shape, device="meta"), 3, sides) is too_large
+
+
+def test_table_covers_the_operators_of_both() -> None:
+    assert set(gpu.table()) == set(cuda.WORDS)
+    for entry in gpu.table().values():
+        for choice in (entry | {"backend": entry["default"]}, *entry["shapes"].values()):
+            assert choice["backend"] in gpu.GPU_BACKENDS
+            assert choice["origin"] == "byte model" or choice["origin"].startswith("measured on ")
+
+
+def test_shapes_of_one_entry() -> None:
+    assert gpu.bucket((300, 96, 112, 112), 3, 2, 2) == gpu.bucket((256, 96, 112, 112), 3, 2, 2)
+    assert gpu.bucket((255, 96, 112, 112), 3, 2, 2) == gpu.bucket((64, 96, 112, 112), 3, 2, 2)
+    assert gpu.bucket((1, 96, 14, 14), None, None, 4) == "batch=1,channels=96,height=14,width=14,element_size=4"
+    assert gpu.bucket((0, 8, 4, 4), 3, 1, 4).startswith("batch=1,")
+
+
+@pytest.mark.usefixtures("both")
+def test_an_entry_wins_over_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = on_gpu(shape=(16, 96, 14, 14))
+    shapes = {gpu.bucket(x.shape, 3, 1, 2): {"backend": "triton", "origin": "measured on a GPU"}}
+    made = {"depthwise_conv2d": {"default": "cuda", "origin": "byte model", "shapes": shapes}}
+    monkeypatch.setattr(gpu, "table", lambda: made)
+    assert gpu.preferred("depthwise_conv2d", x, WINDOW) == ("triton", "measured on a GPU")
+    assert gpu.preferred("depthwise_conv2d", on_gpu(), WINDOW) == ("cuda", "byte model")
