@@ -67,8 +67,8 @@ def normalise(x, norm, FOLDED: tl.constexpr = False):
 def fold(norm, KIND: tl.constexpr, FAST: tl.constexpr):
     """(mean, scale, shift) for `normalise` with FOLDED, in front of `activate` with HALVED = FAST.
 
-    For tensors stored in 16 bits: what cancels where |mean| is far larger than the deviation is 2^-24 of it, and x itself
-    is known to 2^-12 at best. What is issued for each element is what limits kernels, and this saves two operations.
+    For tensors stored in 16 bits: what cancels where |mean| is far larger than the deviation is 2^-24 of it, and x
+    itself is known to 2^-12 at best. What is issued for each element limits kernels, and this saves two operations.
     """
     scale, shift = norm[1], norm[2] - norm[0] * norm[1]
     if FAST and KIND == SILU:

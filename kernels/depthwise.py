@@ -580,7 +580,7 @@ def backward(
         residual, dx, dw, db, sums, batch, walkers, *size, *out_size, window.padding[0], window.padding[2],
         C=channels, **window.constants(), A_ACTIVATION=ACTIVATION_CODES[a_activation],
         ACTIVATION=ACTIVATION_CODES[activation], OFFSET=_offset(grad, dx if dx is not None else grad),
-        ACC=accumulator(grad.dtype), **blocks, num_warps=config["num_warps"],
+        ACC=accumulator(grad.dtype), **blocks, num_warps=config["num_warps"], maxnreg=config["REGISTERS"],
     )  # fmt: skip
     dw = None if dw is None else sum_partials(dw, weight.dtype)
     db = None if db is None else sum_partials(db, weight.dtype if bias is None else bias.dtype)
@@ -661,7 +661,7 @@ def _forward_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
 def _backward_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
     """The widest lanes that did not spill when compiled for sm_90, with a normalisation behind or without."""
     if arch.name == "interpreter":
-        return {**_interpreted(shape), "PROGRAMS": 2}
+        return {**_interpreted(shape), "PROGRAMS": 2, "REGISTERS": 255}
     taps, (open_rows, _) = shape["kernel_h"] * shape["kernel_w"], _extent(shape)
     large = taps >= 25
     narrow_lanes = shape["element_size"] == 8 or taps > 30 or (large and shape["element_size"] == 4)
@@ -671,7 +671,10 @@ def _backward_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
     programs = per_multiprocessor * arch.multiprocessors
     lanes = triton.cdiv(shape["width"], columns)
     tile = _tile(shape, lanes, shape["height"], 1 if narrow_lanes else 2, open_rows - 1, programs)
-    return {**tile, "COLS": columns, "PROGRAMS": programs}
+    # No more programs than these are launched, so each may have its share of the registers. Left to itself, the
+    # compiler spills a few in order to fit one program more.
+    registers = min(65536 // (per_multiprocessor * 32 * tile["num_warps"]) // 8 * 8, 255)
+    return {**tile, "COLS": columns, "PROGRAMS": programs, "REGISTERS": registers}
 
 
 def _extent(shape: Mapping[str, int]) -> tuple[int, int]:

@@ -1024,7 +1024,8 @@ def _launch_input_gradient(
     pixels = (shape["pixels"], grad.shape[1], config["parts"])
     if both:
         pointwise_bwd_kernel_both[grid](
-            grad, a, weight, x, dx, products, coefficients, image_scale, residual, norm, gate, sums, *pixels, **constants
+            grad, a, weight, x, dx, products, coefficients, image_scale, residual, norm, gate, sums, *pixels,
+            **constants,
         )  # fmt: skip
     else:
         pointwise_bwd_kernel_input[grid](
