@@ -671,9 +671,9 @@ def _width(channels: int, other: int, most: int) -> int:
     return min(sizes, key=lambda size: triton.cdiv(channels, size) * (size + other / 4))
 
 
-def _steps(channels: int, most: int) -> int:
+def _steps(channels: int, most: int, least: int = 16) -> int:
     """The block of reduced channels: the least padding among those that make few steps, or else the largest."""
-    few = [size for size in (16, 32, 64) if size <= most and _resident(channels, size)]
+    few = [size for size in (16, 32, 64) if least <= size <= most and _resident(channels, size)]
     return min(few, key=lambda size: triton.cdiv(channels, size) * (size + 4), default=most)
 
 
@@ -720,7 +720,10 @@ def _product_rule(
     """
     images, pixels, size = shape["images"], shape["pixels"], shape["element_size"]
     block_kept = _width(kept, reduced, most_kept)
-    block_reduced = _steps(reduced, 64 if _wide_tiles(shape, arch) else 32)
+    # In 16 bits each of 128 or 256 threads loads 16 bytes at a time.
+    threads = 128 if most_rows * block_kept <= four_warps else 256
+    most_reduced, least_reduced = (64, max(16, 8 * threads // most_rows)) if _wide_tiles(shape, arch) else (32, 16)
+    block_reduced = _steps(reduced, most_reduced, least_reduced)
     block_p = _rows_of_tile(pixels, most_rows)
     while block_p > 16 and _few(images, pixels, block_p, kept, block_kept, arch):
         block_p //= 2
@@ -740,7 +743,7 @@ def _product_rule(
         "block_reduced": block_reduced,
         "block_kept": block_kept,
         "parts": _parts(images, triton.cdiv(pixels, block_p), blocks, arch),
-        "num_warps": 4 if block_p * max(block_kept, block_reduced) <= four_warps else 8,
+        "num_warps": 4 if block_p * block_kept <= four_warps and block_p * block_reduced <= 4096 else 8,
         "stages": stages,
     }
 
@@ -769,7 +772,8 @@ def _both_gradients_rule(shape: Mapping[str, int], arch: Architecture) -> Config
     c_in, c_out, size = shape["channels_in"], shape["channels_out"], shape["element_size"]
     config = _input_gradient_rule(shape, arch)
     if shape["sums"]:
-        config |= {"block_p": min(config["block_p"], 32), "num_warps": 4}
+        config |= {"block_p": 64, "block_reduced": 16} if c_out <= 16 else {"block_p": 32}
+        config["num_warps"] = 4
     else:
         config |= {"block_reduced": 16 if c_out <= 160 else 32, "num_warps": 4 if c_out <= 160 else 8, "stages": 2}
     steps, blocks = triton.cdiv(c_out, config["block_reduced"]), triton.cdiv(c_in, config["block_kept"])
@@ -779,7 +783,7 @@ def _both_gradients_rule(shape: Mapping[str, int], arch: Architecture) -> Config
     saved = shape["images"] * shape["pixels"] * (2 * c_out + c_in) * size
     written = 2 * 4 * shape["images"] * config["parts"] * c_in * c_out
     pays = 4 * written <= saved or arch.name == "interpreter"
-    fits = size == 2 and steps <= 10 and accumulators <= 64 and (steps == 1 or blocks == 1)
+    fits = size == 2 and steps <= 10 and accumulators <= 64
     return {**config, "fits": int(fits and pays)}
 
 

@@ -57,6 +57,7 @@ class Usage(NamedTuple):
     stack_bytes: int
     shared_bytes: int
     ttir: str
+    ptx: str
 
 
 @contextlib.contextmanager
@@ -119,7 +120,19 @@ def compile_launch(launch: Launch, architecture: str) -> Usage:
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "maxnreg": launch.maxnreg}
     target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
     compiled = triton.compile(source, target=target, options=options)
-    return Usage(*_resources(compiled.asm["cubin"]), compiled.metadata.shared, compiled.asm["ttir"])
+    return Usage(
+        *_resources(compiled.asm["cubin"]), compiled.metadata.shared, compiled.asm["ttir"], compiled.asm["ptx"]
+    )
+
+
+def accesses(ptx: str) -> set[tuple[str, int]]:
+    """How a program reads and writes global memory: ("load", "copy" to shared memory or "store", bytes a thread)."""
+    found = set()
+    for kind, modifiers, bits in re.findall(r"\b(ld|st)\.global((?:[.:]+\w+)*)\.[bfsu](\d+)", ptx):
+        vector = re.search(r"\.v(\d)", modifiers)
+        found.add(("load" if kind == "ld" else "store", int(bits) // 8 * (int(vector[1]) if vector else 1)))
+    copies = re.findall(r"cp\.async\.\w+\.shared\.global\s*\[[^]]*\],\s*\[[^]]*\],\s*(\w+)", ptx)
+    return found | {("copy", int(size, 0)) for size in copies}
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
