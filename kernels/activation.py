@@ -39,24 +39,56 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
 
 
 @triton.jit
-def sigmoid(x, FAST: tl.constexpr = False):
-    """1 / (1 + exp(-x)). ``FAST``: by one call of the special-function unit, with an error of 2.4e-4: for bf16."""
-    if FAST and not _INTERPRETED:
-        return 0.5 + 0.5 * tl.inline_asm_elementwise(
-            "tanh.approx.f32 $0, $1;", "=f,f", [0.5 * x], dtype=tl.float32, is_pure=True, pack=1
-        )
+def _fast_tanh(x):
+    """By one call of the special-function unit, with an error of 2^-11: for results in bf16."""
+    if _INTERPRETED:
+        return 2.0 / (1.0 + tl.exp(-2.0 * x)) - 1.0
+    else:
+        return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def sigmoid(x):
     # Where exp overflows, in fp32 below -88, the quotient is the right 0.
     return 1.0 / (1.0 + tl.exp(-x))
 
 
 @triton.jit
-def activate(x, KIND: tl.constexpr, FAST: tl.constexpr = False):
+def normalise(x, norm, FOLDED: tl.constexpr = False):
+    """(x - mean) * scale + shift of norm = (mean, scale, shift); or x * scale + shift, after `fold`."""
+    if FOLDED:
+        return x * norm[1] + norm[2]
+    else:
+        # Centred, since |mean| can be far larger than the deviation.
+        return (x - norm[0]) * norm[1] + norm[2]
+
+
+@triton.jit
+def fold(norm, KIND: tl.constexpr, FAST: tl.constexpr):
+    """(mean, scale, shift) for `normalise` with FOLDED, in front of `activate` with HALVED = FAST.
+
+    For tensors stored in 16 bits: what cancels where |mean| is far larger than the deviation is 2^-24 of it, and x
+    itself is known to 2^-12 at best. What is issued for each element limits kernels, and this saves two operations.
+    """
+    scale, shift = norm[1], norm[2] - norm[0] * norm[1]
+    if FAST and KIND == SILU:
+        scale, shift = 0.5 * scale, 0.5 * shift
+    return norm[0], scale, shift
+
+
+@triton.jit
+def activate(x, KIND: tl.constexpr, FAST: tl.constexpr = False, HALVED: tl.constexpr = False):
+    """The activation at x. With FAST and HALVED, what is passed is x / 2 where the activation is SiLU."""
     if KIND == RELU:
         return tl.maximum(x, 0.0)
     elif KIND == RELU6:
         return tl.minimum(tl.maximum(x, 0.0), 6.0)
     elif KIND == SILU:
-        return x * sigmoid(x, FAST)
+        if FAST:
+            half = x if HALVED else 0.5 * x
+            return half * _fast_tanh(half) + half
+        else:
+            return x * sigmoid(x)
     elif KIND == HARDSWISH:
         return x * (tl.minimum(tl.maximum(x + 3.0, 0.0), 6.0) * (1.0 / 6.0))
     else:
@@ -64,15 +96,21 @@ def activate(x, KIND: tl.constexpr, FAST: tl.constexpr = False):
 
 
 @triton.jit
-def activation_gradient(x, KIND: tl.constexpr, FAST: tl.constexpr = False):
-    """The derivative at x; at a kink, the one that PyTorch takes."""
+def activation_gradient(x, KIND: tl.constexpr, FAST: tl.constexpr = False, HALVED: tl.constexpr = False):
+    """The derivative at x; at a kink, the one that PyTorch takes. FAST and HALVED as in `activate`."""
     if KIND == RELU:
         return tl.where(x > 0.0, 1.0, 0.0).to(x.dtype)
     elif KIND == RELU6:
         return tl.where((x > 0.0) & (x < 6.0), 1.0, 0.0).to(x.dtype)
     elif KIND == SILU:
-        s = sigmoid(x, FAST)
-        return s + x * s * (1.0 - s)
+        if FAST:
+            half = x if HALVED else 0.5 * x
+            tanh = _fast_tanh(half)
+            s = 0.5 * tanh + 0.5
+            return (half * tanh + half) * (1.0 - s) + s
+        else:
+            s = sigmoid(x)
+            return x * s * (1.0 - s) + s
     elif KIND == HARDSWISH:
         inside = x * (1.0 / 3.0) + 0.5
         return tl.where(x <= -3.0, 0.0, tl.where(x < 3.0, inside, 1.0))
@@ -98,6 +136,22 @@ def gate_gradient(x, KIND: tl.constexpr):
         return tl.where((x > -3.0) & (x < 3.0), tl.full(x.shape, 1.0 / 6.0, x.dtype), 0.0)
 
 
+@triton.constexpr_function
+def _divides(divisor, number):
+    return number % divisor == 0
+
+
+@triton.jit
+def inside(o_c, C: tl.constexpr):
+    """Which channels of a block are below C. Where eight neighbours share the answer, the compiler can see that."""
+    if _divides(o_c.shape[0], C):
+        return tl.full(o_c.shape, True, tl.int1)
+    elif _divides(8, C):
+        return o_c // 8 < C // 8
+    else:
+        return o_c < C
+
+
 @triton.jit
 def widen(x):
     """A loaded value in the precision that it is computed in."""
@@ -117,3 +171,13 @@ def narrow(x, DTYPE: tl.constexpr):
         return rounded.to(tl.float32, bitcast=True).to(tl.bfloat16)
     else:
         return x.to(DTYPE)
+
+
+@triton.jit
+def once(x):
+    """x, computed by one thread: without this, Triton moves what leads to a product's operand behind the exchange of
+    data between threads, where each of several warps holds the operand and would compute it again."""
+    if _INTERPRETED or x.dtype.primitive_bitwidth != 16:
+        return x
+    else:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2)

@@ -18,7 +18,15 @@ from torch import Tensor
 
 from effnet_ops.checks import output_size
 from effnet_ops.kernels import tuning
-from effnet_ops.kernels.activation import ACTIVATION_CODES, accumulator, activate, activation_gradient, narrow
+from effnet_ops.kernels.activation import (
+    ACTIVATION_CODES,
+    accumulator,
+    activate,
+    activation_gradient,
+    fold,
+    narrow,
+    normalise,
+)
 from effnet_ops.kernels.reduction import sum_partials
 from effnet_ops.kernels.tuning import Architecture, Config
 
@@ -44,6 +52,15 @@ def _vector(pointer, row, c, C: tl.constexpr, DEFAULT: tl.constexpr, ACC: tl.con
         return tl.full(c.shape, DEFAULT, ACC)
     else:
         return tl.load(pointer + row * C + c, mask=c < C, other=0.0).to(ACC)
+
+
+@triton.jit
+def _norm(p_norm, c, C: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr, FOLDED: tl.constexpr, ACC: tl.constexpr):
+    """(mean, scale, shift) of a normalisation in front of an activation, for `normalise`."""
+    norm = (_vector(p_norm, 0, c, C, 0, ACC), _vector(p_norm, 1, c, C, 1, ACC), _vector(p_norm, 2, c, C, 0, ACC))
+    if FOLDED and p_norm is not None:
+        norm = fold(norm, KIND, FAST)
+    return norm
 
 
 @triton.jit
@@ -91,6 +108,9 @@ def depthwise_fwd_kernel(
     """
     DTYPE: tl.constexpr = p_y.dtype.element_ty
     FAST: tl.constexpr = DTYPE == tl.bfloat16
+    FOLDED: tl.constexpr = DTYPE.primitive_bitwidth == 16
+    HALVED: tl.constexpr = FOLDED and p_norm is not None
+    OUT_HALVED: tl.constexpr = FOLDED and p_out_norm is not None
     OPEN: tl.constexpr = ((KH - 1) * DH + SH) // SH
     WIDTH: tl.constexpr = (COLS - 1) * SW + (KW - 1) * DW + 1
     SLABS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
@@ -107,13 +127,9 @@ def depthwise_fwd_kernel(
     first_row = (lane // columns).to(OFFSET) * ROWS
     first_column = (lane % columns).to(OFFSET) * COLS
 
-    mean = _vector(p_norm, 0, c, C, 0, ACC)
-    scale = _vector(p_norm, 1, c, C, 1, ACC)
-    shift = _vector(p_norm, 2, c, C, 0, ACC)
+    norm = _norm(p_norm, c, C, ACTIVATION, FAST, FOLDED, ACC)
+    out_norm = _norm(p_out_norm, c, C, OUT_ACTIVATION, FAST, FOLDED, ACC)
     gate = _vector(p_gate, i_image, c, C, 1, ACC)
-    out_mean = _vector(p_out_norm, 0, c, C, 0, ACC)
-    out_scale = _vector(p_out_norm, 1, c, C, 1, ACC)
-    out_shift = _vector(p_out_norm, 2, c, C, 0, ACC)
     bias = _vector(p_bias, 0, c, C, 0, ACC)
     taps = _weights(p_weight, c, C, KH * KW, ACC)
 
@@ -143,8 +159,8 @@ def depthwise_fwd_kernel(
                 for i in tl.static_range(WIDTH):
                     u = rows[_used_rows(j, KH, SH, DH) * WIDTH + i].to(ACC)
                     if p_norm is not None:
-                        u = (u - mean) * scale + shift
-                    u = activate(u, ACTIVATION, FAST)
+                        u = normalise(u, norm, FOLDED)
+                    u = activate(u, ACTIVATION, FAST, HALVED)
                     if p_gate is not None:
                         u = u * gate
                     if p_norm is not None:
@@ -172,12 +188,12 @@ def depthwise_fwd_kernel(
             if p_bias is not None:
                 y += bias
             if p_out_norm is not None:
-                y = (y - out_mean) * out_scale + out_shift
+                y = normalise(y, out_norm, FOLDED)
             if p_grad is not None:
                 grad = tl.load(p_grad + o_y, mask=m_y, other=0.0).to(ACC)
-                y = grad * activation_gradient(y, OUT_ACTIVATION, FAST)
+                y = grad * activation_gradient(y, OUT_ACTIVATION, FAST, OUT_HALVED)
             else:
-                y = activate(y, OUT_ACTIVATION, FAST)
+                y = activate(y, OUT_ACTIVATION, FAST, OUT_HALVED)
             stored = narrow(y, DTYPE)
             tl.store(p_y + o_y, stored, mask=m_y)
             if p_pool is not None:
@@ -245,21 +261,23 @@ def _load_grad_row(p_grad, p_a, h, w, c, m_lane, height, width, C: tl.constexpr,
 @triton.jit
 def _convolution_gradient(
     row, h, w, height, width, behind, p_a, p_a_norm, p_coefficients, p_gate,
-    ACTIVATION: tl.constexpr, FAST: tl.constexpr, ACC: tl.constexpr, WIDTH: tl.constexpr,
+    ACTIVATION: tl.constexpr, FAST: tl.constexpr, FOLDED: tl.constexpr, ACC: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """From the gradient behind norm, activation and gate to that of the convolution, zero outside the image."""
-    mean, scale, shift, of_grad, of_a, constant, gate, pooled = behind
+    a_norm, of_grad, of_a, constant, gate, pooled = behind
     gradients = ()
     for i in tl.static_range(WIDTH):
         g = row[i].to(ACC)
         if p_a is not None:
-            centred = row[WIDTH + i].to(ACC) - mean
+            a = row[WIDTH + i].to(ACC)
             if p_gate is not None:
                 g = g * gate + pooled
             if p_a_norm is not None:
-                g = g * activation_gradient(centred * scale + shift, ACTIVATION, FAST)
+                g = g * activation_gradient(normalise(a, a_norm, FOLDED), ACTIVATION, FAST, FOLDED)
             if p_coefficients is not None:
-                g = of_grad * g + (of_a * centred + constant)
+                if not FOLDED:
+                    a = a - a_norm[0]
+                g = of_grad * g + (of_a * a + constant)
             g = tl.where((h >= 0) & (h < height) & (w + i >= 0) & (w + i < width), g, 0.0)
         gradients = gradients + (g,)
     return gradients
@@ -280,6 +298,8 @@ def depthwise_bwd_kernel(
     ``OPEN`` rows of output gradients are kept, so each is loaded and computed once for the lane.
     """
     FAST: tl.constexpr = p_grad.dtype.element_ty == tl.bfloat16
+    FOLDED: tl.constexpr = p_grad.dtype.element_ty.primitive_bitwidth == 16
+    HALVED: tl.constexpr = FOLDED and p_norm is not None
     THROUGH: tl.constexpr = p_norm is not None or ACTIVATION != 0
     OPEN: tl.constexpr = ((KH - 1) * DH + SH) // SH
     REACH: tl.constexpr = (KW - 1) * DW // SW
@@ -294,15 +314,13 @@ def depthwise_bwd_kernel(
     i_walker = tl.program_id(0) // SLABS
     c = i_slab * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]  # [1, BC]
 
-    a_mean = _vector(p_a_norm, 0, c, C, 0, ACC)
-    a_scale = _vector(p_a_norm, 1, c, C, 1, ACC)
-    a_shift = _vector(p_a_norm, 2, c, C, 0, ACC)
+    a_norm = _norm(p_a_norm, c, C, A_ACTIVATION, FAST, FOLDED, ACC)
     of_grad = _vector(p_coefficients, 1, c, C, 1, ACC)
     of_a = _vector(p_coefficients, 2, c, C, 0, ACC)
     constant = _vector(p_coefficients, 3, c, C, 0, ACC)
-    mean = _vector(p_norm, 0, c, C, 0, ACC)
-    scale = _vector(p_norm, 1, c, C, 1, ACC)
-    shift = _vector(p_norm, 2, c, C, 0, ACC)
+    if FOLDED and p_coefficients is not None:
+        constant -= of_a * _vector(p_coefficients, 0, c, C, 0, ACC)
+    norm = _norm(p_norm, c, C, ACTIVATION, FAST, FOLDED, ACC)
     taps = _weights(p_weight, c, C, TAPS, ACC)
 
     zero = tl.zeros([BLOCK_P, BLOCK_C], ACC)
@@ -318,7 +336,7 @@ def depthwise_bwd_kernel(
         m_lane = (lane < lanes) & (c < C)  # [BP, BC]
         gate = _vector(p_gate, i_image, c, C, 1, ACC)
         pooled = _vector(p_pooled, i_image, c, C, 0, ACC)
-        behind = (a_mean, a_scale, a_shift, of_grad, of_a, constant, gate, pooled)
+        behind = (a_norm, of_grad, of_a, constant, gate, pooled)
         out_row = (lane // columns).to(OFFSET) * ROWS
         first_column = (lane % columns).to(OFFSET) * COLS
         g_column = first_column - REACH
@@ -336,7 +354,7 @@ def depthwise_bwd_kernel(
             row = _load_grad_row(p_image_grad, p_image_a, g_row, g_column, c, m_lane, out_height, out_width, C, GRADS)
             kept = kept + _convolution_gradient(
                 row, g_row, g_column, out_height, out_width, behind, p_a, p_a_norm, p_coefficients, p_gate,
-                A_ACTIVATION, FAST, ACC, GRADS,
+                A_ACTIVATION, FAST, FOLDED, ACC, GRADS,
             )  # fmt: skip
         following = _load_grad_row(
             p_image_grad, p_image_a, out_row, g_column, c, m_lane, out_height, out_width, C, GRADS
@@ -349,7 +367,7 @@ def depthwise_bwd_kernel(
             )
             newest = _convolution_gradient(
                 row, out_row, g_column, out_height, out_width, behind, p_a, p_a_norm, p_coefficients, p_gate,
-                A_ACTIVATION, FAST, ACC, GRADS,
+                A_ACTIVATION, FAST, FOLDED, ACC, GRADS,
             )  # fmt: skip
             kept = kept + newest
             if p_db is not None:
@@ -363,10 +381,12 @@ def depthwise_bwd_kernel(
                     o_x = o_row + b * C
                     u = zero
                     if p_x is not None:
-                        centred = tl.load(p_image + o_x, mask=m_x, other=0.0).to(ACC) - mean
-                        n = centred * scale + shift
+                        pixel = tl.load(p_image + o_x, mask=m_x, other=0.0).to(ACC)
+                        n = pixel
+                        if p_norm is not None:
+                            n = normalise(pixel, norm, FOLDED)
                         if p_dw is not None:
-                            u = activate(n, ACTIVATION, FAST)
+                            u = activate(n, ACTIVATION, FAST, HALVED)
                             if p_norm is not None:
                                 u = tl.where(m_x, u, 0.0)
                     dx = zero
@@ -382,13 +402,13 @@ def depthwise_bwd_kernel(
                     products = updated
                     if p_dx is not None:
                         if THROUGH:
-                            dx = tl.where(m_x, dx * activation_gradient(n, ACTIVATION, FAST), 0.0)
+                            dx = tl.where(m_x, dx * activation_gradient(n, ACTIVATION, FAST, HALVED), 0.0)
                         if p_residual is not None:
                             dx += tl.load(p_residual + o_image + o_x, mask=m_x, other=0.0).to(ACC)
                         tl.store(p_dx + o_image + o_x, narrow(dx, p_dx.dtype.element_ty), mask=m_x)
                         if p_sums is not None:
                             total += dx
-                            moment += dx * centred
+                            moment += dx * (pixel - norm[0])
             h += SH
             out_row += 1
             older = ()
@@ -560,7 +580,7 @@ def backward(
         residual, dx, dw, db, sums, batch, walkers, *size, *out_size, window.padding[0], window.padding[2],
         C=channels, **window.constants(), A_ACTIVATION=ACTIVATION_CODES[a_activation],
         ACTIVATION=ACTIVATION_CODES[activation], OFFSET=_offset(grad, dx if dx is not None else grad),
-        ACC=accumulator(grad.dtype), **blocks, num_warps=config["num_warps"],
+        ACC=accumulator(grad.dtype), **blocks, num_warps=config["num_warps"], maxnreg=config["REGISTERS"],
     )  # fmt: skip
     dw = None if dw is None else sum_partials(dw, weight.dtype)
     db = None if db is None else sum_partials(db, weight.dtype if bias is None else bias.dtype)
@@ -641,7 +661,7 @@ def _forward_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
 def _backward_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
     """The widest lanes that did not spill when compiled for sm_90, with a normalisation behind or without."""
     if arch.name == "interpreter":
-        return {**_interpreted(shape), "PROGRAMS": 2}
+        return {**_interpreted(shape), "PROGRAMS": 2, "REGISTERS": 255}
     taps, (open_rows, _) = shape["kernel_h"] * shape["kernel_w"], _extent(shape)
     large = taps >= 25
     narrow_lanes = shape["element_size"] == 8 or taps > 30 or (large and shape["element_size"] == 4)
@@ -651,7 +671,10 @@ def _backward_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
     programs = per_multiprocessor * arch.multiprocessors
     lanes = triton.cdiv(shape["width"], columns)
     tile = _tile(shape, lanes, shape["height"], 1 if narrow_lanes else 2, open_rows - 1, programs)
-    return {**tile, "COLS": columns, "PROGRAMS": programs}
+    # No more programs than these are launched, so each may have its share of the registers. Left to itself, the
+    # compiler spills a few in order to fit one program more.
+    registers = min(65536 // (per_multiprocessor * 32 * tile["num_warps"]) // 8 * 8, 255)
+    return {**tile, "COLS": columns, "PROGRAMS": programs, "REGISTERS": registers}
 
 
 def _extent(shape: Mapping[str, int]) -> tuple[int, int]:

@@ -229,17 +229,24 @@ def backward(grad: Tensor, block: Block, saved: Forward, needs: Sequence[bool]) 
     behind = {"coefficients": coefficients, "a": a3, "image_scale": block.drop_path}
 
     gate, pooled, partials, z_grad, se = None, None, None, None, block.squeeze_excite
+    kind = {"of_image": block.drop_path is not None, "per_image": se is not None, "normalised": True}
+    both = before_project and wanted.project_weight and pointwise.both_fit(g, block.project.weight, **kind)
+    if se is not None and (both or not before_project):
+        _, gate = squeeze_excite.gate_forward(saved.pooled.unsqueeze(1), 1, se)
     if before_project:
-        through = Through(a2, norm2, block.activation, se is not None)
-        z_grad, partials = pointwise.input_gradient(g, block.project.weight, **behind, through=through)
+        if both:
+            z_grad, found["project_weight"], partials = pointwise.both_gradients(
+                g, a2, block.project.weight, **behind, norm=norm2, activation=block.activation, gate=gate
+            )
+        else:
+            through = Through(a2, norm2, block.activation, se is not None)
+            z_grad, partials = pointwise.input_gradient(g, block.project.weight, **behind, through=through)
         if se is not None:
             result = squeeze_excite.gate_backward(partials, a2.shape[1], saved.pooled, se)
             names = ("se_reduce_weight", "se_reduce_bias", "se_expand_weight", "se_expand_bias")
             found |= dict(zip(names, result[:4], strict=True))
             gate, pooled, partials = result.gate, result.pooled, result.partials
-    elif se is not None:
-        _, gate = squeeze_excite.gate_forward(saved.pooled.unsqueeze(1), 1, se)
-    if wanted.project_weight:
+    if wanted.project_weight and not both:
         found["project_weight"], _ = pointwise.weight_gradient(
             g, a2, block.project.weight, **behind, norm=norm2, activation=block.activation, gate=gate
         )
@@ -279,10 +286,15 @@ def _expand_gradients(
 ) -> dict[str, Tensor | None]:
     """Step B5, with the residual's gradient."""
     found: dict[str, Tensor | None] = {}
+    weight, x, residual = block.expand.weight, _pixels(block.x), grad if block.residual else None
+    kind = {"of_image": False, "per_image": False, "normalised": False}
+    if wanted.x and wanted.expand_weight and pointwise.both_fit(n_grad, weight, **kind):
+        dx, found["expand_weight"], _ = pointwise.both_gradients(n_grad, x, weight, **behind, residual=residual)
+        found["x"] = dx.unflatten(1, block.x.shape[1:3])
+        return found
     if wanted.x:
-        residual = grad if block.residual else None
-        dx, _ = pointwise.input_gradient(n_grad, block.expand.weight, **behind, residual=residual)
+        dx, _ = pointwise.input_gradient(n_grad, weight, **behind, residual=residual)
         found["x"] = dx.unflatten(1, block.x.shape[1:3])
     if wanted.expand_weight:
-        found["expand_weight"], _ = pointwise.weight_gradient(n_grad, _pixels(block.x), block.expand.weight, **behind)
+        found["expand_weight"], _ = pointwise.weight_gradient(n_grad, x, weight, **behind)
     return found

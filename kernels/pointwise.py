@@ -21,7 +21,11 @@ from effnet_ops.kernels.activation import (
     INTERPRETED,
     activate,
     activation_gradient,
+    fold,
+    inside,
     narrow,
+    normalise,
+    once,
     widen,
 )
 from effnet_ops.kernels.batch_norm import wide
@@ -30,12 +34,13 @@ from effnet_ops.kernels.tuning import Architecture, Config
 
 
 @triton.jit
-def _normalise(x, p_norm, o_c, m_c, C: tl.constexpr):
-    """(x - mean) * scale + shift with p_norm (3, C); centred, since |mean| can be far larger than the deviation."""
-    mean = tl.load(p_norm + o_c, mask=m_c, other=0.0)[None, :]
-    scale = tl.load(p_norm + C + o_c, mask=m_c, other=0.0)[None, :]
-    shift = tl.load(p_norm + 2 * C + o_c, mask=m_c, other=0.0)[None, :]
-    return (x - mean) * scale + shift
+def _rows(p_rows, ROWS: tl.constexpr, o_c, m_c, C: tl.constexpr):
+    """The first rows of a (rows, C) tensor, [1, BC] each; none where there is no such tensor."""
+    found = ()
+    if p_rows is not None:
+        for row in tl.static_range(ROWS):
+            found = found + (widen(tl.load(p_rows + row * C + o_c, mask=m_c, other=0.0))[None, :],)
+    return found
 
 
 @triton.jit
@@ -48,37 +53,101 @@ def _image_of_rows(i_image, i_row, o_p, pixels, image_pixels, GATHER: tl.constex
 
 
 @triton.jit
+def _of_image(p_rows, o_image, o_c, m_c, C: tl.constexpr):
+    """What (images, C) holds for a tile's rows: [1, BC], or [BP, BC] where tiles cross images."""
+    if p_rows is not None:
+        return tl.load(p_rows + (o_image * C + o_c[None, :]), mask=m_c[None, :], other=0.0)
+    else:
+        return 1.0
+
+
+@triton.jit
+def _norm(p_norm, o_c, m_c, C: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr, FOLDED: tl.constexpr):
+    """(mean, scale, shift) of a normalisation in front of an activation, for `normalise`; nothing without one."""
+    norm = _rows(p_norm, 3, o_c, m_c, C)
+    if FOLDED and p_norm is not None:
+        norm = fold(norm, KIND, FAST)
+    return norm
+
+
+@triton.jit
 def _input_tile(
-    p_x, o_x, m_x, p_norm, p_gate, o_image, o_c, m_c, C: tl.constexpr, ACTIVATION: tl.constexpr, DOT: tl.constexpr
-):  # [BP, BC]
+    p_x, o_x, m_x, p_norm, norm, p_gate, gate, ACTIVATION: tl.constexpr, DOT: tl.constexpr
+):  # fmt: skip  # [BP, BC]
     """activation(norm(x)) * gate of each row's image, ready for a product."""
+    FAST: tl.constexpr = p_x.dtype.element_ty == tl.bfloat16
+    FOLDED: tl.constexpr = p_x.dtype.element_ty.primitive_bitwidth == 16
     b_x = tl.load(p_x + o_x, mask=m_x, other=0.0)
     if p_norm is not None or p_gate is not None or ACTIVATION != 0:
         b_x = widen(b_x)
         if p_norm is not None:
-            b_x = _normalise(b_x, p_norm, o_c, m_c, C)
-        b_x = activate(b_x, ACTIVATION, p_x.dtype.element_ty == tl.bfloat16)
+            b_x = normalise(b_x, norm, FOLDED)
+        b_x = activate(b_x, ACTIVATION, FAST, FOLDED and p_norm is not None)
         if p_gate is not None:
-            b_x = b_x * tl.load(p_gate + o_image * C + o_c[None, :], mask=m_x, other=0.0)
-    return b_x.to(DOT)
+            b_x = b_x * gate
+        return once(b_x.to(DOT))
+    else:
+        return b_x.to(DOT)
+
+
+@triton.jit
+def _coefficients(p_coefficients, p_image_scale, i_image, o_c, m_c, C: tl.constexpr, FOLDED: tl.constexpr):
+    """(mean, A, B, D) for `_gradient_tile`, A times what a program's only image is scaled by; FOLDED as in `fold`."""
+    rows = _rows(p_coefficients, 4, o_c, m_c, C)
+    if p_coefficients is not None:
+        of_grad, constant = rows[1], rows[3]
+        if p_image_scale is not None:
+            of_grad = of_grad * tl.load(p_image_scale + i_image)
+        if FOLDED:
+            constant = constant - rows[2] * rows[0]
+        rows = (rows[0], of_grad, rows[2], constant)
+    return rows
 
 
 @triton.jit
 def _gradient_tile(
-    p_grad, p_a, o_g, m_g, p_coefficients, p_image_scale, o_image, o_c, m_c, C: tl.constexpr, DOT: tl.constexpr
+    p_grad, p_a, o_g, m_g, p_coefficients, coefficients, p_image_scale, o_image, DOT: tl.constexpr
 ):  # [BP, BC]
-    """The gradient before a normalisation, A * grad + B * (a - mean) + D with p_coefficients (4, C); 0 where masked."""
+    """The gradient before a normalisation, A * scale * grad + B * (a - mean) + D, scale that of each row's image.
+
+    It is 0 where masked.
+    """
+    FOLDED: tl.constexpr = p_grad.dtype.element_ty.primitive_bitwidth == 16
     b_g = tl.load(p_grad + o_g, mask=m_g, other=0.0)
     if p_image_scale is not None:
         b_g = widen(b_g) * tl.load(p_image_scale + o_image)
     if p_coefficients is not None:
+        mean, of_grad, of_a, constant = coefficients
         b_a = widen(tl.load(p_a + o_g, mask=m_g, other=0.0))
-        mean = tl.load(p_coefficients + o_c, mask=m_c, other=0.0)[None, :]
-        of_grad = tl.load(p_coefficients + C + o_c, mask=m_c, other=0.0)[None, :]
-        of_a = tl.load(p_coefficients + 2 * C + o_c, mask=m_c, other=0.0)[None, :]
-        constant = tl.load(p_coefficients + 3 * C + o_c, mask=m_c, other=0.0)[None, :]
-        b_g = tl.where(m_g, of_grad * widen(b_g) + (of_a * (b_a - mean) + constant), 0.0)
-    return b_g.to(DOT)
+        if not FOLDED:
+            b_a = b_a - mean
+        b_g = tl.where(m_g, of_grad * widen(b_g) + (of_a * b_a + constant), 0.0)
+    if p_image_scale is not None or p_coefficients is not None:
+        return once(b_g.to(DOT))
+    else:
+        return b_g.to(DOT)
+
+
+@triton.jit
+def _weight_tile(
+    p_weight, o_row, m_row, o_column, m_column, ROW: tl.constexpr, COLUMN: tl.constexpr, DOT: tl.constexpr
+):
+    """Weights as [rows, columns], with the strides of either."""
+    o_w = o_row[:, None] * ROW + o_column[None, :] * COLUMN
+    return tl.load(p_weight + o_w, mask=m_row[:, None] & m_column[None, :], other=0.0).to(DOT)
+
+
+@triton.jit
+def _resident_weights(
+    p_weight, o_k, o_column, m_column, ROW: tl.constexpr, COLUMN: tl.constexpr, DOT: tl.constexpr,
+    C: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """The tiles of a weight whose rows are reduced, one a step."""
+    weights = ()
+    for step in tl.static_range(STEPS):
+        o_row = step * BLOCK + o_k
+        weights = weights + (_weight_tile(p_weight, o_row, inside(o_row, C), o_column, m_column, ROW, COLUMN, DOT),)
+    return weights
 
 
 @triton.jit
@@ -107,32 +176,46 @@ def pointwise_fwd_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
+    RESIDENT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """y = epilogue(W prologue(x)); a program: one (image, part of its pixels, block of output channels)."""
+    """y = epilogue(W prologue(x)); a program: one (image, part of its pixels, block of output channels).
+
+    With RESIDENT the weight is loaded once, and the loads of all steps over the input channels belong to the loop over
+    tiles, so that those of the next tiles are in flight while a tile is finished.
+    """
     ACC: tl.constexpr = tl.float64 if p_x.dtype.element_ty == tl.float64 else tl.float32
     FAST: tl.constexpr = p_x.dtype.element_ty == tl.bfloat16
+    FOLDED: tl.constexpr = p_x.dtype.element_ty.primitive_bitwidth == 16
+    STEPS: tl.constexpr = (C_IN + BLOCK_IN - 1) // BLOCK_IN
+    HOISTED: tl.constexpr = STEPS == 1
     blocks: tl.constexpr = (C_OUT + BLOCK_OUT - 1) // BLOCK_OUT
     i_block = tl.program_id(0) % blocks
     i_program = tl.program_id(0) // blocks
     i_part = i_program % parts
     i_image = i_program // parts
     o_out = i_block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    m_out = o_out < C_OUT
+    m_out = inside(o_out, C_OUT)
     o_in = tl.arange(0, BLOCK_IN)
-    ONE_STEP: tl.constexpr = C_IN <= BLOCK_IN
-    if ONE_STEP:
-        m_weight = (o_in[:, None] < C_IN) & m_out[None, :]
-        b_weight = tl.load(p_weight + o_out[None, :] * C_IN + o_in[:, None], mask=m_weight, other=0.0).to(DOT)
-    count = tl.full([], 0.0, ACC)
-    b_mean = tl.zeros([BLOCK_OUT], ACC)
-    b_squares = tl.zeros([BLOCK_OUT], ACC)
+    m_in = inside(o_in, C_IN)
+    out_norm = _norm(p_out_norm, o_out, m_out, C_OUT, OUT_ACTIVATION, FAST, FOLDED)
+    bias = _rows(p_bias, 1, o_out, m_out, C_OUT)
+    weights = ()
+    if RESIDENT:
+        weights = _resident_weights(p_weight, o_in, o_out, m_out, 1, C_IN, DOT, C_IN, BLOCK_IN, STEPS)
+    if HOISTED:
+        norm = _norm(p_norm, o_in, m_in, C_IN, ACTIVATION, FAST, FOLDED)
+        if not GATHER:
+            gate = _of_image(p_gate, i_image, o_in, m_in, C_IN)
+    pivot = tl.zeros([BLOCK_OUT], ACC)
+    b_total = tl.zeros([BLOCK_P, BLOCK_OUT], ACC)
+    b_squares = tl.zeros([BLOCK_P, BLOCK_OUT], ACC)
 
     tiles = tl.cdiv(pixels, BLOCK_P)
     tiles_per_part = tl.cdiv(tiles, parts)
     first = i_part * tiles_per_part
     last = tl.minimum(first + tiles_per_part, tiles)
-    for i_tile in tl.range(first, last, num_stages=STAGES if ONE_STEP else 1):
+    for i_tile in tl.range(first, last, num_stages=STAGES if RESIDENT else 1):
         start = i_image.to(tl.int64) * pixels + i_tile * BLOCK_P
         valid = tl.minimum(pixels - i_tile * BLOCK_P, BLOCK_P)
         o_p = tl.arange(0, BLOCK_P)
@@ -140,34 +223,42 @@ def pointwise_fwd_kernel(
         p_tile = p_x + start * C_IN
         o_image = _image_of_rows(i_image, i_tile * BLOCK_P, o_p, pixels, image_pixels, GATHER)
         b_acc = tl.zeros([BLOCK_P, BLOCK_OUT], ACC)
-        if ONE_STEP:
-            m_in = o_in < C_IN
-            m_x = m_p[:, None] & m_in[None, :]
-            o_x = o_p[:, None] * C_IN + o_in[None, :]
-            b_x = _input_tile(p_tile, o_x, m_x, p_norm, p_gate, o_image, o_in, m_in, C_IN, ACTIVATION, DOT)
-            b_acc = tl.dot(b_x, b_weight, b_acc, input_precision=PRECISION, out_dtype=ACC)
+        if RESIDENT:
+            for step in tl.static_range(STEPS):
+                o_k = step * BLOCK_IN + o_in
+                m_k = inside(o_k, C_IN)
+                if not HOISTED:
+                    norm = _norm(p_norm, o_k, m_k, C_IN, ACTIVATION, FAST, FOLDED)
+                if GATHER or not HOISTED:
+                    gate = _of_image(p_gate, o_image, o_k, m_k, C_IN)
+                m_x = m_p[:, None] & m_k[None, :]
+                o_x = o_p[:, None] * C_IN + o_k[None, :]
+                b_x = _input_tile(p_tile, o_x, m_x, p_norm, norm, p_gate, gate, ACTIVATION, DOT)
+                b_acc = tl.dot(b_x, weights[step], b_acc, input_precision=PRECISION, out_dtype=ACC)
         else:
             for k in tl.range(0, C_IN, BLOCK_IN, num_stages=STAGES):
                 o_k = k + o_in
-                m_k = o_k < C_IN
+                m_k = inside(o_k, C_IN)
                 m_x = m_p[:, None] & m_k[None, :]
                 o_x = o_p[:, None] * C_IN + o_k[None, :]
-                b_x = _input_tile(p_tile, o_x, m_x, p_norm, p_gate, o_image, o_k, m_k, C_IN, ACTIVATION, DOT)
-                m_weight = m_k[:, None] & m_out[None, :]
-                b_w = tl.load(p_weight + o_out[None, :] * C_IN + o_k[:, None], mask=m_weight, other=0.0).to(DOT)
+                k_norm = _norm(p_norm, o_k, m_k, C_IN, ACTIVATION, FAST, FOLDED)
+                k_gate = _of_image(p_gate, o_image, o_k, m_k, C_IN)
+                b_x = _input_tile(p_tile, o_x, m_x, p_norm, k_norm, p_gate, k_gate, ACTIVATION, DOT)
+                b_w = _weight_tile(p_weight, o_k, m_k, o_out, m_out, 1, C_IN, DOT)
                 b_acc = tl.dot(b_x, b_w, b_acc, input_precision=PRECISION, out_dtype=ACC)
 
+        HALVED: tl.constexpr = FOLDED and p_out_norm is not None
         m_y = m_p[:, None] & m_out[None, :]
         o_y = o_p[:, None] * C_OUT + o_out[None, :]
         if p_bias is not None:
-            b_acc += widen(tl.load(p_bias + o_out, mask=m_out, other=0.0))[None, :]
+            b_acc += bias[0]
         if p_out_norm is not None:
-            b_acc = _normalise(b_acc, p_out_norm, o_out, m_out, C_OUT)
+            b_acc = normalise(b_acc, out_norm, FOLDED)
         if p_grad is not None:
             b_grad = widen(tl.load(p_grad + start * C_OUT + o_y, mask=m_y, other=0.0))
-            b_acc = b_grad * activation_gradient(b_acc, OUT_ACTIVATION, FAST)
+            b_acc = b_grad * activation_gradient(b_acc, OUT_ACTIVATION, FAST, HALVED)
         else:
-            b_acc = activate(b_acc, OUT_ACTIVATION, FAST)
+            b_acc = activate(b_acc, OUT_ACTIVATION, FAST, HALVED)
         if p_image_scale is not None:
             b_acc = b_acc * tl.load(p_image_scale + o_image)
         if p_residual is not None:
@@ -176,22 +267,24 @@ def pointwise_fwd_kernel(
         tl.store(p_y + start * C_OUT + o_y, b_y, mask=m_y)
 
         if p_partials is not None:
-            # Of the values as stored, since those are what the normalisation will see.
-            b_v = tl.where(m_p[:, None], widen(b_y), 0.0)
-            rows = valid.to(ACC)
-            tile_mean = tl.sum(b_v, 0) / rows
-            deviation = tl.where(m_p[:, None], b_v - tile_mean[None, :], 0.0)
-            delta = tile_mean - b_mean
-            share = rows / (count + rows)
-            b_squares += tl.sum(deviation * deviation, 0) + delta * delta * (count * share)
-            b_mean += delta * share
-            count += rows
+            # Of the values as stored, since those are what the normalisation will see. Sums stay with the thread that
+            # made the values, around the mean of the first tile, from which the others are not far: n tiles have at
+            # least 1/n of their variance from the first one's distance, so that at most a factor n cancels.
+            b_v = widen(b_y)
+            if i_tile == first:
+                pivot = tl.sum(tl.where(m_p[:, None], b_v, 0.0), 0) / valid.to(ACC)
+            b_distance = tl.where(m_p[:, None], b_v - pivot[None, :], 0.0)
+            b_total += b_distance
+            b_squares += b_distance * b_distance
 
     if p_partials is not None:
+        count = tl.maximum(tl.minimum(pixels, last * BLOCK_P) - first * BLOCK_P, 0).to(ACC)
+        total = tl.sum(b_total, 0)
+        distance = total / tl.maximum(count, 1.0)
         p_mine = p_partials + i_program.to(tl.int64) * 3 * C_OUT + o_out
         tl.store(p_mine, tl.zeros([BLOCK_OUT], ACC) + count, mask=m_out)
-        tl.store(p_mine + C_OUT, b_mean, mask=m_out)
-        tl.store(p_mine + 2 * C_OUT, b_squares, mask=m_out)
+        tl.store(p_mine + C_OUT, pivot + distance, mask=m_out)
+        tl.store(p_mine + 2 * C_OUT, tl.maximum(tl.sum(b_squares, 0) - total * distance, 0.0), mask=m_out)
 
 
 @triton.jit
@@ -199,19 +292,19 @@ def pointwise_bwd_kernel_input(
     p_grad,
     p_a,
     p_weight,
+    p_x,
     p_dx,
     p_coefficients,
     p_image_scale,
     p_residual,
-    p_through,
-    p_through_norm,
+    p_norm,
     p_sums,
     pixels,
     image_pixels,
     parts,
     C_IN: tl.constexpr,
     C_OUT: tl.constexpr,
-    THROUGH_ACTIVATION: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     SUMS: tl.constexpr,
     GATHER: tl.constexpr,
     DOT: tl.constexpr,
@@ -219,38 +312,46 @@ def pointwise_bwd_kernel_input(
     BLOCK_P: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
+    RESIDENT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """dx = W^T prologue(grad) (+ residual); a program: one (image, part of its pixels, block of input channels).
 
-    With p_through, dx is the gradient behind an activation (and a gate) of p_through, and the sums over the program's
-    pixels that its own normalisation and gate need are formed as dx is made: SUMS of them, (programs, SUMS, C_IN).
+    With p_norm, dx is the gradient behind an activation (and a gate) of x, and the sums over the program's pixels that
+    x's normalisation and gate need are formed as dx is made: SUMS of them, (programs, SUMS, C_IN).
     """
     ACC: tl.constexpr = tl.float64 if p_grad.dtype.element_ty == tl.float64 else tl.float32
     FAST: tl.constexpr = p_grad.dtype.element_ty == tl.bfloat16
+    FOLDED: tl.constexpr = p_grad.dtype.element_ty.primitive_bitwidth == 16
+    STEPS: tl.constexpr = (C_OUT + BLOCK_OUT - 1) // BLOCK_OUT
+    HOISTED: tl.constexpr = STEPS == 1
     blocks: tl.constexpr = (C_IN + BLOCK_IN - 1) // BLOCK_IN
     i_block = tl.program_id(0) % blocks
     i_program = tl.program_id(0) // blocks
     i_part = i_program % parts
     i_image = i_program // parts
+    ONE_SCALE: tl.constexpr = not GATHER and p_coefficients is not None
+    p_one_scale = p_image_scale if ONE_SCALE else None
+    p_row_scale = None if ONE_SCALE else p_image_scale
     o_in = i_block * BLOCK_IN + tl.arange(0, BLOCK_IN)
-    m_in = o_in < C_IN
+    m_in = inside(o_in, C_IN)
     o_out = tl.arange(0, BLOCK_OUT)
-    ONE_STEP: tl.constexpr = C_OUT <= BLOCK_OUT
-    if ONE_STEP:
-        m_weight = (o_out[:, None] < C_OUT) & m_in[None, :]
-        b_weight = tl.load(p_weight + o_out[:, None] * C_IN + o_in[None, :], mask=m_weight, other=0.0).to(DOT)
-    b_s1 = tl.zeros([BLOCK_IN], ACC)
-    b_s2 = tl.zeros([BLOCK_IN], ACC)
-    b_s3 = tl.zeros([BLOCK_IN], ACC)
-    b_s4 = tl.zeros([BLOCK_IN], ACC)
-    b_s5 = tl.zeros([BLOCK_IN], ACC)
+    norm = _norm(p_norm, o_in, m_in, C_IN, ACTIVATION, FAST, FOLDED)
+    if RESIDENT:
+        weights = _resident_weights(p_weight, o_out, o_in, m_in, C_IN, 1, DOT, C_OUT, BLOCK_OUT, STEPS)
+    if HOISTED:
+        coefficients = _coefficients(p_coefficients, p_one_scale, i_image, o_out, inside(o_out, C_OUT), C_OUT, FOLDED)
+    b_s1 = tl.zeros([BLOCK_P, BLOCK_IN], ACC)
+    b_s2 = tl.zeros([BLOCK_P, BLOCK_IN], ACC)
+    b_s3 = tl.zeros([BLOCK_P, BLOCK_IN], ACC)
+    b_s4 = tl.zeros([BLOCK_P, BLOCK_IN], ACC)
+    b_s5 = tl.zeros([BLOCK_P, BLOCK_IN], ACC)
 
     tiles = tl.cdiv(pixels, BLOCK_P)
     tiles_per_part = tl.cdiv(tiles, parts)
     first = i_part * tiles_per_part
     last = tl.minimum(first + tiles_per_part, tiles)
-    for i_tile in tl.range(first, last, num_stages=STAGES if ONE_STEP else 1):
+    for i_tile in tl.range(first, last, num_stages=STAGES if RESIDENT else 1):
         start = i_image.to(tl.int64) * pixels + i_tile * BLOCK_P
         o_p = tl.arange(0, BLOCK_P)
         m_p = o_p < pixels - i_tile * BLOCK_P
@@ -260,25 +361,25 @@ def pointwise_bwd_kernel_input(
         if p_coefficients is not None:
             p_a_tile = p_a + start * C_OUT
         b_acc = tl.zeros([BLOCK_P, BLOCK_IN], ACC)
-        if ONE_STEP:
-            m_out = o_out < C_OUT
-            m_g = m_p[:, None] & m_out[None, :]
-            o_g = o_p[:, None] * C_OUT + o_out[None, :]
-            b_g = _gradient_tile(
-                p_g, p_a_tile, o_g, m_g, p_coefficients, p_image_scale, o_image, o_out, m_out, C_OUT, DOT
-            )
-            b_acc = tl.dot(b_g, b_weight, b_acc, input_precision=PRECISION, out_dtype=ACC)
+        if RESIDENT:
+            for step in tl.static_range(STEPS):
+                o_k = step * BLOCK_OUT + o_out
+                m_k = inside(o_k, C_OUT)
+                m_g = m_p[:, None] & m_k[None, :]
+                o_g = o_p[:, None] * C_OUT + o_k[None, :]
+                if not HOISTED:
+                    coefficients = _coefficients(p_coefficients, p_one_scale, i_image, o_k, m_k, C_OUT, FOLDED)
+                b_g = _gradient_tile(p_g, p_a_tile, o_g, m_g, p_coefficients, coefficients, p_row_scale, o_image, DOT)
+                b_acc = tl.dot(b_g, weights[step], b_acc, input_precision=PRECISION, out_dtype=ACC)
         else:
             for k in tl.range(0, C_OUT, BLOCK_OUT, num_stages=STAGES):
                 o_k = k + o_out
-                m_k = o_k < C_OUT
+                m_k = inside(o_k, C_OUT)
                 m_g = m_p[:, None] & m_k[None, :]
                 o_g = o_p[:, None] * C_OUT + o_k[None, :]
-                b_g = _gradient_tile(
-                    p_g, p_a_tile, o_g, m_g, p_coefficients, p_image_scale, o_image, o_k, m_k, C_OUT, DOT
-                )
-                m_weight = m_k[:, None] & m_in[None, :]
-                b_w = tl.load(p_weight + o_k[:, None] * C_IN + o_in[None, :], mask=m_weight, other=0.0).to(DOT)
+                k_coefficients = _coefficients(p_coefficients, p_one_scale, i_image, o_k, m_k, C_OUT, FOLDED)
+                b_g = _gradient_tile(p_g, p_a_tile, o_g, m_g, p_coefficients, k_coefficients, p_row_scale, o_image, DOT)
+                b_w = _weight_tile(p_weight, o_k, m_k, o_in, m_in, C_IN, 1, DOT)
                 b_acc = tl.dot(b_g, b_w, b_acc, input_precision=PRECISION, out_dtype=ACC)
 
         m_x = m_p[:, None] & m_in[None, :]
@@ -288,30 +389,176 @@ def pointwise_bwd_kernel_input(
         b_dx = narrow(b_acc, p_dx.dtype.element_ty)
         tl.store(p_dx + start * C_IN + o_x, b_dx, mask=m_x)
 
-        if p_through is not None:
-            b_u = widen(tl.load(p_through + start * C_IN + o_x, mask=m_x, other=0.0))
-            b_n = _normalise(b_u, p_through_norm, o_in, m_in, C_IN)
-            mean = tl.load(p_through_norm + o_in, mask=m_in, other=0.0)[None, :]
-            b_slope = tl.where(m_x, activation_gradient(b_n, THROUGH_ACTIVATION, FAST), 0.0)
-            b_z = widen(b_dx)
-            b_s2 += tl.sum(b_z * b_slope, 0)
-            b_s4 += tl.sum(b_z * b_slope * (b_u - mean), 0)
+        if p_norm is not None:
+            # Sums stay with the thread that made the values until the walk is over: a sum over threads for each tile
+            # would cost more than all the rest.
+            b_x = widen(tl.load(p_x + start * C_IN + o_x, mask=m_x, other=0.0))
+            b_n = normalise(b_x, norm, FOLDED)
+            b_slope = tl.where(m_x, activation_gradient(b_n, ACTIVATION, FAST, FOLDED), 0.0)
+            b_centred = b_x - norm[0]
+            b_behind = widen(b_dx) * b_slope
+            b_s2 += b_behind
+            b_s4 += b_behind * b_centred
             if SUMS == 5:
-                b_s1 += tl.sum(tl.where(m_x, b_z * activate(b_n, THROUGH_ACTIVATION, FAST), 0.0), 0)
-                b_s3 += tl.sum(b_slope, 0)
-                b_s5 += tl.sum(b_slope * (b_u - mean), 0)
+                b_s1 += widen(b_dx) * activate(b_n, ACTIVATION, FAST, FOLDED)
+                b_s3 += b_slope
+                b_s5 += b_slope * b_centred
 
-    if p_through is not None:
-        p_mine = p_sums + i_program.to(tl.int64) * SUMS * C_IN + o_in
+    if p_norm is not None:
+        sums = (tl.sum(b_s2, 0), tl.sum(b_s4, 0))
         if SUMS == 5:
-            tl.store(p_mine, b_s1, mask=m_in)
-            tl.store(p_mine + C_IN, b_s2, mask=m_in)
-            tl.store(p_mine + 2 * C_IN, b_s3, mask=m_in)
-            tl.store(p_mine + 3 * C_IN, b_s4, mask=m_in)
-            tl.store(p_mine + 4 * C_IN, b_s5, mask=m_in)
+            sums = (tl.sum(b_s1, 0), tl.sum(b_s2, 0), tl.sum(b_s3, 0), tl.sum(b_s4, 0), tl.sum(b_s5, 0))
+        _store_sums(p_sums + i_program.to(tl.int64) * SUMS * C_IN + o_in, sums, m_in, SUMS, C_IN)
+
+
+@triton.jit
+def _store_sums(p_mine, sums, m_c, SUMS: tl.constexpr, C: tl.constexpr):
+    for i in tl.static_range(SUMS):
+        tl.store(p_mine + i * C, sums[i], mask=m_c)
+
+
+@triton.jit
+def pointwise_bwd_kernel_both(
+    p_grad,
+    p_a,
+    p_weight,
+    p_x,
+    p_dx,
+    p_dw,
+    p_coefficients,
+    p_image_scale,
+    p_residual,
+    p_norm,
+    p_gate,
+    p_sums,
+    pixels,
+    image_pixels,
+    parts,
+    C_IN: tl.constexpr,
+    C_OUT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SUMS: tl.constexpr,
+    GATHER: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """dx as `pointwise_bwd_kernel_input` makes it and, in the same walk, the program's part of the weight's gradient.
+
+    The part is (C_OUT, C_IN) of (programs, C_OUT, C_IN). Sums of dx with something over pixels are columns of W times
+    the product of the gradient with that something, so that tensor cores make them, too.
+    """
+    ACC: tl.constexpr = tl.float64 if p_grad.dtype.element_ty == tl.float64 else tl.float32
+    FAST: tl.constexpr = p_grad.dtype.element_ty == tl.bfloat16
+    FOLDED: tl.constexpr = p_grad.dtype.element_ty.primitive_bitwidth == 16
+    STEPS: tl.constexpr = (C_OUT + BLOCK_OUT - 1) // BLOCK_OUT
+    HOISTED: tl.constexpr = STEPS == 1
+    FACTORS: tl.constexpr = 1 if p_norm is None else 3
+    # Where a block of output channels has room for a column of ones, the product also sums the factors themselves.
+    ONES: tl.constexpr = SUMS == 5 and C_OUT % BLOCK_OUT != 0
+    blocks: tl.constexpr = (C_IN + BLOCK_IN - 1) // BLOCK_IN
+    i_block = tl.program_id(0) % blocks
+    i_program = tl.program_id(0) // blocks
+    i_part = i_program % parts
+    i_image = i_program // parts
+    ONE_SCALE: tl.constexpr = not GATHER and p_coefficients is not None
+    p_one_scale = p_image_scale if ONE_SCALE else None
+    p_row_scale = None if ONE_SCALE else p_image_scale
+    o_in = i_block * BLOCK_IN + tl.arange(0, BLOCK_IN)
+    m_in = inside(o_in, C_IN)
+    o_out = tl.arange(0, BLOCK_OUT)
+    norm = _norm(p_norm, o_in, m_in, C_IN, ACTIVATION, FAST, FOLDED)
+    weights = _resident_weights(p_weight, o_out, o_in, m_in, C_IN, 1, DOT, C_OUT, BLOCK_OUT, STEPS)
+    if HOISTED:
+        coefficients = _coefficients(p_coefficients, p_one_scale, i_image, o_out, inside(o_out, C_OUT), C_OUT, FOLDED)
+    products = ()
+    for _ in tl.static_range(STEPS * FACTORS):
+        products = products + (tl.zeros([BLOCK_OUT, BLOCK_IN], ACC),)
+    b_s3 = tl.zeros([BLOCK_P, BLOCK_IN], ACC)
+    b_s5 = tl.zeros([BLOCK_P, BLOCK_IN], ACC)
+
+    tiles = tl.cdiv(pixels, BLOCK_P)
+    tiles_per_part = tl.cdiv(tiles, parts)
+    first = i_part * tiles_per_part
+    last = tl.minimum(first + tiles_per_part, tiles)
+    for i_tile in tl.range(first, last, num_stages=STAGES):
+        start = i_image.to(tl.int64) * pixels + i_tile * BLOCK_P
+        o_p = tl.arange(0, BLOCK_P)
+        m_p = o_p < pixels - i_tile * BLOCK_P
+        o_image = _image_of_rows(i_image, i_tile * BLOCK_P, o_p, pixels, image_pixels, GATHER)
+        p_a_tile = p_a
+        if p_coefficients is not None:
+            p_a_tile = p_a + start * C_OUT
+        m_x = m_p[:, None] & m_in[None, :]
+        o_x = o_p[:, None] * C_IN + o_in[None, :]
+        b_x = tl.load(p_x + start * C_IN + o_x, mask=m_x, other=0.0)
+        if p_norm is None:
+            factors = (b_x.to(DOT),)
         else:
-            tl.store(p_mine, b_s2, mask=m_in)
-            tl.store(p_mine + C_IN, b_s4, mask=m_in)
+            b_n = normalise(widen(b_x), norm, FOLDED)
+            b_u = activate(b_n, ACTIVATION, FAST, FOLDED)
+            b_slope = activation_gradient(b_n, ACTIVATION, FAST, FOLDED)
+            b_centred = widen(b_x) - norm[0]
+            if SUMS == 5 and not ONES:
+                b_slope = tl.where(m_x, b_slope, 0.0)
+                b_s3 += b_slope
+                b_s5 += b_slope * b_centred
+            factors = (once(b_u.to(DOT)), once(b_slope.to(DOT)), once((b_slope * b_centred).to(DOT)))
+        b_acc = tl.zeros([BLOCK_P, BLOCK_IN], ACC)
+        updated = ()
+        for step in tl.static_range(STEPS):
+            o_k = step * BLOCK_OUT + o_out
+            m_k = inside(o_k, C_OUT)
+            m_g = m_p[:, None] & m_k[None, :]
+            o_g = o_p[:, None] * C_OUT + o_k[None, :]
+            if not HOISTED:
+                coefficients = _coefficients(p_coefficients, p_one_scale, i_image, o_k, m_k, C_OUT, FOLDED)
+            b_g = _gradient_tile(
+                p_grad + start * C_OUT, p_a_tile, o_g, m_g, p_coefficients, coefficients, p_row_scale, o_image, DOT
+            )
+            if ONES and step == STEPS - 1:
+                b_g = tl.where(m_p[:, None] & (o_k[None, :] == C_OUT), 1.0, b_g).to(DOT)
+            b_acc = tl.dot(b_g, weights[step], b_acc, input_precision=PRECISION, out_dtype=ACC)
+            for i in tl.static_range(FACTORS):
+                product = products[step * FACTORS + i]
+                product = tl.dot(tl.trans(b_g), factors[i], product, input_precision=PRECISION, out_dtype=ACC)
+                updated = updated + (product,)
+        products = updated
+        if p_residual is not None:
+            b_acc += widen(tl.load(p_residual + start * C_IN + o_x, mask=m_x, other=0.0))
+        tl.store(p_dx + start * C_IN + o_x, narrow(b_acc, p_dx.dtype.element_ty), mask=m_x)
+
+    p_part = p_dw + i_program.to(tl.int64) * C_OUT * C_IN
+    sums = (tl.zeros([BLOCK_IN], ACC), tl.zeros([BLOCK_IN], ACC), tl.zeros([BLOCK_IN], ACC))
+    for step in tl.static_range(STEPS):
+        o_k = step * BLOCK_OUT + o_out
+        m_k = inside(o_k, C_OUT)
+        b_dw = products[step * FACTORS]
+        if p_gate is not None:
+            b_dw = b_dw * _of_image(p_gate, i_image, o_in, m_in, C_IN)
+        o_w = o_k[:, None] * C_IN + o_in[None, :]
+        tl.store(p_part + o_w, b_dw, mask=m_k[:, None] & m_in[None, :])
+        if p_norm is not None:
+            b_w = weights[step].to(ACC)
+            added = ()
+            for i in tl.static_range(3):
+                added = added + (sums[i] + tl.sum(products[step * FACTORS + i] * b_w, 0),)
+            sums = added
+    if p_norm is not None:
+        if ONES:
+            row: tl.constexpr = (STEPS - 1) * FACTORS
+            m_one = (o_out == C_OUT % BLOCK_OUT)[:, None]
+            s3 = tl.sum(tl.where(m_one, products[row + 1], 0.0), 0)
+            s5 = tl.sum(tl.where(m_one, products[row + 2], 0.0), 0)
+            sums = (sums[0], sums[1], s3, sums[2], s5)
+        elif SUMS == 5:
+            sums = (sums[0], sums[1], tl.sum(b_s3, 0), sums[2], tl.sum(b_s5, 0))
+        else:
+            sums = (sums[1], sums[2])
+        _store_sums(p_sums + i_program.to(tl.int64) * SUMS * C_IN + o_in, sums, m_in, SUMS, C_IN)
 
 
 @triton.jit
@@ -342,17 +589,21 @@ def pointwise_bwd_kernel_weight(
 ):
     """Sums over a range of tiles of prologue(grad)^T prologue(x), (splits, C_OUT, C_IN), for a second stage to add."""
     ACC: tl.constexpr = tl.float64 if p_grad.dtype.element_ty == tl.float64 else tl.float32
+    FAST: tl.constexpr = p_grad.dtype.element_ty == tl.bfloat16
+    FOLDED: tl.constexpr = p_grad.dtype.element_ty.primitive_bitwidth == 16
     blocks_in: tl.constexpr = (C_IN + BLOCK_IN - 1) // BLOCK_IN
     blocks_out: tl.constexpr = (C_OUT + BLOCK_OUT - 1) // BLOCK_OUT
     i_in = tl.program_id(0) % blocks_in
     i_out = tl.program_id(0) // blocks_in % blocks_out
     i_split = tl.program_id(0) // (blocks_in * blocks_out)
     o_in = i_in * BLOCK_IN + tl.arange(0, BLOCK_IN)
-    m_in = o_in < C_IN
+    m_in = inside(o_in, C_IN)
     o_out = i_out * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    m_out = o_out < C_OUT
+    m_out = inside(o_out, C_OUT)
+    norm = _norm(p_norm, o_in, m_in, C_IN, ACTIVATION, FAST, FOLDED)
+    coefficients = _coefficients(p_coefficients, None, 0, o_out, m_out, C_OUT, FOLDED)
     b_weight = tl.zeros([BLOCK_OUT, BLOCK_IN], ACC)
-    b_bias = tl.zeros([BLOCK_OUT], ACC)
+    b_bias = tl.zeros([BLOCK_P, BLOCK_OUT], ACC)
 
     tiles_per_image = tl.cdiv(pixels, BLOCK_P)
     tiles = images * tiles_per_image
@@ -372,20 +623,21 @@ def pointwise_bwd_kernel_weight(
             p_a_tile = p_a + start * C_OUT
         o_image = _image_of_rows(i_image, i_row, o_p, pixels, image_pixels, GATHER)
         p_g = p_grad + start * C_OUT
-        b_g = _gradient_tile(p_g, p_a_tile, o_g, m_g, p_coefficients, p_image_scale, o_image, o_out, m_out, C_OUT, DOT)
+        b_g = _gradient_tile(p_g, p_a_tile, o_g, m_g, p_coefficients, coefficients, p_image_scale, o_image, DOT)
         m_x = m_p[:, None] & m_in[None, :]
         o_x = o_p[:, None] * C_IN + o_in[None, :]
-        p_tile = p_x + start * C_IN
-        b_x = _input_tile(p_tile, o_x, m_x, p_norm, p_gate, o_image, o_in, m_in, C_IN, ACTIVATION, DOT)
+        gate = _of_image(p_gate, o_image, o_in, m_in, C_IN)
+        b_x = _input_tile(p_x + start * C_IN, o_x, m_x, p_norm, norm, p_gate, gate, ACTIVATION, DOT)
         b_weight = tl.dot(tl.trans(b_g), b_x, b_weight, input_precision=PRECISION, out_dtype=ACC)
         if p_bias_partials is not None:
-            b_bias += tl.sum(b_g.to(ACC), 0)
+            b_bias += b_g.to(ACC)
 
     o_w = o_out[:, None] * C_IN + o_in[None, :]
     p_mine = p_partials + i_split.to(tl.int64) * C_OUT * C_IN
     tl.store(p_mine + o_w, b_weight, mask=m_out[:, None] & m_in[None, :])
     if p_bias_partials is not None:
-        tl.store(p_bias_partials + i_split.to(tl.int64) * C_OUT + o_out, b_bias, mask=m_out & (i_in == 0))
+        p_bias = p_bias_partials + i_split.to(tl.int64) * C_OUT + o_out
+        tl.store(p_bias, tl.sum(b_bias, 0), mask=m_out & (i_in == 0))
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -405,20 +657,42 @@ def product_dtype(dtype: torch.dtype) -> tl.dtype:
     return tl.bfloat16 if dtype == torch.bfloat16 else tl.float16
 
 
+_RESIDENT_STEPS = 5
+"""Into how many tiles of reduced channels a weight that stays in the program may be cut: each is code of its own."""
+
+
+def _resident(reduced: int, block_reduced: int) -> bool:
+    return triton.cdiv(reduced, block_reduced) <= _RESIDENT_STEPS
+
+
 def _width(channels: int, other: int, most: int) -> int:
     """The block of channels that wastes least: of padding, and of reading the other operand once a block."""
     sizes = [size for size in (16, 32, 64, 128, 256) if size <= most]
     return min(sizes, key=lambda size: triton.cdiv(channels, size) * (size + other / 4))
 
 
-def _rows(pixels: int, most: int) -> int:
+def _steps(channels: int, most: int, least: int = 16) -> int:
+    """The block of reduced channels: the least padding among those that make few steps, or else the largest."""
+    few = [size for size in (16, 32, 64) if least <= size <= most and _resident(channels, size)]
+    return min(few, key=lambda size: triton.cdiv(channels, size) * (size + 4), default=most)
+
+
+def _rows_of_tile(pixels: int, most: int) -> int:
     return max(16, min(most, triton.next_power_of_2(pixels)))
 
 
 def _parts(images: int, tiles: int, blocks: int, arch: Architecture) -> int:
-    """Into how many parts an image's tiles are split: enough for four programs a multiprocessor, else long walks."""
-    wanted = triton.cdiv(4 * arch.multiprocessors, images * blocks)
-    return max(1, min(tiles, max(wanted, triton.cdiv(tiles, 64))))
+    """Into how many parts an image's tiles are split: those that are done first.
+
+    Four programs a multiprocessor run at a time, and what does not fill them waits for a turn of its own; a program
+    fills its pipeline, loads its weight and writes its sums in about the time of two tiles.
+    """
+    places = 4 * arch.multiprocessors
+
+    def time(parts: int) -> float:
+        return triton.cdiv(images * parts * blocks, places) * (triton.cdiv(tiles, parts) + 2)
+
+    return min(range(1, min(tiles, triton.cdiv(4 * places, images * blocks)) + 1), key=time)
 
 
 def _wide_tiles(shape: Mapping[str, int], arch: Architecture) -> bool:
@@ -446,21 +720,31 @@ def _product_rule(
     """
     images, pixels, size = shape["images"], shape["pixels"], shape["element_size"]
     block_kept = _width(kept, reduced, most_kept)
-    most_reduced = 64 if _wide_tiles(shape, arch) else 32
-    block_reduced = max(16, min(most_reduced, triton.next_power_of_2(reduced)))
-    block_p = _rows(pixels, most_rows)
+    # In 16 bits each of 128 or 256 threads loads 16 bytes at a time.
+    threads = 128 if most_rows * block_kept <= four_warps else 256
+    most_reduced, least_reduced = (64, max(16, 8 * threads // most_rows)) if _wide_tiles(shape, arch) else (32, 16)
+    block_reduced = _steps(reduced, most_reduced, least_reduced)
+    block_p = _rows_of_tile(pixels, most_rows)
     while block_p > 16 and _few(images, pixels, block_p, kept, block_kept, arch):
         block_p //= 2
     while block_kept > 32 and _few(images, pixels, block_p, kept, block_kept, arch):
         block_kept //= 2
+    stages = 3 if size == 2 else 2
+    if _resident(reduced, block_reduced):
+        # Three programs share a multiprocessor's memory, whose pipelines hold all the reduced channels.
+        row_bytes = triton.cdiv(reduced, block_reduced) * block_reduced * size
+        if stages * block_p * row_bytes > arch.shared_bytes // 3:
+            stages = 2
+        while block_p > 32 and stages * block_p * row_bytes > arch.shared_bytes // 3:
+            block_p //= 2
     blocks = triton.cdiv(kept, block_kept)
     return {
         "block_p": block_p,
         "block_reduced": block_reduced,
         "block_kept": block_kept,
         "parts": _parts(images, triton.cdiv(pixels, block_p), blocks, arch),
-        "num_warps": 4 if block_p * max(block_kept, block_reduced) <= four_warps else 8,
-        "stages": 3 if size == 2 else 2,
+        "num_warps": 4 if block_p * block_kept <= four_warps and block_p * block_reduced <= 4096 else 8,
+        "stages": stages,
     }
 
 
@@ -472,9 +756,35 @@ def _forward_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
 
 @tuning.heuristic("pointwise_input_gradient")
 def _input_gradient_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
-    """Smaller than the forward's: two tensors are read for each operand, and sums need more tiles of the result."""
-    limits = (64, 64) if _wide_tiles(shape, arch) else (32, 32)
-    return _product_rule(shape, arch, shape["channels_out"], shape["channels_in"], *limits, 2048)
+    """Smaller than the forward's: two tensors are read for each operand, and sums need up to five tiles more."""
+    rows = 32 if shape["sums"] or not _wide_tiles(shape, arch) else 64
+    limits = (rows, 64 if _wide_tiles(shape, arch) else 32, 1024 if shape["sums"] else 2048)
+    return _product_rule(shape, arch, shape["channels_out"], shape["channels_in"], *limits)
+
+
+@tuning.heuristic("pointwise_both_gradients")
+def _both_gradients_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
+    """As for the input gradient, with registers for the weight's; ``fits`` says whether one launch is better than two.
+
+    What it saves is a second reading of the operands; what it costs is that every program writes a whole gradient of
+    the weight, where the weight gradient's own launch divides the weight among programs, too.
+    """
+    c_in, c_out, size = shape["channels_in"], shape["channels_out"], shape["element_size"]
+    config = _input_gradient_rule(shape, arch)
+    if shape["sums"]:
+        config |= {"block_p": 64, "block_reduced": 16} if c_out <= 16 else {"block_p": 32}
+        config["num_warps"] = 4
+    else:
+        config |= {"block_reduced": 16 if c_out <= 160 else 32, "num_warps": 4 if c_out <= 160 else 8, "stages": 2}
+    steps, blocks = triton.cdiv(c_out, config["block_reduced"]), triton.cdiv(c_in, config["block_kept"])
+    config["parts"] = _parts(shape["images"], triton.cdiv(shape["pixels"], config["block_p"]), blocks, arch)
+    accumulators = steps * config["block_reduced"] * config["block_kept"] // (32 * config["num_warps"])
+    accumulators *= 3 if shape["sums"] else 1
+    saved = shape["images"] * shape["pixels"] * (2 * c_out + c_in) * size
+    written = 2 * 4 * shape["images"] * config["parts"] * c_in * c_out
+    pays = 4 * written <= saved or arch.name == "interpreter"
+    fits = size == 2 and steps <= 10 and accumulators <= 64
+    return {**config, "fits": int(fits and pays)}
 
 
 @tuning.heuristic("pointwise_weight_gradient")
@@ -485,7 +795,7 @@ def _weight_gradient_rule(shape: Mapping[str, int], arch: Architecture) -> Confi
     block_out = _width(shape["channels_out"], shape["channels_in"], most)
     if block_in * block_out > 64 * 128:
         block_in = 64
-    block_p = _rows(pixels, 64 if _wide_tiles(shape, arch) else 32)
+    block_p = _rows_of_tile(pixels, 64 if _wide_tiles(shape, arch) else 32)
     blocks = triton.cdiv(shape["channels_in"], block_in) * triton.cdiv(shape["channels_out"], block_out)
     tiles = images * triton.cdiv(pixels, block_p)
     return {
@@ -581,6 +891,7 @@ def forward(
         BLOCK_P=config["block_p"],
         BLOCK_IN=config["block_reduced"],
         BLOCK_OUT=config["block_kept"],
+        RESIDENT=_resident(c_in, config["block_reduced"]),
         STAGES=config["stages"],
         num_warps=config["num_warps"],
     )  # fmt: skip
@@ -588,7 +899,7 @@ def forward(
 
 
 class Through(NamedTuple):
-    """The input that a product read: act(norm(a)), times a gate where ``per_image``. See `input_gradient`."""
+    """The input that a product read: activation(norm(a)), times a gate where ``per_image``. See `input_gradient`."""
 
     a: Tensor
     norm: Tensor
@@ -619,30 +930,93 @@ def input_gradient(
         dx (images, pixels, Cin) in the dtype of grad, and with ``through`` sums over pixels, where c = a - mean: per
         image (images, parts, 5, Cin) of dx act(norm(a)), dx s, s, dx s c, s c; else (programs, 2, Cin) of dx s, dx s c.
     """
-    per_image = through is not None and through.per_image
-    images, pixels, gather = _images(grad, image_scale is not None)
-    if per_image:
-        images, pixels, gather = *grad.shape[:2], False
-    shape = {**_shape(images, pixels, weight, grad), "sums": (5 if per_image else 2) if through else 0}
+    x, norm, activation, per_image = (None, None, "none", False) if through is None else through
+    shape = _gradient_shape(grad, weight, image_scale is not None, per_image, norm is not None)
     config = tuning.choose("pointwise_input_gradient", shape, grad.device)
+    weight = _weight_as_read(weight, grad, config["block_reduced"], weight.shape[0])
+    dx, sums, _ = _launch_input_gradient(
+        config, shape, grad, a, weight, x, coefficients, image_scale, residual, norm, None, activation, per_image
+    )
+    return dx, sums
+
+
+def both_gradients(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    *,
+    coefficients: Tensor | None = None,
+    a: Tensor | None = None,
+    image_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    norm: Tensor | None = None,
+    activation: str = "none",
+    gate: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`input_gradient` and `weight_gradient` in one launch that reads everything once; only where `both_fit`.
+
+    Returns:
+        dx, dW, and with ``norm`` the sums of `input_gradient`, five an image with a ``gate``, else two.
+    """
+    shape = _gradient_shape(grad, weight, image_scale is not None, gate is not None, norm is not None)
+    config = tuning.choose("pointwise_both_gradients", shape, grad.device)
+    dx, sums, products = _launch_input_gradient(
+        config, shape, grad, a, weight, x, coefficients, image_scale, residual, norm, gate, activation,
+        gate is not None, both=True,
+    )  # fmt: skip
+    return dx, sum_partials(products, weight.dtype), sums
+
+
+def both_fit(grad: Tensor, weight: Tensor, *, of_image: bool, per_image: bool, normalised: bool) -> bool:
+    """Whether `both_gradients` pays: the whole weight gradient fits registers, and its parts are little to write.
+
+    Args:
+        of_image: whether there is an image_scale. per_image: whether there is a gate. normalised: whether a norm.
+    """
+    shape = _gradient_shape(grad, weight, of_image, per_image, normalised)
+    config = tuning.choose("pointwise_both_gradients", shape, grad.device)
+    return bool(config["fits"])
+
+
+def _gradient_shape(grad: Tensor, weight: Tensor, of_image: bool, per_image: bool, normalised: bool) -> dict[str, int]:
+    images, pixels, gather = (*grad.shape[:2], False) if per_image else _images(grad, of_image)
+    sums = (5 if per_image else 2) if normalised else 0
+    return {**_shape(images, pixels, weight, grad), "sums": sums, "gather": int(gather)}
+
+
+def _launch_input_gradient(
+    config: Config,
+    shape: Mapping[str, int],
+    grad: Tensor,
+    a: Tensor | None,
+    weight: Tensor,
+    x: Tensor | None,
+    coefficients: Tensor | None,
+    image_scale: Tensor | None,
+    residual: Tensor | None,
+    norm: Tensor | None,
+    gate: Tensor | None,
+    activation: str,
+    per_image: bool,
+    both: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """dx, and if any the sums and the parts of the weight's gradient."""
     c_out, c_in = weight.shape[:2]
-    weight = _weight_as_read(weight, grad, config["block_reduced"], c_out)
+    programs = shape["images"] * config["parts"]
     dx = torch.empty((*grad.shape[:2], c_in), dtype=grad.dtype, device=grad.device)
-    parts, rows = config["parts"], 5 if per_image else 2
-    sums = None
-    if through is not None:
-        size = (images, parts, 5, c_in) if per_image else (images * parts, 2, c_in)
+    sums = products = None
+    if norm is not None:
+        size = (shape["images"], config["parts"], 5, c_in) if per_image else (programs, 2, c_in)
         sums = torch.empty(size, dtype=wide(grad), device=grad.device)
-    through_a, through_norm, activation = (None, None, "none") if through is None else through[:3]
-    grid = (images * parts * triton.cdiv(c_in, config["block_kept"]),)
-    pointwise_bwd_kernel_input[grid](
-        grad, a, weight, dx, coefficients, image_scale, residual, through_a, through_norm, sums,
-        pixels, grad.shape[1], parts,
+    if both:
+        products = torch.empty((programs, *weight.shape), dtype=wide(grad), device=grad.device)
+    grid = (programs * triton.cdiv(c_in, config["block_kept"]),)
+    constants = dict(
         C_IN=c_in,
         C_OUT=c_out,
-        THROUGH_ACTIVATION=ACTIVATION_CODES[activation],
-        SUMS=rows,
-        GATHER=gather,
+        ACTIVATION=ACTIVATION_CODES[activation],
+        SUMS=shape["sums"],
+        GATHER=bool(shape["gather"]),
         DOT=product_dtype(grad.dtype),
         PRECISION=precision(grad.dtype),
         BLOCK_P=config["block_p"],
@@ -650,8 +1024,19 @@ def input_gradient(
         BLOCK_OUT=config["block_reduced"],
         STAGES=config["stages"],
         num_warps=config["num_warps"],
-    )  # fmt: skip
-    return dx, sums
+    )
+    pixels = (shape["pixels"], grad.shape[1], config["parts"])
+    if both:
+        pointwise_bwd_kernel_both[grid](
+            grad, a, weight, x, dx, products, coefficients, image_scale, residual, norm, gate, sums, *pixels,
+            **constants,
+        )  # fmt: skip
+    else:
+        pointwise_bwd_kernel_input[grid](
+            grad, a, weight, x, dx, coefficients, image_scale, residual, norm, sums, *pixels, **constants,
+            RESIDENT=_resident(c_out, config["block_reduced"]),
+        )  # fmt: skip
+    return dx, sums, products
 
 
 def weight_gradient(

@@ -28,13 +28,14 @@ TYPES = {torch.float64: "*fp64", torch.float32: "*fp32", torch.float16: "*fp16",
 
 
 class Launch(NamedTuple):
-    """One kernel with the types of its run-time arguments, its constants (by position), warps, stages, and grid."""
+    """One kernel with the types of its run-time arguments, its constants, warps, stages, most registers, and grid."""
 
     kernel: JITFunction
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
     num_warps: int
     num_stages: int
+    maxnreg: int | None
     programs: int
     values: tuple[tuple[str, int], ...]
     """The run-time integers."""
@@ -42,7 +43,7 @@ class Launch(NamedTuple):
     @property
     def compiled_key(self) -> tuple[Any, ...]:
         """Equal where the machine code is."""
-        return self.kernel.__name__, self.signature, repr(self.constants), self.num_warps, self.num_stages
+        return self.kernel.__name__, self.signature, repr(self.constants), *self[3:6]
 
     def __str__(self) -> str:
         shown = {name: value for name, value in self.constants if value is not None}
@@ -56,6 +57,7 @@ class Usage(NamedTuple):
     stack_bytes: int
     shared_bytes: int
     ttir: str
+    ptx: str
 
 
 @contextlib.contextmanager
@@ -79,7 +81,7 @@ def distinct(launches: Iterable[Launch]) -> list[Launch]:
 
 
 def _launch(kernel: JITFunction, args: tuple[Any, ...], grid: Any, kwargs: dict[str, Any]) -> Launch:
-    options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+    options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in kwargs}
     values = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
     constant = {param.name for param in kernel.params if param.is_constexpr}
     signature, constants, integers = {}, {}, {}
@@ -102,6 +104,7 @@ def _launch(kernel: JITFunction, args: tuple[Any, ...], grid: Any, kwargs: dict[
         tuple(constants.items()),
         options.get("num_warps", 4),
         options.get("num_stages", 3),
+        options.get("maxnreg"),
         programs,
         tuple(integers.items()),
     )
@@ -114,10 +117,22 @@ def compile_launch(launch: Launch, architecture: str) -> Usage:
     constants = {(names.index(name),): value for name, value in launch.constants}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
     source = ASTSource(launch.kernel, signature, constants, aligned)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "maxnreg": launch.maxnreg}
     target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
     compiled = triton.compile(source, target=target, options=options)
-    return Usage(*_resources(compiled.asm["cubin"]), compiled.metadata.shared, compiled.asm["ttir"])
+    return Usage(
+        *_resources(compiled.asm["cubin"]), compiled.metadata.shared, compiled.asm["ttir"], compiled.asm["ptx"]
+    )
+
+
+def accesses(ptx: str) -> set[tuple[str, int]]:
+    """How a program reads and writes global memory: ("load", "copy" to shared memory or "store", bytes a thread)."""
+    found = set()
+    for kind, modifiers, bits in re.findall(r"\b(ld|st)\.global((?:[.:]+\w+)*)\.[bfsu](\d+)", ptx):
+        vector = re.search(r"\.v(\d)", modifiers)
+        found.add(("load" if kind == "ld" else "store", int(bits) // 8 * (int(vector[1]) if vector else 1)))
+    copies = re.findall(r"cp\.async\.\w+\.shared\.global\s*\[[^]]*\],\s*\[[^]]*\],\s*(\w+)", ptx)
+    return found | {("copy", int(size, 0)) for size in copies}
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

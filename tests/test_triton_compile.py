@@ -1,14 +1,15 @@
 """Every Triton kernel compiled, as the operators would launch it, for three architectures, without a GPU.
 
-Gates: no register is spilled, shared memory fits, at least eight warps are resident on a multiprocessor, and no 32-bit
-offset overflows at sizes where activations have more than 2^31 elements.
+Gates: no register is spilled, shared memory fits, at least eight warps are resident on a multiprocessor, activations
+are read and written in vectors, products run on tensor cores, and no 32-bit offset overflows at sizes where activations
+have more than 2^31 elements.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from ahead_of_time import Launch, compile_launch, distinct, recorded
+from ahead_of_time import Launch, accesses, compile_launch, distinct, recorded
 from overflow import overflows
 from torch import Tensor
 
@@ -85,6 +86,19 @@ def check(launches: list[Launch], architecture: str) -> None:
 STAGE_3 = blocks("b0")[3]
 """24 -> 144 -> 40 with 5x5 and stride 2 at 56 x 56."""
 LAST = blocks("b0")[-1]
+EARLY = blocks("b0")[1]
+"""16 -> 96 -> 24 with 3x3 and stride 2 at 112 x 112: it moves more bytes than any other."""
+
+STREAMING = {
+    "pointwise_fwd_kernel": True,
+    "pointwise_bwd_kernel_input": True,
+    "pointwise_bwd_kernel_both": True,
+    "pointwise_bwd_kernel_weight": False,
+    "pool_kernel": False,
+    "gradient_sums_kernel": False,
+    "apply_kernel": True,
+}
+"""Kernels that go through activations pixel by pixel, and whether they store some, too."""
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -95,6 +109,38 @@ def test_training_block(architecture: str) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_inference_block(architecture: str) -> None:
     check(inference(LAST[0], 1, LAST[1], torch.bfloat16, architecture), architecture)
+
+
+@pytest.mark.parametrize("block", [EARLY, STAGE_3], ids=["96 channels", "144 channels"])
+def test_activations_move_in_vectors(block: tuple[BlockSpec, int]) -> None:
+    """16 bytes a thread where each pixel is met once; in depthwise kernels two channels, so that a warp has a line."""
+    launches = training(block[0], 256, block[1], torch.bfloat16, "sm_90") + inference(
+        block[0], 256, block[1], torch.bfloat16, "sm_90"
+    )
+    wrong = []
+    for launch in distinct(launches):
+        name, ptx = launch.kernel.__name__, compile_launch(launch, "sm_90").ptx
+        found = accesses(ptx)
+        sizes = {kind: {size for other, size in found if other == kind} for kind in ("load", "copy", "store")}
+        narrow = min(size for _, size in found) < 4
+        if name in STREAMING:
+            narrow |= sizes["copy"] - {16} != set() or 16 not in sizes["copy"] | sizes["load"]
+        if STREAMING.get(name):
+            narrow |= 16 not in sizes["store"]
+        products = name.startswith("pointwise") and not ("wgmma.mma_async" in ptx or "mma.sync" in ptx)
+        if narrow or products:
+            wrong.append(f"{launch}: {sorted(found)}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_accesses_are_read_from_ptx() -> None:
+    ptx = """
+    @%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
+    mov.u16 %rs1, %rs3; ld.global.L1::evict_last.b16 { %rs1 }, [ %rd1 + 0 ];
+    cp.async.cg.shared.global [ %r5 + 0 ], [ %rd2 + 0 ], 0x10, %r6;
+    st.global.v2.b32 [ %rd3 + 0 ], { %r7, %r8 };
+    """
+    assert accesses(ptx) == {("load", 16), ("load", 2), ("copy", 16), ("store", 8)}
 
 
 @pytest.mark.slow

@@ -104,7 +104,8 @@ def test_backward_with_everything(name: str, dtype: torch.dtype) -> None:
     dx, dw, db, sums = depthwise.backward(
         grad, x, weight, size=(height, width), stride=(stride, stride), padding=(half,) * 4, a=a, a_norm=a_norm,
         a_activation="silu", coefficients=coefficients, gate=gate, pooled=pooled, norm=norm, activation="hardswish",
-        residual=residual, bias=weight, needs=(True, True, True), config={**config, "PROGRAMS": 3, "num_warps": 4},
+        residual=residual, bias=weight, needs=(True, True, True),
+        config={**config, "PROGRAMS": 3, "REGISTERS": 255, "num_warps": 4},
     )  # fmt: skip
 
     n2 = normalise(images(a), a_norm).requires_grad_()

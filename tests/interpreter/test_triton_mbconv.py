@@ -19,6 +19,7 @@ from helpers import (
 from triton.runtime.interpreter import GridExecutor
 
 import effnet_ops
+from effnet_ops.kernels import pointwise
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -43,6 +44,18 @@ def test_block(case: MBConvCase, dtype: torch.dtype, training: bool, layout: str
 @pytest.mark.parametrize(("case", "dtype", "training", "layout"), ALL)
 def test_block_in_every_way(case: MBConvCase, dtype: torch.dtype, training: bool, layout: str) -> None:
     check(mbconv_function(case, training), mbconv_tensors(case), dtype, layout, **mbconv_bounds(case, dtype))
+
+
+@pytest.mark.parametrize("name", ["b0_style", "no_expansion_residual", "lite"])
+def test_both_gradients_of_products_in_one_launch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the early blocks run in 16 bits, here in fp64, where nothing hides behind rounding."""
+    case, fused = next(case for case in MBCONV if case.name == name), []
+    both = pointwise.both_gradients
+    monkeypatch.setattr(pointwise, "both_fit", lambda *_, **__: True)
+    monkeypatch.setattr(pointwise, "both_gradients", lambda *args, **kw: fused.append(args) or both(*args, **kw))
+    bounds = mbconv_bounds(case, torch.float64)
+    check(mbconv_function(case, True), mbconv_tensors(case), torch.float64, **bounds)
+    assert len(fused) == (1 if "no_expansion" in name else 2)
 
 
 def test_half_parameters() -> None:

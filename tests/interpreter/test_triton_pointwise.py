@@ -118,6 +118,36 @@ def test_input_gradient_with_residual(shape: tuple[int, int, int, int]) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gated", [True, False])
+def test_both_gradients_with_everything(shape: tuple[int, int, int, int], dtype: torch.dtype, gated: bool) -> None:
+    """One launch that makes what two make. With a gate the sums are of each image, else of each program."""
+    t = fused(*shape, dtype)
+    gate = t.gate if gated else None
+    dx, dw, sums = pointwise.both_gradients(
+        t.grad, t.x, t.weight, coefficients=t.coefficients, a=t.a, image_scale=t.image_scale,
+        norm=t.norm, activation="silu", gate=gate,
+    )  # fmt: skip
+    gradient = t.exact_gradient()
+    exact_x = t.exact_input("silu") / (1.0 if gated else t.gate.double()[:, None])
+    assert relative_error(dx, gradient @ t.weight.double()) <= bound(dtype)
+    assert dw.dtype == t.weight.dtype and dw.shape == t.weight.shape
+    assert relative_error(dw, gradient.flatten(0, 1).T @ exact_x.flatten(0, 1)) <= bound(dtype)
+    exact = exact_sums(t, gradient @ t.weight.double())
+    found, exact = (sums.sum(1), exact) if gated else (sums.sum(0), exact[:, [1, 3]].sum(0))
+    assert relative_error(found, exact) <= bound(dtype)
+
+
+def test_both_gradients_with_residual(shape: tuple[int, int, int, int]) -> None:
+    """As the expansion needs them: of an input as it is stored."""
+    t = fused(*shape, torch.float64)
+    behind = {"coefficients": t.coefficients, "a": t.a}
+    dx, dw, sums = pointwise.both_gradients(t.grad, t.x, t.weight, **behind, residual=t.x)
+    assert sums is None
+    assert relative_error(dx, pointwise.input_gradient(t.grad, t.weight, **behind, residual=t.x)[0]) <= 1e-14
+    assert relative_error(dw, pointwise.weight_gradient(t.grad, t.x, t.weight, **behind)[0]) <= 1e-14
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_weight_gradient_with_everything(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     t = fused(*shape, dtype)
     bias = torch.zeros(shape[3], dtype=t.weight.dtype)
