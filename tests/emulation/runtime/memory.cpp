@@ -315,7 +315,13 @@ extern "C" void* emulation_allocate(const char* name, size_t bytes, size_t misal
     if (mapping == nullptr) return nullptr;
     const uintptr_t begin = reinterpret_cast<uintptr_t>(mapping) + guard_bytes + misalignment;
     Cell* cells = nullptr;
-    if (Kind(kind) != Kind::input && bytes > 0) cells = static_cast<Cell*>(reserve(bytes * sizeof(Cell)));
+    if (Kind(kind) != Kind::input && bytes > 0) {
+        cells = static_cast<Cell*>(reserve(bytes * sizeof(Cell)));
+        if (cells == nullptr) {
+            munmap(mapping, mapping_bytes);
+            return nullptr;
+        }
+    }
     if (cells != nullptr && Kind(kind) == Kind::inout)
         for (size_t i = 0; i < bytes; ++i) cells[i].writer.epoch = std::max(machine.epoch, 1u);
     machine.epoch = std::max(machine.epoch, 1u);
