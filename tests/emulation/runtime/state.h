@@ -67,7 +67,7 @@ struct Block {
     size_t shared_room = 0;
     std::vector<Cell> cells;
     std::vector<uint16_t> seen;  // [thread][lane of its warp]: the lane's clock at their last common barrier
-    bool seen_is_clean;
+    bool seen_is_clean = false;
 };
 
 // Whether a kernel may write a tensor, and whether it may read it before it has been written.
