@@ -23,6 +23,7 @@ struct Cut {
     int element_bytes, warm_up;
     int width, thread_columns, threads, blocks;  // of the kernel's traits
     int stride, halo;                            // pixels that a row of n columns reads: n * stride + halo
+    int first_row = 0, first_column = 0;         // number of the first step
 };
 
 struct CutTile {
@@ -79,6 +80,8 @@ CutTile choose_tile(const Cut& cut, bool chunks, const Device& device, const Sha
         CutTile found{};
         DepthwiseTile& tile = found.tile;
         tile.chunks = chunks;
+        tile.first_row = cut.first_row;
+        tile.first_column = cut.first_column;
         tile.together = cut.channels % cut.width == 0;
         tile.vectors = int(vectors);
         tile.slab = int(vectors * cut.width);
