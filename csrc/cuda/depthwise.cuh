@@ -34,8 +34,9 @@ struct DepthwiseTile {
     int tiles;        // strips side by side
     int strip_rows, strips;
     int items, walkers;
-    bool chunks;    // 16 bytes are copied at a time
-    bool together;  // a thread's channels are loaded and stored at once
+    int first_row, first_column;  // steps of which no pixel exists are left out
+    bool chunks;                  // 16 bytes are copied at a time
+    bool together;                // a thread's channels are loaded and stored at once
 };
 
 struct DepthwiseSizes {
@@ -53,7 +54,8 @@ struct Strip {
         part = item % parts;
         row = part / tile.tiles * tile.strip_rows;
         rows = min(tile.strip_rows, all_rows - row);
-        column = part % tile.tiles * tile.groups * columns;
+        row += tile.first_row;
+        column = tile.first_column + part % tile.tiles * tile.groups * columns;
     }
 };
 
@@ -217,11 +219,14 @@ struct ForwardTraits : Window<kernel_, stride_> {
     using Element = T;
     static constexpr ForwardKind kind = kind_;
     static constexpr int width = kernel_ < 7 ? 2 : 1;  // channels a thread
-    // Outputs of a row a thread: 7 divides B0's 112, 56, 28, 14 and 7.
-    static constexpr int columns = kind_ == ForwardKind::any ? 4 : 7;
+    // Outputs of a row a thread, as many as there are registers for: 7 divides B0's 112, 56, 28, 14 and 7.
+    static constexpr int columns = kernel_ == 3 && kind_ != ForwardKind::any ? 7 : 4;
     static constexpr bool aligned = kind_ != ForwardKind::any;  // 16 bytes are copied at a time
     static constexpr int inputs = (columns - 1) * stride_ + kernel_;
-    static constexpr int threads = kernel_ == 3 ? 256 : 128, blocks = kernel_ == 3 ? 2 : 3, stages = 4;
+    // At most so many threads a block, and so many blocks a multiprocessor: 128, 168 or 255 registers a thread.
+    static constexpr bool light = kernel_ == 3 && stride_ == 1 && kind_ != ForwardKind::any;
+    static constexpr bool heavy = kernel_ > 3 && kind_ == ForwardKind::any;
+    static constexpr int threads = light ? 256 : heavy ? 128 : 192, blocks = 2, stages = 4;
 
     static __host__ __device__ constexpr int row_pixels(int groups) {
         return (groups * columns - 1) * stride_ + kernel_;
@@ -567,7 +572,7 @@ __global__ __launch_bounds__(Traits::threads, Traits::blocks) void depthwise_for
 
 enum class BackwardKind : int {
     plain,  // gradients of a convolution alone; pixels begin at multiples of 16 bytes
-    fused,  // between two normalisations with SiLU: a, coefficients, perhaps gate and pooled; norm; the same
+    fused,  // between two normalisations with SiLU: a, coefficients, perhaps gate and pooled; norm; dx, no db; the same
     any
 };
 
@@ -591,9 +596,13 @@ struct BackwardTraits : Window<kernel_, stride_> {
     static constexpr BackwardKind kind = kind_;
     static constexpr bool aligned = kind_ != BackwardKind::any;  // 16 bytes are copied at a time
     static constexpr int width = kernel_ == 3 ? 2 : 1;           // channels a thread
-    static constexpr int columns = kernel_ < 7 ? 7 : 4;          // strides of input columns a thread
-    static constexpr int grads = columns + Base::reach;          // output gradients of a row that these meet
-    static constexpr int threads = 128, blocks = kernel_ < 7 ? 3 : 2, stages = 4;
+    // Strides of input columns a thread, as many as there are registers for.
+    static constexpr int columns = kernel_ == 7 ? stride_ : kind_ == BackwardKind::any || stride_ == 2 ? 4 : 7;
+    static constexpr int grads = columns + Base::reach;  // output gradients of a row that these meet
+    // At most so many threads a block, and so many blocks a multiprocessor: 168 or 255 registers a thread.
+    static constexpr bool heavy =
+        kind_ == BackwardKind::any || (kind_ == BackwardKind::fused && (stride_ == 1 || sizeof(T) == 4));
+    static constexpr int threads = heavy ? 128 : 192, blocks = 2, stages = 4;
     static constexpr int values = Base::taps + 3;  // sums a thread's channel: dw, db, and two of dx
 
     // A place in the ring: a row of gradients, one of a, and the rows of x of one stride.
@@ -628,6 +637,7 @@ struct BackwardThread {
     float dw[taps][width], db[width], total[width], moment[width];
     unsigned grads_inside, inside;  // which columns of the output and of the input exist
     unsigned stored;                // and of the input's gradient
+    bool leads;                     // whether no thread is on its left
     int64_t offset;                 // of the strip's first pixel, in x
     int steps;                      // how many it has; less than the first where there is nothing to do
 
@@ -658,9 +668,10 @@ struct BackwardThread {
         const DepthwiseSizes& size = arguments.size;
         const int step = strip.column + lane.group * columns, left = step * stride - size.left;
         steps = lane.works ? strip.rows : -reach;
+        leads = step == arguments.tile.first_column;
         grads_inside = columns_inside<grads>(step - reach, size.out_width);
         inside = columns_inside<columns * stride>(left, size.width);
-        stored = arguments.dx == nullptr ? 0 : inside;
+        stored = kind != BackwardKind::fused && arguments.dx == nullptr ? 0 : inside;
         offset = ((strip.image * size.height + strip.row * stride - size.top) * size.width + left) * size.channels +
                  lane.channel;
         if (kind == BackwardKind::plain) return;
@@ -711,10 +722,11 @@ struct BackwardThread {
         }
     }
 
-    // Adds what is this thread's own of the newest row to the bias' gradient.
+    // Adds what is this thread's own of the newest row to the bias' gradient; the first has those that lie before it.
     __device__ inline void add_bias() {
 #pragma unroll
-        for (int i = reach * width; i < grads * width; ++i) db[i % width] += kept[open - 1][i];
+        for (int i = 0; i < grads * width; ++i)
+            if (i >= reach * width || leads) db[i % width] += kept[open - 1][i];
     }
 
     // Row j of a stride: `row` are its pixels in the ring, `at` where it begins in the image. Each meets the gradients
@@ -841,7 +853,7 @@ __global__ __launch_bounds__(Traits::threads, Traits::blocks) void depthwise_bac
     const int grad_pixels = Traits::grad_pixels(tile.groups), row_pixels = Traits::row_pixels(tile.groups);
     const int slot_elements = Traits::slot_pixels(tile.groups, has_a, has_x) * tile.pitch;
     const int a_at = grad_pixels * tile.pitch, x_at = a_at * (has_a ? 2 : 1), row_elements = row_pixels * tile.pitch;
-    const int all_rows = max((size.height + size.top + stride - 1) / stride, size.out_height);
+    const int all_rows = max((size.height + size.top + stride - 1) / stride, size.out_height) - tile.first_row;
     T* const ring = shared_memory<T>();
     const Copier<T, width, Traits::aligned> copier(tile, slab, size.channels);
     const int steps = tile.strip_rows + before;
@@ -883,8 +895,9 @@ __global__ __launch_bounds__(Traits::threads, Traits::blocks) void depthwise_bac
             if (step - before >= thread.steps) continue;
             const int row = step - before;
             thread.read(mine, mine + a_at, strip.row + row);
+            if (Traits::kind != BackwardKind::fused && arguments.db && (row >= 0 || strip.row == tile.first_row))
+                thread.add_bias();
             if (row >= 0) {
-                if (arguments.db) thread.add_bias();
                 const T* const pixels = mine + x_at + lane.group * columns * (stride - 1) * tile.pitch;
                 const int h = (strip.row + row) * stride - size.top;
                 const int64_t at = thread.offset + row * stride * size.width * size.channels;

@@ -12,7 +12,8 @@ auto with_backward_traits(const DepthwiseBackward& problem, const F& f) {
                        problem.x != nullptr;
     const bool fused = problem.a != nullptr && problem.a_norm != nullptr && problem.a_activation == Activation::silu &&
                        problem.coefficients != nullptr && problem.norm != nullptr && problem.x != nullptr &&
-                       problem.activation == Activation::silu && problem.residual == nullptr;
+                       problem.activation == Activation::silu && problem.residual == nullptr && problem.dx != nullptr &&
+                       problem.db == nullptr;
     return with_window(problem.shape, [&](auto kernel, auto stride) {
         constexpr int k = decltype(kernel)::value, s = decltype(stride)::value;
         if constexpr (k < 7) {
@@ -28,16 +29,19 @@ template <class Traits>
 CutTile cut_backward(const DepthwiseBackward& problem, const Device& device) {
     using T = typename Traits::Element;
     const DepthwiseShape& shape = problem.shape;
-    const int64_t rows = std::max(ceil_div(shape.height + shape.pad_top, shape.stride), shape.out_height);
-    const int64_t columns = std::max(ceil_div(shape.width + shape.pad_left, shape.stride), shape.out_width);
+    // Steps that begin with the first pixel, and go on until every output has been read.
+    const int first_row = std::min(shape.pad_top / shape.stride, Traits::reach);
+    const int first_column = std::min(shape.pad_left / shape.stride, Traits::reach);
+    const int64_t rows = std::max(ceil_div(shape.height + shape.pad_top, shape.stride), shape.out_height) - first_row;
+    const int64_t columns =
+        std::max(ceil_div(shape.width + shape.pad_left, shape.stride), shape.out_width) - first_column;
     const Cut cut{shape.batch,     shape.channels,   rows,           columns,
                   int(sizeof(T)),  Traits::open - 1, Traits::width,  Traits::columns,
-                  Traits::threads, Traits::blocks,   Traits::stride, Traits::reach};
-    CutTile found = choose_tile(cut, in_chunks<T>(shape), device, [&](int groups, int pitch, int slab) {
+                  Traits::threads, Traits::blocks,   Traits::stride, Traits::reach,
+                  first_row,       first_column};
+    return cut_problem(cut, in_chunks<T>(shape), device, [&](int groups, int pitch, int slab) {
         return Traits::shared_bytes(groups, pitch, slab, problem.a != nullptr, problem.x != nullptr);
     });
-    choose_strips(cut, found, device);
-    return found;
 }
 
 template <class Traits>
@@ -45,10 +49,11 @@ int64_t backward_read_bytes(const DepthwiseBackward& problem, const DepthwiseTil
     const DepthwiseShape& shape = problem.shape;
     constexpr int64_t stride = Traits::stride, before = Traits::open - 1, reach = Traits::reach;
     const int64_t columns = int64_t(tile.groups) * Traits::columns;
-    const Reads grads{tile.strip_rows, tile.strip_rows + before, before, shape.out_height,
-                      columns,         columns + reach,          reach,  shape.out_width};
-    const Reads pixels{tile.strip_rows * stride, tile.strip_rows * stride, shape.pad_top,  shape.height,
-                       columns * stride,         columns * stride,         shape.pad_left, shape.width};
+    const int64_t top = shape.pad_top - tile.first_row * stride, left = shape.pad_left - tile.first_column * stride;
+    const Reads grads{tile.strip_rows, tile.strip_rows + before, before - tile.first_row,   shape.out_height,
+                      columns,         columns + reach,          reach - tile.first_column, shape.out_width};
+    const Reads pixels{tile.strip_rows * stride, tile.strip_rows * stride, top,  shape.height,
+                       columns * stride,         columns * stride,         left, shape.width};
     const int64_t read = grads.pixels(tile) * (problem.a == nullptr ? 1 : 2) +
                          pixels.pixels(tile) * ((problem.x != nullptr) + (problem.residual != nullptr));
     return read * shape.batch * shape.channels * int64_t(sizeof(typename Traits::Element));
