@@ -180,4 +180,5 @@ def once(x):
     if _INTERPRETED or x.dtype.primitive_bitwidth != 16:
         return x
     else:
-        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2)
+        # With two operands, since one that is elementwise in a single operand would be moved, too.
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r", [x, x], dtype=x.dtype, is_pure=True, pack=2)

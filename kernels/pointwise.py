@@ -737,6 +737,9 @@ def _product_rule(
             stages = 2
         while block_p > 32 and stages * block_p * row_bytes > arch.shared_bytes // 3:
             block_p //= 2
+    else:
+        # The weight's tiles are on their way, too.
+        block_p, four_warps = max(16, min(block_p, 4096 // block_kept)), min(four_warps, 2048)
     blocks = triton.cdiv(kept, block_kept)
     return {
         "block_p": block_p,
