@@ -174,10 +174,13 @@ def narrow(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def once(x):
-    """x, computed by one thread: without this, Triton moves what leads to a product's operand behind the exchange of
-    data between threads, where each of several warps holds the operand and would compute it again."""
-    if _INTERPRETED or x.dtype.primitive_bitwidth != 16:
-        return x
-    else:
+def once(x, ANCHOR: tl.constexpr):
+    """x, computed by one thread where ANCHOR is set.
+
+    Triton moves what leads to a product's operand behind the exchange of data between threads, where each of several
+    warps holds the operand and would compute it again. It does not move what may have an effect.
+    """
+    if ANCHOR and x.dtype.primitive_bitwidth == 16:
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2)
+    else:
+        return x

@@ -72,7 +72,7 @@ def _norm(p_norm, o_c, m_c, C: tl.constexpr, KIND: tl.constexpr, FAST: tl.conste
 
 @triton.jit
 def _input_tile(
-    p_x, o_x, m_x, p_norm, norm, p_gate, gate, ACTIVATION: tl.constexpr, DOT: tl.constexpr
+    p_x, o_x, m_x, p_norm, norm, p_gate, gate, ACTIVATION: tl.constexpr, DOT: tl.constexpr, ANCHOR: tl.constexpr
 ):  # fmt: skip  # [BP, BC]
     """activation(norm(x)) * gate of each row's image, ready for a product."""
     FAST: tl.constexpr = p_x.dtype.element_ty == tl.bfloat16
@@ -85,7 +85,7 @@ def _input_tile(
         b_x = activate(b_x, ACTIVATION, FAST, FOLDED and p_norm is not None)
         if p_gate is not None:
             b_x = b_x * gate
-        return once(b_x.to(DOT))
+        return once(b_x.to(DOT), ANCHOR)
     else:
         return b_x.to(DOT)
 
@@ -106,7 +106,7 @@ def _coefficients(p_coefficients, p_image_scale, i_image, o_c, m_c, C: tl.conste
 
 @triton.jit
 def _gradient_tile(
-    p_grad, p_a, o_g, m_g, p_coefficients, coefficients, p_image_scale, o_image, DOT: tl.constexpr
+    p_grad, p_a, o_g, m_g, p_coefficients, coefficients, p_image_scale, o_image, DOT: tl.constexpr, ANCHOR: tl.constexpr
 ):  # [BP, BC]
     """The gradient before a normalisation, A * scale * grad + B * (a - mean) + D, scale that of each row's image.
 
@@ -123,7 +123,7 @@ def _gradient_tile(
             b_a = b_a - mean
         b_g = tl.where(m_g, of_grad * widen(b_g) + (of_a * b_a + constant), 0.0)
     if p_image_scale is not None or p_coefficients is not None:
-        return once(b_g.to(DOT))
+        return once(b_g.to(DOT), ANCHOR)
     else:
         return b_g.to(DOT)
 
@@ -172,6 +172,7 @@ def pointwise_fwd_kernel(
     OUT_ACTIVATION: tl.constexpr,
     GATHER: tl.constexpr,
     DOT: tl.constexpr,
+    ANCHOR: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -233,7 +234,7 @@ def pointwise_fwd_kernel(
                     gate = _of_image(p_gate, o_image, o_k, m_k, C_IN)
                 m_x = m_p[:, None] & m_k[None, :]
                 o_x = o_p[:, None] * C_IN + o_k[None, :]
-                b_x = _input_tile(p_tile, o_x, m_x, p_norm, norm, p_gate, gate, ACTIVATION, DOT)
+                b_x = _input_tile(p_tile, o_x, m_x, p_norm, norm, p_gate, gate, ACTIVATION, DOT, ANCHOR)
                 b_acc = tl.dot(b_x, weights[step], b_acc, input_precision=PRECISION, out_dtype=ACC)
         else:
             for k in tl.range(0, C_IN, BLOCK_IN, num_stages=STAGES):
@@ -243,7 +244,7 @@ def pointwise_fwd_kernel(
                 o_x = o_p[:, None] * C_IN + o_k[None, :]
                 k_norm = _norm(p_norm, o_k, m_k, C_IN, ACTIVATION, FAST, FOLDED)
                 k_gate = _of_image(p_gate, o_image, o_k, m_k, C_IN)
-                b_x = _input_tile(p_tile, o_x, m_x, p_norm, k_norm, p_gate, k_gate, ACTIVATION, DOT)
+                b_x = _input_tile(p_tile, o_x, m_x, p_norm, k_norm, p_gate, k_gate, ACTIVATION, DOT, ANCHOR)
                 b_w = _weight_tile(p_weight, o_k, m_k, o_out, m_out, 1, C_IN, DOT)
                 b_acc = tl.dot(b_x, b_w, b_acc, input_precision=PRECISION, out_dtype=ACC)
 
@@ -308,6 +309,7 @@ def pointwise_bwd_kernel_input(
     SUMS: tl.constexpr,
     GATHER: tl.constexpr,
     DOT: tl.constexpr,
+    ANCHOR: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -369,7 +371,9 @@ def pointwise_bwd_kernel_input(
                 o_g = o_p[:, None] * C_OUT + o_k[None, :]
                 if not HOISTED:
                     coefficients = _coefficients(p_coefficients, p_one_scale, i_image, o_k, m_k, C_OUT, FOLDED)
-                b_g = _gradient_tile(p_g, p_a_tile, o_g, m_g, p_coefficients, coefficients, p_row_scale, o_image, DOT)
+                b_g = _gradient_tile(
+                    p_g, p_a_tile, o_g, m_g, p_coefficients, coefficients, p_row_scale, o_image, DOT, ANCHOR
+                )
                 b_acc = tl.dot(b_g, weights[step], b_acc, input_precision=PRECISION, out_dtype=ACC)
         else:
             for k in tl.range(0, C_OUT, BLOCK_OUT, num_stages=STAGES):
@@ -378,7 +382,9 @@ def pointwise_bwd_kernel_input(
                 m_g = m_p[:, None] & m_k[None, :]
                 o_g = o_p[:, None] * C_OUT + o_k[None, :]
                 k_coefficients = _coefficients(p_coefficients, p_one_scale, i_image, o_k, m_k, C_OUT, FOLDED)
-                b_g = _gradient_tile(p_g, p_a_tile, o_g, m_g, p_coefficients, k_coefficients, p_row_scale, o_image, DOT)
+                b_g = _gradient_tile(
+                    p_g, p_a_tile, o_g, m_g, p_coefficients, k_coefficients, p_row_scale, o_image, DOT, ANCHOR
+                )
                 b_w = _weight_tile(p_weight, o_k, m_k, o_in, m_in, C_IN, 1, DOT)
                 b_acc = tl.dot(b_g, b_w, b_acc, input_precision=PRECISION, out_dtype=ACC)
 
@@ -440,6 +446,7 @@ def pointwise_bwd_kernel_both(
     SUMS: tl.constexpr,
     GATHER: tl.constexpr,
     DOT: tl.constexpr,
+    ANCHOR: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -506,7 +513,11 @@ def pointwise_bwd_kernel_both(
                 b_slope = tl.where(m_x, b_slope, 0.0)
                 b_s3 += b_slope
                 b_s5 += b_slope * b_centred
-            factors = (once(b_u.to(DOT)), once(b_slope.to(DOT)), once((b_slope * b_centred).to(DOT)))
+            factors = (
+                once(b_u.to(DOT), ANCHOR),
+                once(b_slope.to(DOT), ANCHOR),
+                once((b_slope * b_centred).to(DOT), ANCHOR),
+            )
         b_acc = tl.zeros([BLOCK_P, BLOCK_IN], ACC)
         updated = ()
         for step in tl.static_range(STEPS):
@@ -517,7 +528,16 @@ def pointwise_bwd_kernel_both(
             if not HOISTED:
                 coefficients = _coefficients(p_coefficients, p_one_scale, i_image, o_k, m_k, C_OUT, FOLDED)
             b_g = _gradient_tile(
-                p_grad + start * C_OUT, p_a_tile, o_g, m_g, p_coefficients, coefficients, p_row_scale, o_image, DOT
+                p_grad + start * C_OUT,
+                p_a_tile,
+                o_g,
+                m_g,
+                p_coefficients,
+                coefficients,
+                p_row_scale,
+                o_image,
+                DOT,
+                ANCHOR,
             )
             if ONES and step == STEPS - 1:
                 b_g = tl.where(m_p[:, None] & (o_k[None, :] == C_OUT), 1.0, b_g).to(DOT)
@@ -581,6 +601,7 @@ def pointwise_bwd_kernel_weight(
     ACTIVATION: tl.constexpr,
     GATHER: tl.constexpr,
     DOT: tl.constexpr,
+    ANCHOR: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -623,11 +644,11 @@ def pointwise_bwd_kernel_weight(
             p_a_tile = p_a + start * C_OUT
         o_image = _image_of_rows(i_image, i_row, o_p, pixels, image_pixels, GATHER)
         p_g = p_grad + start * C_OUT
-        b_g = _gradient_tile(p_g, p_a_tile, o_g, m_g, p_coefficients, coefficients, p_image_scale, o_image, DOT)
+        b_g = _gradient_tile(p_g, p_a_tile, o_g, m_g, p_coefficients, coefficients, p_image_scale, o_image, DOT, ANCHOR)
         m_x = m_p[:, None] & m_in[None, :]
         o_x = o_p[:, None] * C_IN + o_in[None, :]
         gate = _of_image(p_gate, o_image, o_in, m_in, C_IN)
-        b_x = _input_tile(p_x + start * C_IN, o_x, m_x, p_norm, norm, p_gate, gate, ACTIVATION, DOT)
+        b_x = _input_tile(p_x + start * C_IN, o_x, m_x, p_norm, norm, p_gate, gate, ACTIVATION, DOT, ANCHOR)
         b_weight = tl.dot(tl.trans(b_g), b_x, b_weight, input_precision=PRECISION, out_dtype=ACC)
         if p_bias_partials is not None:
             b_bias += b_g.to(ACC)
@@ -655,6 +676,12 @@ def product_dtype(dtype: torch.dtype) -> tl.dtype:
     if dtype == torch.float32 or INTERPRETED:
         return tl.float32
     return tl.bfloat16 if dtype == torch.bfloat16 else tl.float16
+
+
+def _anchor(device: torch.device) -> bool:
+    """Whether `once` holds its value in place; the pipeliner for sm_100 and later cannot take what does."""
+    name = tuning.architecture(device).name
+    return name.startswith("sm_") and int(name.removeprefix("sm_")) < 100
 
 
 _RESIDENT_STEPS = 5
@@ -737,6 +764,9 @@ def _product_rule(
             stages = 2
         while block_p > 32 and stages * block_p * row_bytes > arch.shared_bytes // 3:
             block_p //= 2
+    else:
+        # The weight's tiles are on their way, too.
+        block_p, four_warps = max(16, min(block_p, 4096 // block_kept)), min(four_warps, 2048)
     blocks = triton.cdiv(kept, block_kept)
     return {
         "block_p": block_p,
@@ -887,6 +917,7 @@ def forward(
         OUT_ACTIVATION=ACTIVATION_CODES[out_activation],
         GATHER=gather,
         DOT=product_dtype(x.dtype),
+        ANCHOR=_anchor(x.device),
         PRECISION=precision(x.dtype),
         BLOCK_P=config["block_p"],
         BLOCK_IN=config["block_reduced"],
@@ -1018,6 +1049,7 @@ def _launch_input_gradient(
         SUMS=shape["sums"],
         GATHER=bool(shape["gather"]),
         DOT=product_dtype(grad.dtype),
+        ANCHOR=_anchor(grad.device),
         PRECISION=precision(grad.dtype),
         BLOCK_P=config["block_p"],
         BLOCK_IN=config["block_kept"],
@@ -1074,6 +1106,7 @@ def weight_gradient(
         ACTIVATION=ACTIVATION_CODES[activation],
         GATHER=gather,
         DOT=product_dtype(x.dtype),
+        ANCHOR=_anchor(x.device),
         PRECISION=precision(x.dtype),
         BLOCK_P=config["block_p"],
         BLOCK_IN=config["block_in"],
