@@ -16,6 +16,7 @@ BUILD := $(VENV)/.build
 # Two workers with two threads each on two cores: threads that spin while they wait would make the tests several times slower.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n 2 --durations=10
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_TESTS := $(shell find tests/emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # $(call install,log name,pip arguments): one line a package while it runs, the log's end if it fails.
 define install
@@ -70,12 +71,12 @@ lint: $(ENVIRONMENT)  ## check the style of Python and C++
 	@echo "==> checking the style"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+	@$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES) $(CXX_TESTS)
 
 format: $(ENVIRONMENT)  ## format Python and C++ in place
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
-	@$(BIN)/clang-format -i $(CXX_SOURCES)
+	@$(BIN)/clang-format -i $(CXX_SOURCES) $(CXX_TESTS)
 
 sanitize: $(ENVIRONMENT)  ## run the operator tests under the address and undefined-behaviour sanitizers
 	@echo "==> building and testing with sanitizers"

@@ -64,7 +64,8 @@ template <class T>
 void average_pool(int64_t images, int64_t pixels, int64_t channels, const void* x, void* y) {
     using A = Compute<T>;
     constexpr int64_t L = lanes<A>, run = 64;
-    const int64_t vectors = ceil_div(channels, L), parts = smaller(vectors, ceil_div(thread_count(), larger(images, 1)));
+    const int64_t vectors = ceil_div(channels, L),
+                  parts = smaller(vectors, ceil_div(thread_count(), larger(images, 1)));
     parallel_tasks(
         images * parts, [] { return 0; },
         [&](int64_t task, int) {
