@@ -597,11 +597,11 @@ struct BackwardTraits : Window<kernel_, stride_> {
     static constexpr bool aligned = kind_ != BackwardKind::any;  // 16 bytes are copied at a time
     static constexpr int width = kernel_ == 3 ? 2 : 1;           // channels a thread
     // Strides of input columns a thread, as many as there are registers for.
-    static constexpr int columns = kernel_ == 7 ? 2 : kind_ == BackwardKind::any || stride_ == 2 ? 4 : 7;
+    static constexpr int columns = kernel_ == 7 ? stride_ : kind_ == BackwardKind::any || stride_ == 2 ? 4 : 7;
     static constexpr int grads = columns + Base::reach;  // output gradients of a row that these meet
     // At most so many threads a block, and so many blocks a multiprocessor: 168 or 255 registers a thread.
     static constexpr bool heavy =
-        kernel_ == 7 || (kernel_ == 5 && kind_ == BackwardKind::any) || (stride_ == 1 && kind_ == BackwardKind::fused);
+        kind_ == BackwardKind::any || (kind_ == BackwardKind::fused && (stride_ == 1 || sizeof(T) == 4));
     static constexpr int threads = heavy ? 128 : 192, blocks = 2, stages = 4;
     static constexpr int values = Base::taps + 3;  // sums a thread's channel: dw, db, and two of dx
 

@@ -39,11 +39,9 @@ CutTile cut_backward(const DepthwiseBackward& problem, const Device& device) {
                   int(sizeof(T)),  Traits::open - 1, Traits::width,  Traits::columns,
                   Traits::threads, Traits::blocks,   Traits::stride, Traits::reach,
                   first_row,       first_column};
-    CutTile found = choose_tile(cut, in_chunks<T>(shape), device, [&](int groups, int pitch, int slab) {
+    return cut_problem(cut, in_chunks<T>(shape), device, [&](int groups, int pitch, int slab) {
         return Traits::shared_bytes(groups, pitch, slab, problem.a != nullptr, problem.x != nullptr);
     });
-    choose_strips(cut, found, device);
-    return found;
 }
 
 template <class Traits>

@@ -32,11 +32,9 @@ CutTile cut_forward(const DepthwiseForward& problem, const Device& device) {
                   int(sizeof(T)),  Traits::open - 1, Traits::width,    Traits::columns,
                   Traits::threads, Traits::blocks,   Traits::stride,   Traits::kernel - Traits::stride};
     const bool sums = problem.pool != nullptr || problem.statistics != nullptr;
-    CutTile found = choose_tile(cut, in_chunks<T>(shape), device, [&](int groups, int pitch, int slab) {
+    return cut_problem(cut, in_chunks<T>(shape), device, [&](int groups, int pitch, int slab) {
         return Traits::shared_bytes(groups, pitch, slab, sums);
     });
-    choose_strips(cut, found, device);
-    return found;
 }
 
 template <class T>

@@ -67,7 +67,8 @@ inline double usefulness(const Cut& cut, const DepthwiseTile& tile, int threads)
 
 // shared_bytes(groups, pitch, slab): what a block of a candidate needs.
 template <class SharedBytes>
-CutTile choose_tile(const Cut& cut, bool chunks, const Device& device, const SharedBytes& shared_bytes) {
+CutTile choose_tile(const Cut& cut, int most_threads, bool chunks, const Device& device,
+                    const SharedBytes& shared_bytes) {
     const int64_t all_vectors = ceil_div(cut.channels, cut.width), chunk = 16 / cut.element_bytes;
     const int64_t granule = chunks ? std::max<int64_t>(chunk / cut.width, 1) : 1;
     const int64_t all_groups = ceil_div(cut.columns, cut.thread_columns);
@@ -75,7 +76,7 @@ CutTile choose_tile(const Cut& cut, bool chunks, const Device& device, const Sha
     double best_score = -1;
     for (int64_t n = 1, last = 0; n <= ceil_div(all_vectors, granule); ++n) {
         const int64_t vectors = round_up(ceil_div(all_vectors, n), granule);
-        if (vectors > cut.threads || vectors == last) continue;
+        if (vectors > most_threads || vectors == last) continue;
         last = vectors;
         CutTile found{};
         DepthwiseTile& tile = found.tile;
@@ -87,7 +88,7 @@ CutTile choose_tile(const Cut& cut, bool chunks, const Device& device, const Sha
         tile.slab = int(vectors * cut.width);
         tile.slabs = int(ceil_div(all_vectors, vectors));
         tile.pitch = int(round_up(tile.slab, chunk));
-        for (int64_t most = std::min(all_groups, cut.threads / vectors);; --most) {
+        for (int64_t most = std::min(all_groups, most_threads / vectors);; --most) {
             tile.tiles = int(ceil_div(all_groups, most));
             tile.groups = int(ceil_div(all_groups, tile.tiles));
             found.threads = int(round_up(vectors * tile.groups, 32));
@@ -108,16 +109,23 @@ inline int64_t resident_blocks(const Cut& cut, const CutTile& found, const Devic
     return device.multiprocessors * std::max<int64_t>(1, std::min<int64_t>({by_registers, by_shared, 32}));
 }
 
+// The shortest strip that is worth its warm-up; where there is little to do, all multiprocessors are worth more.
+inline int64_t shortest_strip(const Cut& cut, const CutTile& found, const Device& device) {
+    const int64_t tall = std::max(4, 2 * cut.warm_up), strips = ceil_div(cut.rows, tall);
+    const bool enough = cut.batch * found.tile.tiles * found.tile.slabs * strips >= 2 * device.multiprocessors;
+    return std::min<int64_t>(cut.rows, enough ? tall : 2);
+}
+
 inline void choose_strips(const Cut& cut, CutTile& found, const Device& device) {
     DepthwiseTile& tile = found.tile;
     const int64_t resident = resident_blocks(cut, found, device);
-    const int64_t shortest = std::min<int64_t>(cut.rows, std::max(4, 2 * cut.warm_up));
+    const int64_t shortest = shortest_strip(cut, found, device);
     double best = -1;
     for (int64_t strips = 1; strips <= ceil_div(cut.rows, shortest); ++strips) {
         const int64_t rows = ceil_div(cut.rows, strips), items = cut.batch * tile.tiles * ceil_div(cut.rows, rows);
         const int64_t blocks = items * tile.slabs;
-        // A GPU that is not full gives each block more, up to twice its share.
-        const double share = std::max(0.5, double(round_up(blocks, device.multiprocessors)) / resident);
+        // A GPU that is not full gives each block more of itself, but hides less of its latency.
+        const double share = 0.5 + 0.5 * double(round_up(blocks, device.multiprocessors)) / resident;
         const double rounds = blocks > resident ? double(ceil_div(blocks, resident)) : std::min(share, 1.0);
         const double time = rounds * double(rows + cut.warm_up);
         if (best >= 0 && time >= best * 0.98) continue;
@@ -128,6 +136,21 @@ inline void choose_strips(const Cut& cut, CutTile& found, const Device& device) 
     tile.items = int(cut.batch * tile.tiles * tile.strips);
     const int64_t most = std::min<int64_t>(tile.items, std::max<int64_t>(1, resident / tile.slabs));
     tile.walkers = int(ceil_div(tile.items, ceil_div(tile.items, std::max<int64_t>(most, 1))));
+}
+
+// The cut of a whole problem: blocks are smaller where there would not be one for each multiprocessor.
+template <class SharedBytes>
+CutTile cut_problem(const Cut& cut, bool chunks, const Device& device, const SharedBytes& shared_bytes) {
+    CutTile found;
+    for (int threads = cut.threads;; threads /= 2) {
+        const CutTile smaller = choose_tile(cut, threads, chunks, device, shared_bytes);
+        if (threads < cut.threads && smaller.threads == 0) break;
+        found = smaller;
+        const int64_t strips = ceil_div(cut.rows, shortest_strip(cut, found, device));
+        if (threads <= 64 || cut.batch * found.tile.tiles * found.tile.slabs * strips >= device.multiprocessors) break;
+    }
+    choose_strips(cut, found, device);
+    return found;
 }
 
 }  // namespace effnet::cuda
