@@ -630,26 +630,23 @@ struct BackwardThread {
 
     const BackwardArguments<T>& arguments;
     const Lane lane;
-    const Norm<width> a_norm, norm;
+    Norm<width> a_norm;
+    const Norm<width> norm;
     float of_a[width], constant[width], weight[taps][width];
     float gate[width], pooled[width];  // times the coefficient of the gradient
     float kept[open][grads * width];   // gradients of the convolution, the newest row last
     float dw[taps][width], db[width], total[width], moment[width];
     unsigned grads_inside, inside;  // which columns of the output and of the input exist
-    unsigned stored;                // and of the input's gradient
-    bool leads;                     // whether no thread is on its left
+    unsigned stored;                // and of the input's gradient, in the plain kernel
     int64_t offset;                 // of the strip's first pixel, in x
     int steps;                      // how many it has; less than the first where there is nothing to do
 
     __device__ inline BackwardThread(const BackwardArguments<T>& arguments, int slab)
         : arguments(arguments),
           lane(arguments.tile, slab, arguments.size.channels, width),
-          a_norm(kind == BackwardKind::plain ? nullptr : arguments.a_norm, arguments.size.channels, lane),
+          a_norm(nullptr, 0, lane),
           norm(kind == BackwardKind::plain ? nullptr : arguments.norm, arguments.size.channels, lane) {
-        const int channels = arguments.size.channels;
-        const float* of = kind == BackwardKind::plain ? nullptr : arguments.coefficients;
-        load_vector(of == nullptr ? of : of + 2 * channels, 0.0f, lane, of_a);
-        load_vector(of == nullptr ? of : of + 3 * channels, 0.0f, lane, constant);
+        if (kernel < 7) load_behind();
         load_weights<taps>(arguments.weight, lane, weight);
 #pragma unroll
         for (int v = 0; v < width; ++v) {
@@ -657,6 +654,15 @@ struct BackwardThread {
 #pragma unroll
             for (int tap = 0; tap < taps; ++tap) dw[tap][v] = 0.0f;
         }
+    }
+
+    // The vectors behind the convolution. The largest kernel has no registers to keep them from step to step.
+    __device__ inline void load_behind() {
+        const int channels = arguments.size.channels;
+        a_norm = Norm<width>(kind == BackwardKind::plain ? nullptr : arguments.a_norm, channels, lane);
+        const float* of = kind == BackwardKind::plain ? nullptr : arguments.coefficients;
+        load_vector(of == nullptr ? of : of + 2 * channels, 0.0f, lane, of_a);
+        load_vector(of == nullptr ? of : of + 3 * channels, 0.0f, lane, constant);
     }
 
     __device__ inline bool together() const { return Traits::aligned || arguments.tile.together; }
@@ -668,10 +674,9 @@ struct BackwardThread {
         const DepthwiseSizes& size = arguments.size;
         const int step = strip.column + lane.group * columns, left = step * stride - size.left;
         steps = lane.works ? strip.rows : -reach;
-        leads = step == arguments.tile.first_column;
         grads_inside = columns_inside<grads>(step - reach, size.out_width);
         inside = columns_inside<columns * stride>(left, size.width);
-        stored = kind != BackwardKind::fused && arguments.dx == nullptr ? 0 : inside;
+        stored = arguments.dx == nullptr ? 0 : inside;
         offset = ((strip.image * size.height + strip.row * stride - size.top) * size.width + left) * size.channels +
                  lane.channel;
         if (kind == BackwardKind::plain) return;
@@ -692,6 +697,7 @@ struct BackwardThread {
         const int pitch = arguments.tile.pitch;
         load_pixels<grads>(grad_row, pitch, g);
         if (!has_a()) return;
+        if (kernel == 7) load_behind();
 #pragma unroll
         for (int i = 0; i < grads; ++i) {
             float a[width], n[width], derivative[width];
@@ -722,8 +728,9 @@ struct BackwardThread {
         }
     }
 
-    // Adds what is this thread's own of the newest row to the bias' gradient; the first has those that lie before it.
-    __device__ inline void add_bias() {
+    // Adds what is this thread's own of the newest row to the bias' gradient; the first one, which no thread is on the
+    // left of, also has those columns that lie before its own.
+    __device__ inline void add_bias(bool leads) {
 #pragma unroll
         for (int i = 0; i < grads * width; ++i)
             if (i >= reach * width || leads) db[i % width] += kept[open - 1][i];
@@ -896,7 +903,7 @@ __global__ __launch_bounds__(Traits::threads, Traits::blocks) void depthwise_bac
             const int row = step - before;
             thread.read(mine, mine + a_at, strip.row + row);
             if (Traits::kind != BackwardKind::fused && arguments.db && (row >= 0 || strip.row == tile.first_row))
-                thread.add_bias();
+                thread.add_bias(lane.group == 0 && strip.column == tile.first_column);
             if (row >= 0) {
                 const T* const pixels = mine + x_at + lane.group * columns * (stride - 1) * tile.pitch;
                 const int h = (strip.row + row) * stride - size.top;
