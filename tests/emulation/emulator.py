@@ -64,10 +64,11 @@ def _hash(*parts: Any) -> str:
 
 
 @functools.cache
-def _headers() -> str:
-    """What any object may depend on."""
-    folders = (CUDA, HERE / "include", HERE / "runtime")
-    files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.suffix in (".h", ".cuh")]
+def _headers(folder: str) -> str:
+    """What the objects of a folder's sources may depend on."""
+    shadows = [*sorted((HERE / "include").iterdir()), HERE / "runtime" / "emulation.h"]
+    more = {"runtime": HERE / "runtime", "samples": HERE / "samples"}.get(folder, CUDA)
+    files = [*shadows, *(path for path in sorted(more.iterdir()) if path.suffix in (".h", ".cuh"))]
     version = subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=True).stdout
     return _hash(version, [(path.name, path.read_bytes()) for path in files])
 
@@ -104,7 +105,7 @@ def _object(source: Path) -> tuple[Path, list[str]]:
     """Where a source's object lies, and the command that makes it."""
     name = str(source.relative_to(ROOT))
     flags = _RUNTIME if source.parent.name == "runtime" else _DEVICE
-    key = _hash(_headers(), flags, source.read_bytes())
+    key = _hash(_headers(source.parent.name), flags, source.read_bytes())
     return FOLDER / f"{source.stem}-{key}.o", [compiler(), *flags, "-c", name]
 
 
@@ -184,12 +185,20 @@ class Machine:
         return self.library.emulation_launches()
 
     def empty(
-        self, name: str, shape: Sequence[int], dtype: torch.dtype, *, kind: str = "output", misalignment: int = 16
+        self,
+        name: str,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        *,
+        kind: str = "output",
+        misalignment: int = 16,
+        fill: bool = True,
     ) -> Tensor:
         """A tensor in guarded memory, full of NaN, that kernels may write, and read once it is written.
 
         ``kind``: "input" may not be written, "inout" may be read at once. It begins ``misalignment`` bytes behind a
-        multiple of 256: by default it has just the alignment that kernels.h asks for.
+        multiple of 256: by default it has just the alignment that kernels.h asks for. Without
+        ``fill`` it is zero, and takes no memory where nobody touches it.
         """
         count = torch.Size(shape).numel()
         size = count * dtype.itemsize
@@ -199,7 +208,8 @@ class Machine:
         if count == 0:
             return torch.empty(tuple(shape), dtype=dtype)
         buffer = (ctypes.c_char * size).from_address(address)
-        return torch.frombuffer(buffer, dtype=dtype).fill_(float("nan") if dtype.is_floating_point else 0).view(shape)
+        tensor = torch.frombuffer(buffer, dtype=dtype).view(shape)
+        return tensor.fill_(float("nan")) if fill and dtype.is_floating_point else tensor
 
     def upload(self, name: str, values: Tensor, *, kind: str = "input", misalignment: int = 16) -> Tensor:
         """The values in guarded memory, contiguous."""

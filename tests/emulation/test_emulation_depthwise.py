@@ -169,6 +169,28 @@ def test_what_is_not_covered_has_a_reason(kernels: Kernels, case: DepthwiseCase)
         assert kernels.why_not(name, shape=shape, dtype=torch.float32, grad=1, x=1, weight=1)
 
 
+def test_offsets_between_images_have_64_bits(kernels: Kernels) -> None:
+    """The last block of a batch of more than 2**31 elements, on a GPU so large that it has that one strip only."""
+    geometry = Geometry.of(DepthwiseCase("huge", (66, 8192, 64, 64)))
+    settings = {"shape": geometry.struct, "dtype": torch.bfloat16}
+    device = {"multiprocessors": 10**6}
+    kernels.reset(**device)
+    blocks = kernels.plan("DepthwiseForward", **settings, x=1, weight=1).blocks
+    kernels.reset(**device, blocks=(blocks - 1, blocks))
+    x = kernels.empty("x", geometry.x_shape, torch.bfloat16, kind="input", fill=False)
+    try:
+        y = kernels.empty("y", geometry.y_shape, torch.bfloat16, fill=False)
+    except MemoryError:
+        pytest.skip("this system does not lend address space that is not memory")
+    assert x.numel() > 2**31
+    x[-1, -8:, :, -8:] = torch.randn(8, 64, 8)
+    weight = kernels.upload("weight", torch.randn(8192, 9))
+    kernels.run("DepthwiseForward", **settings, x=x, weight=weight, y=y)
+    last = Geometry.of(DepthwiseCase("last", (1, 8, 8, 64)))
+    exact = last.convolve(images(x[-1:, -8:, :, -8:]), weight[-8:])
+    assert relative_error(images(y[-1:, -1:, -7:, -8:]), exact[:, :, -1:, -7:]) <= FORWARD_TOLERANCE[torch.bfloat16]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

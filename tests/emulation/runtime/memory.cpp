@@ -315,7 +315,13 @@ extern "C" void* emulation_allocate(const char* name, size_t bytes, size_t misal
     if (mapping == nullptr) return nullptr;
     const uintptr_t begin = reinterpret_cast<uintptr_t>(mapping) + guard_bytes + misalignment;
     Cell* cells = nullptr;
-    if (Kind(kind) != Kind::input && bytes > 0) cells = static_cast<Cell*>(reserve(bytes * sizeof(Cell)));
+    if (Kind(kind) != Kind::input && bytes > 0) {
+        cells = static_cast<Cell*>(reserve(bytes * sizeof(Cell)));
+        if (cells == nullptr) {
+            munmap(mapping, mapping_bytes);
+            return nullptr;
+        }
+    }
     if (cells != nullptr && Kind(kind) == Kind::inout)
         for (size_t i = 0; i < bytes; ++i) cells[i].writer.epoch = std::max(machine.epoch, 1u);
     machine.epoch = std::max(machine.epoch, 1u);
@@ -333,11 +339,10 @@ extern "C" void emulation_free(const void* pointer) {
         if (region.begin == reinterpret_cast<uintptr_t>(pointer)) region.freed = true;
 }
 
-// Breaks kernels until the next reset: barriers in this line of the file whose path ends so do nothing, and waits leave
+// Breaks kernels until the next reset: barriers in this line of files whose path ends so do nothing, and waits leave
 // more groups of copies open than they should.
 extern "C" void emulation_break(const char* file, int line, int late_groups) {
-    machine.skipped_file = file;
-    machine.skipped_line = line;
+    if (line > 0) machine.skipped.push_back({file, line});
     machine.late_groups = late_groups;
 }
 
@@ -354,7 +359,8 @@ extern "C" void emulation_reset(uint64_t seed, int multiprocessors, size_t share
     machine.first_block = first_block;
     machine.last_block = last_block;
     machine.accesses = machine.launches = 0;
-    emulation_break("", 0, 0);
+    machine.skipped.clear();
+    machine.late_groups = 0;
 }
 
 // The last report with {code:offset} for addresses in this library, or an empty string.

@@ -291,10 +291,12 @@ void check_one_site(const Block& block, const char* what) {
 }
 
 bool skipped(Site site) {
-    if (site.line != machine.skipped_line) return false;
     const std::string file = site.file;
-    const std::string& name = machine.skipped_file;
-    return file.size() >= name.size() && file.compare(file.size() - name.size(), name.size(), name) == 0;
+    for (const auto& [name, line] : machine.skipped)
+        if (site.line == line && file.size() >= name.size() &&
+            file.compare(file.size() - name.size(), name.size(), name) == 0)
+            return true;
+    return false;
 }
 
 void finish_grid_barrier() {

@@ -67,7 +67,7 @@ struct Block {
     size_t shared_room = 0;
     std::vector<Cell> cells;
     std::vector<uint16_t> seen;  // [thread][lane of its warp]: the lane's clock at their last common barrier
-    bool seen_is_clean;
+    bool seen_is_clean = false;
 };
 
 // Whether a kernel may write a tensor, and whether it may read it before it has been written.
@@ -91,9 +91,8 @@ struct Machine {
     int multiprocessors = 4;
     size_t shared_limit = 227 * 1024;
     uint64_t first_block = 0, last_block = UINT64_MAX;
-    std::string skipped_file;  // the barriers of this line do nothing, to see whether anybody would notice
-    int skipped_line = 0;
-    int late_groups = 0;  // how many more groups of copies stay open than a wait allows
+    std::vector<std::pair<std::string, int>> skipped;  // barriers of these lines do nothing: would anybody notice?
+    int late_groups = 0;                               // how many more groups of copies stay open than a wait allows
 
     Fiber scheduler;
     std::vector<Block> blocks;
