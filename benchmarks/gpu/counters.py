@@ -47,7 +47,7 @@ BUSY = 60.0
 DESIGNS = {
     "eager channels_last": "training: eager",
     "default channels_last": "training: pointwise ops fused",
-    f"{OURS} replace_layers": "training: prologues and epilogues (ours)",
+    f"{OURS} replace_layers": "training: and both gradients at once (ours)",
 }
 """Which design of the byte model each provider of the profile follows."""
 
