@@ -1,6 +1,6 @@
 """Every Triton kernel compiled, as the operators would launch it, for three architectures, without a GPU.
 
-Gates: no register is spilled, shared memory fits, at least eight warps are resident on a multiprocessor, activations
+Gates: no register is spilled, shared memory fits, at least four warps are resident on a multiprocessor, activations
 are read and written in vectors, products run on tensor cores, and no 32-bit offset overflows at sizes where activations
 have more than 2^31 elements.
 """
