@@ -166,13 +166,13 @@ struct Norm {
         load_vector(from == nullptr ? from : from + 2 * channels, 0.0f, lane, shift);
     }
 
-    // Subtracted first: mean * scale + shift would cancel where the mean is much larger than the deviation.
     // For silu_of_twice.
     __device__ inline void halve() {
 #pragma unroll
         for (int i = 0; i < n; ++i) scale[i] *= 0.5f, shift[i] *= 0.5f;
     }
 
+    // Subtracted first: mean * scale + shift would cancel where the mean is much larger than the deviation.
     __device__ inline float operator()(float x, int i) const { return fmaf(x - mean[i], scale[i], shift[i]); }
 };
 
