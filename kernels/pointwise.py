@@ -803,7 +803,8 @@ def _both_gradients_rule(shape: Mapping[str, int], arch: Architecture) -> Config
     config = _input_gradient_rule(shape, arch)
     if shape["sums"]:
         config |= {"block_p": 64, "block_reduced": 16} if c_out <= 16 else {"block_p": 32}
-        config["num_warps"] = 4
+        # Wider blocks have three accumulators of 16 registers and more each, and spill.
+        config |= {"block_kept": min(config["block_kept"], 32), "num_warps": 4}
     else:
         config |= {"block_reduced": 16 if c_out <= 160 else 32, "num_warps": 4 if c_out <= 160 else 8, "stages": 2}
     steps, blocks = triton.cdiv(c_out, config["block_reduced"]), triton.cdiv(c_in, config["block_kept"])
