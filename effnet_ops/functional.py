@@ -225,7 +225,7 @@ def _block_backend(
 class MBConvInference:
     """`mbconv` in evaluation without gradients, for one block: what was checked at one call is not checked at the next.
 
-    The checks of some twenty parameters take longer than a small block on a fast processor.
+    A block has some twenty parameters to check.
     """
 
     __slots__ = ("_checked",)

@@ -144,7 +144,6 @@ def test_library_builds_and_loads(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", LOAD, str(tmp_path)], check=True)
 
 
-@pytest.mark.skipif(not SOURCES, reason="no kernels")
 def test_every_budget_is_of_a_kernel() -> None:
     text = "".join(path.read_text(encoding="utf-8") for path in setup_cuda.SOURCES.glob("*.cu*"))
     assert [name for name in BUDGETS if not re.search(rf"\b{name}\b", text)] == []

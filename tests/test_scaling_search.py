@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -150,7 +149,6 @@ print(result.new, len(result.points))
 """
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_a_killed_search_loses_nothing(tmp_path: Path) -> None:
     results, program = tmp_path / "results.jsonl", tmp_path / "program.py"
     program.write_text(KILLED)

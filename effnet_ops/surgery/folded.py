@@ -341,8 +341,7 @@ _settings = itemgetter("stride", "padding", "residual", "activation", "squeeze_a
 class FoldedSequence(nn.Sequential):
     """Folded blocks, or such sequences, one after the other: on the CPU one call; made of an ``nn.Sequential``.
 
-    Inside a network, whose weights have thrown everything else out of the caches, the Python around a block takes
-    several times as long as in a loop of its own.
+    That saves the Python around each block.
     """
 
     @classmethod
