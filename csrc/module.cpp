@@ -1,6 +1,7 @@
-// The Python module effnet_ops._C: what was built, what this processor has, and which instruction set runs. No operator
-// goes through it: importing it loads the library, and the operators register themselves (bindings.cpp). It is a
-// translation unit of its own because pybind11 does not compile where TORCH_TARGET_VERSION is defined.
+// The Python module effnet_ops._C: what was built, what this processor has, which instruction set runs, and sequences of
+// blocks that were looked at once and run often. Importing it loads the library, and the operators register themselves
+// (bindings.cpp). It is a translation unit of its own because pybind11 does not compile where TORCH_TARGET_VERSION is
+// defined.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -100,6 +101,47 @@ void copy(const py::buffer& destination, const py::buffer& source) {
     std::memcpy(to.ptr, from.ptr, size_t(bytes));
 }
 
+// Blocks with packed weights for one input size: settings and addresses, which the caller vouches for. Such a call does
+// not unpack a hundred tensors, which takes PyTorch longer than a small network's convolutions.
+class BlockSequence {
+  public:
+    BlockSequence(int dtype, const std::vector<std::vector<int64_t>>& blocks) : dtype_(effnet::cpu::DType(dtype)) {
+        for (const std::vector<int64_t>& numbers : blocks) blocks_.push_back(block_of(numbers));
+    }
+    void run(uintptr_t x, uintptr_t y) const {
+        effnet::cpu::kernels(dtype_).mbconv_sequence(blocks_.data(), int64_t(blocks_.size()),
+                                                     reinterpret_cast<const void*>(x), reinterpret_cast<void*>(y));
+    }
+
+  private:
+    static effnet::cpu::PackedBlock block_of(const std::vector<int64_t>& numbers) {
+        constexpr size_t count = 31;
+        if (numbers.size() != count)
+            throw py::value_error("a block takes " + std::to_string(count) + " numbers, got " +
+                                  std::to_string(numbers.size()));
+        auto next = numbers.begin();
+        effnet::cpu::PackedBlock block{};
+        effnet::cpu::DepthwiseShape& s = block.depthwise_shape;
+        for (int64_t* number :
+             {&s.batch, &s.channels, &s.height, &s.width, &s.out_height, &s.out_width, &s.kernel_h, &s.kernel_w,
+              &s.stride_h, &s.stride_w, &s.dilation_h, &s.dilation_w, &s.pad_top, &s.pad_left, &block.in, &block.out,
+              &block.reduced})
+            *number = *next++;
+        block.residual = *next++ != 0;
+        block.activation = effnet::cpu::Activation(*next++);
+        block.squeeze_activation = effnet::cpu::Activation(*next++);
+        block.gate = effnet::cpu::Gate(*next++);
+        for (const void** address :
+             {&block.expand, &block.expand_bias, &block.depthwise, &block.depthwise_bias, &block.reduce,
+              &block.reduce_bias, &block.excite, &block.excite_bias, &block.project, &block.project_bias})
+            *address = reinterpret_cast<const void*>(uintptr_t(*next++));
+        return block;
+    }
+
+    effnet::cpu::DType dtype_;
+    std::vector<effnet::cpu::PackedBlock> blocks_;
+};
+
 py::dict build_info() {
     py::dict info;
     info["compiler"] = EFFNET_COMPILER;
@@ -125,4 +167,9 @@ PYBIND11_MODULE(_C, m) {
           "return its floating-point operations; 0, at once, where the instruction set has no such dot product.");
     m.def("copy", &copy, py::arg("destination"), py::arg("source"),
           "Copy a contiguous buffer to one of the same size, on this thread.");
+    py::class_<BlockSequence>(m, "BlockSequence", "Folded MBConv blocks for one input size, by memory addresses.")
+        .def(py::init<int, const std::vector<std::vector<int64_t>>&>(), py::arg("dtype"), py::arg("blocks"),
+             "`blocks`: for each the numbers of DepthwiseShape and PackedBlock (csrc/cpu/kernels.h) in their order.")
+        .def("run", &BlockSequence::run, py::arg("x"), py::arg("y"), py::call_guard<py::gil_scoped_release>(),
+             "Run on dense NHWC tensors at these addresses. Nothing is checked.");
 }

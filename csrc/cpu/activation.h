@@ -75,12 +75,9 @@ EFFNET_INLINE Vec<A> silu(Vec<A> x) {
     return x / (exp_minus(x) + A(1));
 }
 
-// A comparison with NaN is false, so each of these selects keeps a NaN in x.
 template <class A>
 EFFNET_INLINE Vec<A> clamp(Vec<A> x, A low, A high) {
-    const Vec<A> a = broadcast(low), b = broadcast(high);
-    x = x < a ? a : x;
-    return x > b ? b : x;
+    return at_most(at_least(x, low), high);
 }
 
 template <class A>
@@ -89,7 +86,7 @@ EFFNET_INLINE Vec<A> activate(Vec<A> x, Activation kind) {
         case Activation::none:
             return x;
         case Activation::relu:
-            return x < Vec<A>{} ? Vec<A>{} : x;
+            return at_least(x, A(0));
         case Activation::relu6:
             return clamp<A>(x, 0, 6);
         case Activation::silu:

@@ -167,6 +167,8 @@ struct Kernels {
                                     const SqueezeExciteParams&, void* grad_x, const SqueezeExciteGrads&);
     void (*mbconv_inference)(const Block&, const void* x, void* y);
     void (*mbconv_packed)(const PackedBlock&, const void* x, void* y);
+    // Blocks one after the other; the tensors between them are scratch memory.
+    void (*mbconv_sequence)(const PackedBlock* blocks, int64_t count, const void* x, void* y);
     void (*mbconv_training)(const Block&, const void* x, void* y, const BlockSaved&);
     void (*mbconv_backward)(const Block&, const void* grad, const void* x, const BlockSaved&, const BlockGrads&);
 };

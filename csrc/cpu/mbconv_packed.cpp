@@ -1,6 +1,6 @@
 // The block for inference. An image, or a few small ones, passes through two steps: expansion and depthwise convolution
 // by slabs of channels, of which only a few rows exist at a time; then the projection, which gates its operand as it
-// reads it.
+// reads it. Large images without a gate need one step only.
 #include "table.h"
 
 EFFNET_NAMESPACE_BEGIN
@@ -17,7 +17,8 @@ struct Cut {
     //   rows of the expanded tensor, and the last slab overlaps where the channels do not divide); a factor for threads
     //   that wait for the last task, and for tiles one vector wide; what the threads must fetch
     //   from each other's cache, unless a thread's rows are its own in the next step, too.
-    Cut(const PackedBlock& b, int64_t images, int64_t lanes, int64_t element, int64_t threads) {
+    // `together`: a task has all slabs of its rows, and no other step follows.
+    Cut(const PackedBlock& b, int64_t images, int64_t lanes, int64_t element, int64_t threads, bool together) {
         const DepthwiseShape& s = b.depthwise_shape;
         const double in_pixels = double(images * s.height * s.width),
                      out_pixels = double(images * s.out_height * s.out_width);
@@ -27,12 +28,12 @@ struct Cut {
         double best = 0;
         for (int w = 1; w <= smaller(3, all); ++w)
             for (int64_t n = 1; n <= 8 * threads && (n == 1 || (threads > 1 && s.out_height >= 2 * n)); ++n) {
-                const int64_t count = ceil_div(all, w), tasks = images * count * n;
+                const int64_t count = ceil_div(all, w), tasks = images * (together ? 1 : count) * n;
                 const double again = double((n - 1) * larger(0, s.kernel_h - s.stride_h)) / double(s.height);
                 double cycles = (in_pixels * (1 + again) * expand + out_pixels * convolve) * double(count * w);
                 cycles *= double(ceil_div(tasks, threads) * threads) / double(tasks);
                 cycles *= w == 1 ? 1.1 : 1;
-                if (images * n % threads != 0)
+                if (!together && images * n % threads != 0)
                     cycles += out_pixels * double(all * lanes * element) / fetched_bytes * double(threads - 1) /
                               double(threads);
                 if (best == 0 || cycles < best) best = cycles, vectors = w, slabs = count, chunks = n;
@@ -80,7 +81,7 @@ class PackedRun {
     }
 
   private:
-    static constexpr int64_t group_bytes = 512 << 10;
+    static constexpr int64_t group_bytes = 512 << 10, cache_bytes = 512 << 10, row_pixels = 28;
 
     // Memory of one thread: a ring of input rows of one slab of channels, with the padding of the image, and a row of
     // sums.
@@ -91,43 +92,114 @@ class PackedRun {
         }
     };
 
-    // A task of step one: some output rows of one image, one slab of channels.
-    struct Piece {
-        int64_t image, chunk, slab;
+    // Output rows [begin, end) of an image, of one slab of channels from c on. The ring of input rows holds what was
+    // made of them before `staged`.
+    struct Span {
+        int64_t image, begin, end, c, staged;
+        T* to;    // the first of these rows, [pixels][channels]
+        A* sums;  // of the activated values, a row of channels for each of these rows; null: not wanted
     };
 
     // What step one leaves to step two, for the images from `first` on.
     struct Images {
-        int64_t first, count, threads, chunks;
+        int64_t first, count, threads;
         T* convolved;
         A* sums;  // [images][output rows][channels], of the activated values: the same for every cut
     };
 
+    // Images as terms of the expansion.
+    struct Input {
+        TermRows<T> rows;
+        const E* terms;
+        Input(const PackedRun& run, int64_t first, int64_t count)
+            : rows(run.x_ + first * run.image_in_ * run.b_.in, run.b_.in, run.expands() ? count * run.image_in_ : 0),
+              terms(run.expands() ? rows(0, count * run.image_in_) : nullptr) {}
+    };
+
+    bool expands() const { return b_.expand != nullptr; }
+    int64_t ring_width() const {
+        return larger(s_.pad_left + s_.width, (s_.out_width - 1) * s_.stride_w + s_.kernel_w);
+    }
+
     // Images [first, last), by `threads` threads.
     void images(int64_t first, int64_t last, int64_t threads) const {
-        const int64_t count = last - first;
-        const int64_t width = larger(s_.pad_left + s_.width, (s_.out_width - 1) * s_.stride_w + s_.kernel_w);
-        const Cut cut(b_, count, L, sizeof(T), threads);
+        if (in_one_step()) return one_step(first, last - first, threads);
+        const int64_t count = last - first, width = ring_width();
+        const Cut cut(b_, count, L, sizeof(T), threads, false);
         const Scratch<T> convolved(count * image_out_ * channels_);
         const Scratch<A> sums(b_.reduced == 0 ? 0 : count * s_.out_height * padded_);
-        const Images done{first, count, threads, cut.chunks, convolved, sums};
-        TermRows<T> terms(x_ + first * image_in_ * b_.in, b_.in, b_.expand == nullptr ? 0 : count * image_in_);
-        const E* const input = b_.expand == nullptr ? nullptr : terms(0, count * image_in_);
+        const Images done{first, count, threads, convolved, sums};
+        const Input input(*this, first, count);
         const int64_t slab = cut.vectors * L, parts = count * cut.chunks;
         // The larger of image and weights stays in cache while the other passes by.
-        const bool weights_stay = b_.expand != nullptr && channels_ > image_in_;
+        const bool weights_stay = expands() && channels_ > image_in_;
         parallel_tasks(
             parts * cut.slabs, [&] { return Rows(ring_rows(cut.vectors) * width * slab, s_.out_width * slab); },
             [&](int64_t task, const Rows& rows) {
                 if (b_.reduced != 0) fetch_excitation(task, ceil_div(parts * cut.slabs, threads));
                 const int64_t part = weights_stay ? task % parts : task / cut.slabs;
-                const Piece piece{part / cut.chunks, part % cut.chunks, weights_stay ? task / parts : task % cut.slabs};
-                if (cut.vectors == 1) return convolve<1>(piece, done, input, width, rows);
-                if (cut.vectors == 2) return convolve<2>(piece, done, input, width, rows);
-                convolve<3>(piece, done, input, width, rows);
+                const int64_t image = part / cut.chunks, chunk = part % cut.chunks;
+                const int64_t begin = s_.out_height * chunk / cut.chunks, row = image * s_.out_height + begin;
+                const Span span{image,
+                                begin,
+                                s_.out_height * (chunk + 1) / cut.chunks,
+                                slab_start(cut, weights_stay ? task / parts : task % cut.slabs),
+                                first_row(begin),
+                                convolved + row * s_.out_width * channels_,
+                                b_.reduced == 0 ? nullptr : sums + row * padded_};
+                convolve(cut.vectors, span, first, input.terms, width, rows.ring, rows.out);
             });
         project(done);
     }
+
+    // Without a gate no row has to wait for others: it is projected when all its channels are convolved, and never gets
+    // to memory. That pays where a row and its ring stay in cache and images are much larger than the weights, which every
+    // thread reads as a whole.
+    bool in_one_step() const {
+        const int64_t ring = ring_rows(1) * ring_width() * padded_ * int64_t(sizeof(A));
+        return b_.reduced == 0 && ring <= cache_bytes && image_out_ > 2 * (b_.in + b_.out);
+    }
+
+    void one_step(int64_t first, int64_t count, int64_t threads) const {
+        const int64_t width = ring_width();
+        const Cut cut(b_, count, L, sizeof(T), threads, true);
+        const Input input(*this, first, count);
+        const int64_t slab = cut.vectors * L, ring = ring_rows(cut.vectors) * width * slab;
+        const int64_t at_once = smaller(s_.out_height, ceil_div(row_pixels, s_.out_width));
+        struct Memory {
+            Rows rows;
+            Scratch<T> convolved;
+        };
+        parallel_tasks(
+            count * cut.chunks,
+            [&] {
+                return Memory{{cut.slabs * ring, s_.out_width * slab},
+                              Scratch<T>(at_once * s_.out_width * channels_)};
+            },
+            [&](int64_t task, const Memory& own) {
+                const int64_t image = task / cut.chunks, chunk = task % cut.chunks;
+                const int64_t last = s_.out_height * (chunk + 1) / cut.chunks;
+                int64_t staged = first_row(s_.out_height * chunk / cut.chunks);
+                for (int64_t row = s_.out_height * chunk / cut.chunks; row < last; row += at_once) {
+                    const int64_t end = smaller(last, row + at_once);
+                    int64_t next = staged;
+                    for (int64_t i = 0; i < cut.slabs; ++i)
+                        next = convolve(cut.vectors,
+                                        {image, row, end, slab_start(cut, i), staged, own.convolved, nullptr}, first,
+                                        input.terms, width, own.rows.ring + i * ring, own.rows.out);
+                    staged = next;
+                    project_rows((first + image) * image_out_ + row * s_.out_width, (end - row) * s_.out_width,
+                                 own.convolved);
+                }
+            });
+    }
+
+    // The last slab overlaps the one before it where the channels do not divide.
+    int64_t slab_start(const Cut& cut, int64_t slab) const {
+        return smaller(slab * cut.vectors, ceil_div(channels_, L) - cut.vectors) * L;
+    }
+    // The first input row that an output row needs.
+    int64_t first_row(int64_t output_row) const { return larger(0, output_row * s_.stride_h - s_.pad_top); }
 
     // Every thread will want the whole weights of the gate: a share of them for each of its `tasks` tasks.
     void fetch_excitation(int64_t task, int64_t tasks) const {
@@ -145,31 +217,38 @@ class PackedRun {
     }
     int64_t ring_rows(int vectors) const { return s_.kernel_h + rows_at_once(vectors) - 1; }
 
+    // Returns the input row that follows those in the ring.
+    int64_t convolve(int vectors, const Span& span, int64_t first_image, const E* input, int64_t width, A* ring,
+                     A* out) const {
+        if (vectors == 1) return convolve<1>(span, first_image, input, width, ring, out);
+        if (vectors == 2) return convolve<2>(span, first_image, input, width, ring, out);
+        return convolve<3>(span, first_image, input, width, ring, out);
+    }
+
     template <int W>
-    void convolve(const Piece& piece, const Images& to, const E* input, int64_t width, const Rows& rows) const {
+    int64_t convolve(const Span& span, int64_t first_image, const E* input, int64_t width, A* ring, A* out) const {
         constexpr int64_t S = W * L;
-        // The last slab overlaps the one before it where the channels do not divide.
-        const int64_t c = smaller(piece.slab * W, ceil_div(channels_, L) - W) * L;
-        const int64_t capacity = ring_rows(W), at_once = rows_at_once(W);
-        const auto slot = [&](int64_t row) { return rows.ring + row % capacity * width * S + s_.pad_left * S; };
-        const int64_t begin = s_.out_height * piece.chunk / to.chunks,
-                      end = s_.out_height * (piece.chunk + 1) / to.chunks;
-        int64_t staged = larger(0, begin * s_.stride_h - s_.pad_top);
-        for (int64_t oy = begin; oy < end; ++oy) {
+        const int64_t c = span.c, capacity = ring_rows(W), at_once = rows_at_once(W);
+        const auto slot = [&](int64_t row) { return ring + row % capacity * width * S + s_.pad_left * S; };
+        int64_t staged = span.staged;
+        for (int64_t oy = span.begin; oy < span.end; ++oy) {
             const int64_t top = oy * s_.stride_h - s_.pad_top, bottom = smaller(s_.height, top + s_.kernel_h);
             for (; staged < bottom; staged += at_once)
-                make_rows<W>(piece.image * s_.height, staged, smaller(at_once, s_.height - staged), to.first, c, input,
-                             slot);
+                make_rows<W>(span.image * s_.height, staged, smaller(at_once, s_.height - staged), first_image, c,
+                             input, slot);
             RowPairs<A> pairs;
             for (int64_t iy = larger(0, top); iy < bottom; ++iy) {
                 pairs.rows[pairs.count] = slot(iy) - s_.pad_left * S;
                 pairs.weights[pairs.count++] = depthwise_ + (iy - top) * s_.kernel_w * padded_ + c;
             }
-            RowLayout<A> at{S, S, padded_, rows.out, S};
+            RowLayout<A> at{S, S, padded_, out, S};
             at.start = depthwise_bias_ + c;
             convolve_row<A>(pairs, at, s_.kernel_w, s_.stride_w, 1, s_.out_width);
-            finish_row<W>(rows.out, (piece.image * s_.out_height + oy) * s_.out_width, c, to);
+            const int64_t row = oy - span.begin;
+            finish_row<W>(out, c, span.to + row * s_.out_width * channels_ + c,
+                          span.sums == nullptr ? nullptr : span.sums + row * padded_ + c);
         }
+        return staged;
     }
 
     // Rows of the depthwise convolution's input, [row, row + count) of an image: expanded and activated, or copied.
@@ -183,7 +262,8 @@ class PackedRun {
             for (int w = 0; w < W; ++w) {
                 const int n = int(smaller(L, channels_ - c - w * L));
                 A* const to = slot(row) + w * L;
-                for (int64_t p = 0; p < s_.width; ++p) store(to + p * S, load(from + p * channels_ + w * L, n));
+                const int64_t pixels = s_.width, step = channels_;
+                for (int64_t p = 0; p < pixels; ++p) store(to + p * S, load(from + p * step + w * L, n));
             }
             return;
         }
@@ -192,6 +272,13 @@ class PackedRun {
         const auto left = Left<E>::rows(input + pixel * terms, terms, terms);
         const Multiply<W, E, A> multiply(left, panels, c / L, expand_bias_);
         constexpr int height = tile_height<W>;
+        const bool clamps = b_.activation == Activation::relu || b_.activation == Activation::relu6;
+        if (clamps && count == 1) {
+            const A most = b_.activation == Activation::relu6 ? A(6) : A(HUGE_VAL);
+            return multiply.each_tile(s_.width, [&](int64_t first, int64_t pixels, const E* next) {
+                multiply.template tile<height, true>(pixels, first, next, slot(row) + first * S, S, most);
+            });
+        }
         alignas(64) A values[height * S];
         multiply.each_tile(count * s_.width, [&](int64_t first, int64_t pixels, const E* next) {
             multiply.template tile<height>(pixels, first, next, values, S);
@@ -209,19 +296,25 @@ class PackedRun {
         });
     }
 
+    // A row of results from channel c on, activated, to memory; the sums of each channel, where they are wanted.
     template <int W>
-    void finish_row(const A* values, int64_t pixel, int64_t c, const Images& done) const {
-        T* const to = done.convolved + pixel * channels_ + c;
+    void finish_row(const A* values, int64_t c, T* to, A* sums) const {
+        const int64_t pixels = s_.out_width, step = channels_;
         with_activation(b_.activation, [&](auto kind) {
             for (int w = 0; w < W; ++w) {
-                const int n = int(smaller(L, channels_ - c - w * L));
+                const int n = int(smaller(L, step - c - w * L));
+                const A* from = values + w * L;
+                T* at = to + w * L;
                 Vec<A> total = {};
-                for (int64_t p = 0; p < s_.out_width; ++p) {
-                    const Vec<A> v = activate_as<T>(load(values + (p * W + w) * L), kind.value);
-                    total += v;
-                    store(to + p * channels_ + w * L, v, n);
-                }
-                if (b_.reduced != 0) store(done.sums + pixel / s_.out_width * padded_ + c + w * L, total);
+                const auto finish = [&](int width) {
+                    for (int64_t p = 0; p < pixels; ++p, from += W * L, at += step) {
+                        const Vec<A> v = activate_as<T>(load(from), kind.value);
+                        total += v;
+                        store(at, v, width);
+                    }
+                };
+                n == L ? finish(L) : finish(n);
+                if (sums != nullptr) store(sums + w * L, total);
             }
         });
     }
@@ -273,14 +366,29 @@ class PackedRun {
         TermRows<T> rows_;
     };
 
-    void project(const Images& done) const {
-        const Panels<E> panels{static_cast<const E*>(b_.project), term_count<E>(channels_), b_.out};
-        Finish<T> finish{y_ + done.first * image_out_ * b_.out, b_.out, b_.out, Activation::none};
-        if (b_.residual) finish.residual = x_ + done.first * image_out_ * b_.out;
-        if (b_.drop_path != nullptr) finish.image_scale = static_cast<const A*>(b_.drop_path) + done.first;
+    Panels<E> projection() const { return {static_cast<const E*>(b_.project), term_count<E>(channels_), b_.out}; }
+
+    // What happens to projected pixels of the images from `first` on.
+    Finish<T> finish_of(int64_t first) const {
+        Finish<T> finish{y_ + first * image_out_ * b_.out, b_.out, b_.out, Activation::none};
+        if (b_.residual) finish.residual = x_ + first * image_out_ * b_.out;
+        if (b_.drop_path != nullptr) finish.image_scale = static_cast<const A*>(b_.drop_path) + first;
         finish.image_pixels = image_out_;
-        multiply_blocks(done.count * image_out_, done.threads, panels, static_cast<const A*>(project_bias_), finish,
-                        [&](int64_t block_rows) { return Gated(*this, done, block_rows); });
+        return finish;
+    }
+
+    void project(const Images& done) const {
+        multiply_blocks(done.count * image_out_, done.threads, projection(), static_cast<const A*>(project_bias_),
+                        finish_of(done.first), [&](int64_t block_rows) { return Gated(*this, done, block_rows); });
+    }
+
+    // `count` pixels, the first of which is number `pixel` of all images.
+    void project_rows(int64_t pixel, int64_t count, const T* convolved) const {
+        const Panels<E> panels = projection();
+        TermRows<T> rows(convolved, channels_, count);
+        const auto left = Left<E>::rows(rows(0, count), panels.terms, panels.terms);
+        multiply_rows(left, pixel, count, panels, 0, panels.vectors(), static_cast<const A*>(project_bias_),
+                      finish_of(0));
     }
 
     const PackedBlock& b_;
@@ -298,6 +406,23 @@ void mbconv_packed(const PackedBlock& block, const void* x, void* y) {
     PackedRun<T>(block, x, y)();
 }
 
+template <class T>
+void mbconv_sequence(const PackedBlock* blocks, int64_t count, const void* x, void* y) {
+    int64_t most[2] = {0, 0};
+    for (int64_t i = 0; i + 1 < count; ++i) {
+        const DepthwiseShape& s = blocks[i].depthwise_shape;
+        most[i % 2] = larger(most[i % 2], s.batch * s.out_height * s.out_width * blocks[i].out);
+    }
+    const Scratch<T> even(most[0]), odd(most[1]);
+    const void* from = x;
+    for (int64_t i = 0; i < count; ++i) {
+        void* const to = i + 1 == count ? y : static_cast<T*>(i % 2 == 0 ? even : odd);
+        mbconv_packed<T>(blocks[i], from, to);
+        from = to;
+    }
+}
+
 EFFNET_INSTANTIATE(mbconv_packed)
+EFFNET_INSTANTIATE(mbconv_sequence)
 
 EFFNET_NAMESPACE_END

@@ -115,10 +115,11 @@ struct Left {
 };
 
 // to[m][:] = start[:] + left(first + m, :) * W vectors of columns, for M rows. Meanwhile a vector of columns that will
-// be needed next comes into the cache, from `ahead`: a network's weights come from far away, each once an image.
-template <int M, int W, class E, class A>
+// be needed next comes into the cache, from `ahead`: a network's weights come from far away, each once an image. CLAMP:
+// results are cut off at 0 and at `most`.
+template <int M, int W, bool CLAMP, class E, class A>
 __attribute__((noinline)) void multiply_tile(const Left<E>& left, int64_t first, const E* const* columns,
-                                             const E* ahead, const A* start, A* to, int64_t to_step) {
+                                             const E* ahead, const A* start, A* to, int64_t to_step, A most) {
     constexpr int L = lanes<A>;
     const E* b[W];
     Vec<A> sum[M][W];
@@ -145,13 +146,17 @@ __attribute__((noinline)) void multiply_tile(const Left<E>& left, int64_t first,
 #pragma GCC unroll 8
         for (int w = 0; w < W; ++w) b[w] += terms * panel_columns;
         ahead += terms * panel_columns;
-        if (!left.split && s + 1 < left.segments) continue;
+        const bool last = s + 1 == left.segments;
+        if (!left.split && !last) continue;
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
             for (int w = 0; w < W; ++w) {
                 A* const at = to + m * to_step + w * L;
-                store(at, stored ? load(at) + sum[m][w] : sum[m][w]);
+                Vec<A> total = stored ? load(at) + sum[m][w] : sum[m][w];
+                if constexpr (CLAMP)
+                    if (last) total = at_most(at_least(total, A(0)), most);
+                store(at, total);
                 sum[m][w] = Vec<A>{};
             }
         stored = true;
@@ -196,11 +201,11 @@ struct Multiply {
         });
     }
 
-    template <int M>
-    void tile(int64_t rows, int64_t first, const E* next, A* to, int64_t to_step) const {
+    template <int M, bool CLAMP = false>
+    void tile(int64_t rows, int64_t first, const E* next, A* to, int64_t to_step, A most = 0) const {
         if constexpr (M > 1)
-            if (rows < M) return tile<M - 1>(rows, first, next, to, to_step);
-        multiply_tile<M, W>(left, first, columns, next, start, to, to_step);
+            if (rows < M) return tile<M - 1, CLAMP>(rows, first, next, to, to_step, most);
+        multiply_tile<M, W, CLAMP>(left, first, columns, next, start, to, to_step, most);
     }
 };
 
@@ -241,12 +246,18 @@ struct Finish {
                 const int64_t at = first * step + column + i;
                 if (residual != nullptr || image_scale != nullptr) {
                     scale_and_add<kind.value>(first, count, at, n, values + i, values_step);
-                } else if (n == lanes<A>) {
-                    for (int64_t r = 0; r < count; ++r)
-                        store(out + at + r * step, activate_as<O>(load(values + r * values_step + i), kind.value));
+                    continue;
+                }
+                // Copies, since a store could change a member for all that the compiler knows.
+                const A* from = values + i;
+                O* to = out + at;
+                const int64_t from_step = values_step, to_step = step;
+                if (n == lanes<A>) {
+                    for (int64_t r = 0; r < count; ++r, from += from_step, to += to_step)
+                        store(to, activate_as<O>(load(from), kind.value));
                 } else {
-                    for (int64_t r = 0; r < count; ++r)
-                        store(out + at + r * step, activate_as<O>(load(values + r * values_step + i), kind.value), n);
+                    for (int64_t r = 0; r < count; ++r, from += from_step, to += to_step)
+                        store(to, activate_as<O>(load(from), kind.value), n);
                 }
             }
         });

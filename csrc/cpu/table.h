@@ -46,6 +46,8 @@ void mbconv_inference(const Block&, const void* x, void* y);
 template <class T>
 void mbconv_packed(const PackedBlock&, const void* x, void* y);
 template <class T>
+void mbconv_sequence(const PackedBlock* blocks, int64_t count, const void* x, void* y);
+template <class T>
 void mbconv_training(const Block&, const void* x, void* y, const BlockSaved&);
 template <class T>
 void mbconv_backward(const Block&, const void* grad, const void* x, const BlockSaved&, const BlockGrads&);

@@ -195,6 +195,27 @@ template <class A>
 inline Vec<A> max(Vec<A> a, Vec<A> b) {
     return a > b ? a : b;
 }
+// x, or the bound where x is beyond it; a NaN in x stays, which is the order of operands of the instructions, too.
+template <class A>
+EFFNET_INLINE Vec<A> at_least(Vec<A> x, A bound) {
+    const Vec<A> b = broadcast(bound);
+#if defined(__AVX512F__)
+    if constexpr (sizeof(A) == 4) return (Vec<A>)_mm512_max_ps((__m512)b, (__m512)x);
+#elif defined(__F16C__)
+    if constexpr (sizeof(A) == 4) return (Vec<A>)_mm256_max_ps((__m256)b, (__m256)x);
+#endif
+    return b > x ? b : x;
+}
+template <class A>
+EFFNET_INLINE Vec<A> at_most(Vec<A> x, A bound) {
+    const Vec<A> b = broadcast(bound);
+#if defined(__AVX512F__)
+    if constexpr (sizeof(A) == 4) return (Vec<A>)_mm512_min_ps((__m512)b, (__m512)x);
+#elif defined(__F16C__)
+    if constexpr (sizeof(A) == 4) return (Vec<A>)_mm256_min_ps((__m256)b, (__m256)x);
+#endif
+    return b < x ? b : x;
+}
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.autograd import forward_ad
 
 from effnet_ops import backends
 
@@ -50,6 +51,19 @@ def call(operator: OpOverload, *args: Any) -> Any:
         return operator(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*args)
+
+
+def unobserved(x: Tensor) -> bool:
+    """Whether no mode, transform, profiler or gradient would see an operator on x, but its kernel alone."""
+    return (
+        type(x) is Tensor
+        and not torch.is_grad_enabled()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._is_torch_function_mode_enabled()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch._C._autograd._profiler_enabled()
+        and forward_ad._current_level < 0
+    )
 
 
 def register_autocast(operator: OpOverload, activations: Sequence[int]) -> None:

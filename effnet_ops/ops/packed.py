@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from effnet_ops import packing, reference
+from effnet_ops import _native, packing, reference
 from effnet_ops.checks import output_size, resolve_padding
 from effnet_ops.ops import _library
 from effnet_ops.params import ConvNormParams, SqueezeExciteParams
@@ -124,6 +125,7 @@ class SequenceBlock(NamedTuple):
 
 
 # In the order of the enumerations in csrc/cpu/kernels.h.
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _ACTIVATIONS = ("none", "relu", "relu6", "silu", "hardswish")
 _GATES = ("sigmoid", "hard_sigmoid")
 
@@ -296,6 +298,61 @@ def mbconv_sequence(x: Tensor, tensors: Sequence[Tensor], blocks: Sequence[int])
     ``tensors``: those of all blocks in the order of `mbconv`, without the ones that a block lacks.
     """
     return _library.call(_sequence_operator, x, tensors, blocks)
+
+
+def _is_nhwc(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+class PreparedSequence:
+    """`mbconv_sequence` for one shape and dtype of x and the tensors that the operator has accepted with it.
+
+    It holds their addresses, so that a call does not unpack them; ``holds`` must be asked before each.
+    """
+
+    def __init__(self, x: Tensor, tensors: Sequence[Tensor], blocks: Sequence[int]) -> None:
+        self._tensors, self._addresses = list(tensors), list(map(Tensor.data_ptr, tensors))
+        width, remaining, numbers, shape = len(SequenceBlock._fields), iter(tensors), [], x.shape
+        for at in range(0, len(blocks), width):
+            block = SequenceBlock(*blocks[at : at + width])
+            *parameters, stride, padding, residual, _, _, _ = block.arguments(remaining)
+            depthwise, reduce_bias, project_bias = parameters[2], parameters[5], parameters[9]
+            *kernel, channels = depthwise.shape
+            sides = resolve_padding(padding, shape[2:], kernel, stride, (1, 1))
+            size = output_size(shape[2:], kernel, stride, sides, (1, 1))
+            out, reduced = project_bias.shape[0], 0 if reduce_bias is None else reduce_bias.shape[0]
+            window = (*shape[2:], *size, *kernel, *stride, 1, 1, sides[0], sides[2])
+            settings = (residual, block.activation, block.squeeze_activation, block.gate)
+            addresses = [0 if p is None else p.data_ptr() for p in parameters]
+            numbers.append([shape[0], channels, *window, shape[1], out, reduced, *settings, *addresses])
+            shape = (shape[0], out, *size)
+        self._shape, self._blocks = shape, _native.module.BlockSequence(_DTYPES.index(x.dtype), numbers)
+
+    @staticmethod
+    def fits(x: Tensor, tensors: Sequence[Tensor]) -> bool:
+        """Whether the kernels can read everything where it is, and nothing else has to see the call."""
+        wide = reference.compute_dtype(x.dtype)
+        return (
+            x.shape[0] > 0
+            and _is_nhwc(x)
+            and _library.unobserved(x)
+            and all(p.is_contiguous() and p.dtype is (torch.bfloat16 if p.dim() == 4 else wide) for p in tensors)
+        )
+
+    def holds(self, x: Tensor, tensors: Sequence[Tensor]) -> bool:
+        """Whether that is still so: the blocks have the same tensors, and those are where they were."""
+        return (
+            _is_nhwc(x)
+            and _library.unobserved(x)
+            and len(tensors) == len(self._tensors)
+            and all(map(is_, tensors, self._tensors))
+            and list(map(Tensor.data_ptr, tensors)) == self._addresses
+        )
+
+    def run(self, x: Tensor) -> Tensor:
+        y = torch.empty(self._shape, dtype=x.dtype, memory_format=torch.channels_last)
+        self._blocks.run(x.data_ptr(), y.data_ptr())
+        return y
 
 
 def pointwise(x: Tensor, *args: Any) -> Tensor:

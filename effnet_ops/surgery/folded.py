@@ -335,6 +335,8 @@ class FoldedMBConv(Folded):
 
 
 _SEQUENCE = "_effnet_ops_sequence"
+_MOST_PREPARED = 8
+"""Input sizes that a sequence keeps addresses for."""
 _settings = itemgetter("stride", "padding", "residual", "activation", "squeeze_activation", "gate")
 
 
@@ -400,6 +402,7 @@ class _Sequence:
             for block, state in zip(self._blocks, self._states, strict=True)
         ]
         self._numbers = [number for block in numbers for number in block]
+        self._prepared: dict[tuple[torch.Size, torch.dtype], packed.PreparedSequence] = {}
 
     def _read(self) -> tuple[list[Any], ...]:
         links = [list(links.values()) for links in self._links]
@@ -424,4 +427,14 @@ class _Sequence:
             tensors += parameters.values()
         if not first.runs_packed(x, first.in_channels):
             return None
-        return packed.mbconv_sequence(x, [p for p in tensors if p is not None], self._numbers)
+        tensors = [p for p in tensors if p is not None]
+        key = (x.shape, x.dtype)
+        prepared = self._prepared.get(key)
+        if prepared is not None and prepared.holds(x, tensors):
+            return prepared.run(x)
+        y = packed.mbconv_sequence(x, tensors, self._numbers)
+        if packed.PreparedSequence.fits(x, tensors):
+            if len(self._prepared) >= _MOST_PREPARED:
+                self._prepared.clear()
+            self._prepared[key] = packed.PreparedSequence(x, tensors, self._numbers)
+        return y
