@@ -8,6 +8,7 @@
 #include <cstring>
 #include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/calibration.h"
@@ -142,6 +143,38 @@ class BlockSequence {
     std::vector<effnet::cpu::PackedBlock> blocks_;
 };
 
+// What some dictionaries held: a call asks in a microsecond whether a hundred entries are still the same objects.
+class Snapshot {
+  public:
+    explicit Snapshot(const std::vector<py::dict>& dictionaries) {
+        for (const py::dict& dictionary : dictionaries) {
+            Entries entries{dictionary, {}};
+            for (const auto& [key, value] : dictionary)
+                entries.pairs.emplace_back(py::reinterpret_borrow<py::object>(key),
+                                           py::reinterpret_borrow<py::object>(value));
+            all_.push_back(std::move(entries));
+        }
+    }
+    bool holds() const {
+        for (const Entries& entries : all_) {
+            if (entries.dictionary.size() != entries.pairs.size()) return false;
+            auto expected = entries.pairs.begin();
+            for (const auto& [key, value] : entries.dictionary) {
+                if (!key.is(expected->first) || !value.is(expected->second)) return false;
+                ++expected;
+            }
+        }
+        return true;
+    }
+
+  private:
+    struct Entries {
+        py::dict dictionary;
+        std::vector<std::pair<py::object, py::object>> pairs;
+    };
+    std::vector<Entries> all_;
+};
+
 py::dict build_info() {
     py::dict info;
     info["compiler"] = EFFNET_COMPILER;
@@ -167,6 +200,9 @@ PYBIND11_MODULE(_C, m) {
           "return its floating-point operations; 0, at once, where the instruction set has no such dot product.");
     m.def("copy", &copy, py::arg("destination"), py::arg("source"),
           "Copy a contiguous buffer to one of the same size, on this thread.");
+    py::class_<Snapshot>(m, "Snapshot", "The entries of dictionaries at one time.")
+        .def(py::init<const std::vector<py::dict>&>(), py::arg("dictionaries"))
+        .def("holds", &Snapshot::holds, "Whether each dictionary has the same objects in the same order as then.");
     py::class_<BlockSequence>(m, "BlockSequence", "Folded MBConv blocks for one input size, by memory addresses.")
         .def(py::init<int, const std::vector<std::vector<int64_t>>&>(), py::arg("dtype"), py::arg("blocks"),
              "`blocks`: for each the numbers of DepthwiseShape and PackedBlock (csrc/cpu/kernels.h) in their order.")

@@ -18,6 +18,7 @@ from surgery_models import BLOCKS, CHANNELS
 from timm.layers import SelectAdaptivePool2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import effnet_ops
 from effnet_ops import layers, optimize_for_inference, replace_layers
@@ -237,6 +238,7 @@ LATER: dict[str, Callable[[nn.Module, nn.Module, list[str]], object]] = {
     "a block more": lambda stage, block, calls: stage.append(copy.deepcopy(block)),
     "new weights": lambda stage, block, calls: setattr(block, "depthwise_bias", nn.Parameter(block.depthwise_bias + 1)),
     "weights changed in place": lambda stage, block, calls: block.project_bias.data.add_(1),
+    "weights elsewhere": lambda stage, block, calls: setattr(block.project_bias, "data", block.project_bias + 1),
     "one block in fp64": lambda stage, block, calls: block.double(),
     "one block in bf16": lambda stage, block, calls: block.set_activations(torch.bfloat16),
 }
@@ -261,6 +263,55 @@ def test_blocks_in_one_call_notice_what_changed(name: str) -> None:
         assert torch.equal(found, one_by_one(x))
     listens = name in ("hook", "pre hook on the stage", "forward of an instance")
     assert bool(heard) == listens and torch.equal(found, before) == listens
+
+
+def in_one_call() -> nn.Module:
+    optimized = optimize_for_inference(with_statistics(timm.create_model("mobilenetv2_050"), SIZE))
+    assert type(optimized.blocks) is FoldedSequence
+    return optimized
+
+
+class Seen(TorchDispatchMode):
+    """Keeps the names of all operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_blocks_in_one_call_are_seen_by_who_looks() -> None:
+    optimized = in_one_call()
+    x, name = torch.randn(2, 3, SIZE, SIZE), "effnet_ops::mbconv_sequence_packed"
+    with torch.inference_mode():
+        expected = optimized(x)
+        assert torch.equal(optimized(x), expected)
+        with torch.profiler.profile() as profile:
+            assert torch.equal(optimized(x), expected)
+        with Seen() as mode:
+            assert torch.equal(optimized(x), expected)
+    assert name in {event.key for event in profile.key_averages()} & mode.names
+
+
+def test_blocks_in_one_call_survive_a_move_to_shared_memory() -> None:
+    optimized, x = in_one_call(), torch.randn(2, 3, SIZE, SIZE)
+    with torch.inference_mode():
+        expected = optimized(x)
+        assert torch.equal(optimized(x), expected)
+        for parameter in optimized.parameters():
+            parameter.untyped_storage().share_memory_()
+        assert torch.equal(optimized(x), expected)
+
+
+def test_input_sizes_alternate() -> None:
+    optimized = in_one_call()
+    inputs = [torch.randn(1 + i % 3, 3, SIZE + 2 * i, SIZE) for i in range(12)]
+    with torch.inference_mode():
+        first = [optimized(x) for x in inputs]
+        assert all(torch.equal(optimized(x), y) for _ in range(2) for x, y in zip(inputs, first, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from helpers import FORWARD_TOLERANCE, LAYOUTS, expected_strides, lay_out, normal, relative_error
 from torch import Tensor
 
-from effnet_ops import _native, packing, reference
+from effnet_ops import _native, packing, reference, use_backend
 from effnet_ops.ops import packed
 from effnet_ops.params import ConvNormParams, SqueezeExciteParams
 
@@ -104,6 +104,11 @@ BLOCKS = {
     "one pixel": (2, 48, 288, 48, 12, (1, 1), (3, 3), (1, 1), (1, 1, 1, 1), "silu"),
     "narrow": (3, 24, 64, 40, 6, (9, 4), (5, 3), (2, 2), (), "silu"),
     "deep": (1, 300, 640, 300, 20, (4, 3), (3, 3), (1, 1), (1, 1, 1, 1), "silu"),
+    "no gate, large": (2, 5, 37, 7, 0, (30, 21), (3, 3), (1, 1), (1, 1, 1, 1), "relu6"),
+    "no gate, strided": (1, 16, 96, 24, 0, (33, 20), (5, 5), (2, 2), (), "relu"),
+    "no gate, narrow": (3, 8, 40, 8, 0, (90, 3), (3, 3), (1, 1), (1, 1, 1, 1), "silu"),
+    "no gate, deep": (1, 300, 320, 8, 0, (4, 20), (3, 3), (1, 1), (1, 1, 1, 1), "relu6"),
+    "no expansion, no gate": (3, 32, 32, 16, 0, (20, 9), (3, 3), (1, 1), (1, 1, 1, 1), "hardswish"),
 }
 
 
@@ -160,7 +165,7 @@ def test_mbconv(isa: str, name: str, dtype: torch.dtype, poison: None) -> None:
         assert relative_error(y, exact) < FORWARD_TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("name", ["wide", "small images", "no gate"])
+@pytest.mark.parametrize("name", ["wide", "small images", "no gate", "no gate, large", "no gate, narrow"])
 def test_threads_change_no_bit(name: str) -> None:
     args, x, _ = block(name, torch.float32)
     results = []
@@ -214,6 +219,44 @@ def test_sequence_is_its_blocks(name: str, dtype: torch.dtype) -> None:
         found = packed.mbconv_sequence(given, tensors, numbers)
         assert torch.equal(found, y) and found.stride() == y.stride()
         assert relative_error(packed.reference_mbconv_sequence(given, tensors, numbers), y) < FORWARD_TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["wide", "odd channels", "one image", "no gate, large"])
+def test_prepared_sequence_is_the_sequence(name: str, dtype: torch.dtype, isa: str, poison: None) -> None:
+    x, tensors, numbers, _ = sequence(name, dtype)
+    x = lay_out(x, "channels_last")
+    with torch.inference_mode():
+        assert packed.PreparedSequence.fits(x, tensors)
+        prepared = packed.PreparedSequence(x, tensors, numbers)
+        expected = packed.mbconv_sequence(x, tensors, numbers)
+        assert prepared.holds(x)
+        found = prepared.run(x)
+    assert torch.equal(found, expected) and found.stride() == expected.stride() and found.dtype is dtype
+
+
+def test_prepared_sequence_does_not_hold() -> None:
+    x, tensors, numbers, _ = sequence("wide", torch.float32)
+    x = lay_out(x, "channels_last")
+    with torch.inference_mode(False), torch.no_grad():
+        prepared = packed.PreparedSequence(x, tensors, numbers)
+        assert prepared.holds(x) and not prepared.holds(x.contiguous())
+        with torch.enable_grad():
+            assert not prepared.holds(x)
+        with torch.utils.flop_counter.FlopCounterMode(display=False):
+            assert not prepared.holds(x)
+        with torch.profiler.profile():
+            assert not prepared.holds(x)
+        with use_backend("reference"):
+            assert not prepared.holds(x)
+        assert prepared.holds(x)
+        tensors[3].share_memory_()
+        assert not prepared.holds(x)
+
+
+def test_block_sequence_counts_its_numbers() -> None:
+    with pytest.raises(ValueError, match="31 numbers, got 3"):
+        C.BlockSequence(0, [[1, 2, 3]])
 
 
 def test_sequence_with_wrong_arguments() -> None:

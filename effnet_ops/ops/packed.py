@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from operator import is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from effnet_ops import _native, packing, reference
+from effnet_ops import _native, backends, packing, reference
 from effnet_ops.checks import output_size, resolve_padding
 from effnet_ops.ops import _library
 from effnet_ops.params import ConvNormParams, SqueezeExciteParams
@@ -307,7 +306,7 @@ def _is_nhwc(x: Tensor) -> bool:
 class PreparedSequence:
     """`mbconv_sequence` for one shape and dtype of x and the tensors that the operator has accepted with it.
 
-    It holds their addresses, so that a call does not unpack them; ``holds`` must be asked before each.
+    It keeps their addresses, so that a call does not unpack them; ``holds`` must be asked before each.
     """
 
     def __init__(self, x: Tensor, tensors: Sequence[Tensor], blocks: Sequence[int]) -> None:
@@ -339,14 +338,13 @@ class PreparedSequence:
             and all(p.is_contiguous() and p.dtype is (torch.bfloat16 if p.dim() == 4 else wide) for p in tensors)
         )
 
-    def holds(self, x: Tensor, tensors: Sequence[Tensor]) -> bool:
-        """Whether that is still so: the blocks have the same tensors, and those are where they were."""
+    def holds(self, x: Tensor) -> bool:
+        """Whether that is still so; memory moves when a tensor is sent to another process, for example."""
         return (
-            _is_nhwc(x)
+            backends.requested() in (None, "cpu")
+            and _is_nhwc(x)
             and _library.unobserved(x)
-            and len(tensors) == len(self._tensors)
-            and all(map(is_, tensors, self._tensors))
-            and list(map(Tensor.data_ptr, tensors)) == self._addresses
+            and list(map(Tensor.data_ptr, self._tensors)) == self._addresses
         )
 
     def run(self, x: Tensor) -> Tensor:

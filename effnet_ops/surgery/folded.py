@@ -6,14 +6,14 @@ Weights of products are packed (see `effnet_ops.packing`) for the dtype of the a
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import itemgetter
+from operator import attrgetter
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from effnet_ops import backends, functional, packing, reference
+from effnet_ops import _native, backends, functional, packing, reference
 from effnet_ops.checks import check_input, padding_sides, resolve_padding
 from effnet_ops.ops import packed
 from effnet_ops.params import ConvNormParams, SqueezeExciteParams
@@ -337,7 +337,7 @@ class FoldedMBConv(Folded):
 _SEQUENCE = "_effnet_ops_sequence"
 _MOST_PREPARED = 8
 """Input sizes that a sequence keeps addresses for."""
-_settings = itemgetter("stride", "padding", "residual", "activation", "squeeze_activation", "gate")
+_settings = attrgetter("stride", "padding", "residual", "activation", "squeeze_activation", "gate")
 
 
 class FoldedSequence(nn.Sequential):
@@ -354,6 +354,8 @@ class FoldedSequence(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(input, Tensor):
+            return super().forward(input)
+        if _native.module is None:
             return super().forward(input)
         known = self.__dict__.get(_SEQUENCE)
         if known is None or not known.holds(self):
@@ -386,55 +388,50 @@ def _blocks_of(sequence: nn.Sequential) -> list[FoldedMBConv] | None:
 
 
 class _Sequence:
-    """What a `FoldedSequence` was when it was looked at: a call compares lists to see that it still is that."""
+    """What a `FoldedSequence` was when it was looked at, and whether it still is that."""
 
     def __init__(self, sequence: FoldedSequence) -> None:
-        sequence.__dict__.setdefault(_SEQUENCE, None)
-        inner = [module.__dict__ for module in sequence.modules() if module is not sequence]
-        self._links = [sequence._modules, *(state["_modules"] for state in inner)]
-        self._hooks = [state[name] for state in inner for name in HOOKS]
-        self._inner = inner
+        inner = [module for module in sequence.modules() if module is not sequence]
+        # A new instance attribute can be a forward of its own.
+        states = [module.__dict__ for module in inner]
+        names = ("_modules", "_parameters", "_buffers", *HOOKS)
+        watched = [sequence._modules, *states, *(state[name] for state in states for name in names)]
+        self._links, self._snapshot = sequence._modules, _native.module.Snapshot(watched)
         self._blocks = _blocks_of(sequence) or []
-        self._states = [block.__dict__ for block in self._blocks]
-        self._read_from = self._read()
         numbers = [
-            packed.SequenceBlock.of(block.expand_weight is not None, block.reduce_weight is not None, *_settings(state))
-            for block, state in zip(self._blocks, self._states, strict=True)
+            packed.SequenceBlock.of(block.expand_weight is not None, block.reduce_weight is not None, *_settings(block))
+            for block in self._blocks
         ]
         self._numbers = [number for block in numbers for number in block]
-        self._prepared: dict[tuple[torch.Size, torch.dtype], packed.PreparedSequence] = {}
-
-    def _read(self) -> tuple[list[Any], ...]:
-        links = [list(links.values()) for links in self._links]
-        # A new instance attribute can be a forward of its own.
-        return links, list(map(len, self._inner)), list(map(_settings, self._states))
+        tensors = (p for block in self._blocks for p in block._parameters.values())
+        self._tensors = [p for p in tensors if p is not None]
+        self._prepared: dict[Any, packed.PreparedSequence] = {}
 
     def holds(self, sequence: FoldedSequence) -> bool:
         """Whether nothing has changed since. A replica has children of its own."""
-        return self._links[0] is sequence._modules and not any(self._hooks) and self._read() == self._read_from
+        return self._links is sequence._modules and self._snapshot.holds()
 
     def run(self, x: Tensor) -> Tensor | None:
         """The blocks in one call, or None where one of them would not run packed on what it is given."""
         if len(self._blocks) < 2 or _has_any_global_hook():
             return None
-        first, tensors = self._blocks[0], []
-        x = first.cast(x)
-        for state in self._states:
-            parameters, like = state["_parameters"], state["_buffers"].get("activations")
-            project = parameters.get("project_weight")
-            if project is None or not packed.fits(x, project) or (like is not None and like.dtype is not x.dtype):
-                return None
-            tensors += parameters.values()
-        if not first.runs_packed(x, first.in_channels):
-            return None
-        tensors = [p for p in tensors if p is not None]
-        key = (x.shape, x.dtype)
+        x = self._blocks[0].cast(x)
+        key = (x.shape, x.dtype, x.device)
         prepared = self._prepared.get(key)
-        if prepared is not None and prepared.holds(x, tensors):
+        if prepared is not None and prepared.holds(x):
             return prepared.run(x)
-        y = packed.mbconv_sequence(x, tensors, self._numbers)
-        if packed.PreparedSequence.fits(x, tensors):
+        if not self._runs_packed(x):
+            return None
+        y = packed.mbconv_sequence(x, self._tensors, self._numbers)
+        if packed.PreparedSequence.fits(x, self._tensors):
             if len(self._prepared) >= _MOST_PREPARED:
                 self._prepared.clear()
-            self._prepared[key] = packed.PreparedSequence(x, tensors, self._numbers)
+            self._prepared[key] = packed.PreparedSequence(x, self._tensors, self._numbers)
         return y
+
+    def _runs_packed(self, x: Tensor) -> bool:
+        for block in self._blocks:
+            project, like = block._parameters.get("project_weight"), block._buffers.get("activations")
+            if project is None or not packed.fits(x, project) or (like is not None and like.dtype is not x.dtype):
+                return False
+        return self._blocks[0].runs_packed(x, self._blocks[0].in_channels)
