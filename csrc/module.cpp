@@ -102,12 +102,39 @@ void copy(const py::buffer& destination, const py::buffer& source) {
     std::memcpy(to.ptr, from.ptr, size_t(bytes));
 }
 
+using Numbers = std::vector<int64_t>;
+
+// Settings and addresses of a block in the order of the structures in kernels.h, taken one after the other.
+class BlockNumbers {
+  public:
+    BlockNumbers(const Numbers& numbers, size_t count) : next_(numbers.begin()) {
+        if (numbers.size() != count)
+            throw py::value_error("a block takes " + std::to_string(count) + " numbers, got " +
+                                  std::to_string(numbers.size()));
+    }
+    int64_t number() { return *next_++; }
+    const void* address() { return reinterpret_cast<const void*>(uintptr_t(*next_++)); }
+    effnet::cpu::Activation activation() { return effnet::cpu::Activation(*next_++); }
+    effnet::cpu::Gate gate() { return effnet::cpu::Gate(*next_++); }
+    effnet::cpu::DepthwiseShape shape() {
+        effnet::cpu::DepthwiseShape s;
+        for (int64_t* field : {&s.batch, &s.channels, &s.height, &s.width, &s.out_height, &s.out_width, &s.kernel_h,
+                               &s.kernel_w, &s.stride_h, &s.stride_w, &s.dilation_h, &s.dilation_w, &s.pad_top,
+                               &s.pad_left})
+            *field = number();
+        return s;
+    }
+
+  private:
+    Numbers::const_iterator next_;
+};
+
 // Blocks with packed weights for one input size: settings and addresses, which the caller vouches for. Such a call does
 // not unpack a hundred tensors, which takes PyTorch longer than a small network's convolutions.
 class BlockSequence {
   public:
-    BlockSequence(int dtype, const std::vector<std::vector<int64_t>>& blocks) : dtype_(effnet::cpu::DType(dtype)) {
-        for (const std::vector<int64_t>& numbers : blocks) blocks_.push_back(block_of(numbers));
+    BlockSequence(int dtype, const std::vector<Numbers>& blocks) : dtype_(effnet::cpu::DType(dtype)) {
+        for (const Numbers& numbers : blocks) blocks_.push_back(block_of(numbers));
     }
     void run(uintptr_t x, uintptr_t y) const {
         effnet::cpu::kernels(dtype_).mbconv_sequence(blocks_.data(), int64_t(blocks_.size()),
@@ -115,32 +142,55 @@ class BlockSequence {
     }
 
   private:
-    static effnet::cpu::PackedBlock block_of(const std::vector<int64_t>& numbers) {
-        constexpr size_t count = 31;
-        if (numbers.size() != count)
-            throw py::value_error("a block takes " + std::to_string(count) + " numbers, got " +
-                                  std::to_string(numbers.size()));
-        auto next = numbers.begin();
-        effnet::cpu::PackedBlock block{};
-        effnet::cpu::DepthwiseShape& s = block.depthwise_shape;
-        for (int64_t* number :
-             {&s.batch, &s.channels, &s.height, &s.width, &s.out_height, &s.out_width, &s.kernel_h, &s.kernel_w,
-              &s.stride_h, &s.stride_w, &s.dilation_h, &s.dilation_w, &s.pad_top, &s.pad_left, &block.in, &block.out,
-              &block.reduced})
-            *number = *next++;
-        block.residual = *next++ != 0;
-        block.activation = effnet::cpu::Activation(*next++);
-        block.squeeze_activation = effnet::cpu::Activation(*next++);
-        block.gate = effnet::cpu::Gate(*next++);
-        for (const void** address :
+    static effnet::cpu::PackedBlock block_of(const Numbers& numbers) {
+        BlockNumbers next(numbers, 31);
+        effnet::cpu::PackedBlock block{next.shape(), next.number(), next.number(), next.number()};
+        block.residual = next.number() != 0;
+        block.activation = next.activation();
+        block.squeeze_activation = next.activation();
+        block.gate = next.gate();
+        for (const void** field :
              {&block.expand, &block.expand_bias, &block.depthwise, &block.depthwise_bias, &block.reduce,
               &block.reduce_bias, &block.excite, &block.excite_bias, &block.project, &block.project_bias})
-            *address = reinterpret_cast<const void*>(uintptr_t(*next++));
+            *field = next.address();
         return block;
     }
 
     effnet::cpu::DType dtype_;
     std::vector<effnet::cpu::PackedBlock> blocks_;
+};
+
+// The same for one block with its weights and normalisations as they are.
+class BlockInference {
+  public:
+    BlockInference(int dtype, const Numbers& numbers, const std::vector<double>& eps)
+        : dtype_(effnet::cpu::DType(dtype)) {
+        if (eps.size() != 3) throw py::value_error("eps takes 3 numbers, got " + std::to_string(eps.size()));
+        BlockNumbers next(numbers, 40);
+        block_ = effnet::cpu::Block{next.shape(), next.number(), next.number(), next.number()};
+        block_.residual = next.number() != 0;
+        effnet::cpu::SqueezeExciteParams& se = block_.squeeze_excite;
+        block_.activation = next.activation();
+        se.activation = next.activation();
+        se.gate = next.gate();
+        block_.expand = conv(next, eps[0]);
+        block_.depthwise = conv(next, eps[1]);
+        for (const void** field : {&se.reduce_weight, &se.reduce_bias, &se.expand_weight, &se.expand_bias})
+            *field = next.address();
+        block_.project = conv(next, eps[2]);
+    }
+    void run(uintptr_t x, uintptr_t y) const {
+        effnet::cpu::kernels(dtype_).mbconv_inference(block_, reinterpret_cast<const void*>(x),
+                                                      reinterpret_cast<void*>(y));
+    }
+
+  private:
+    static effnet::cpu::ConvNorm conv(BlockNumbers& next, double eps) {
+        return {next.address(), next.address(), next.address(), next.address(), next.address(), eps};
+    }
+
+    effnet::cpu::DType dtype_;
+    effnet::cpu::Block block_{};
 };
 
 // What some dictionaries held: a call asks in a microsecond whether a hundred entries are still the same objects.
@@ -204,8 +254,13 @@ PYBIND11_MODULE(_C, m) {
         .def(py::init<const std::vector<py::dict>&>(), py::arg("dictionaries"))
         .def("holds", &Snapshot::holds, "Whether each dictionary has the same objects in the same order as then.");
     py::class_<BlockSequence>(m, "BlockSequence", "Folded MBConv blocks for one input size, by memory addresses.")
-        .def(py::init<int, const std::vector<std::vector<int64_t>>&>(), py::arg("dtype"), py::arg("blocks"),
-             "`blocks`: for each the numbers of DepthwiseShape and PackedBlock (csrc/cpu/kernels.h) in their order.")
+        .def(py::init<int, const std::vector<Numbers>&>(), py::arg("dtype"), py::arg("blocks"),
+             "`blocks`: for each the numbers of DepthwiseShape and PackedBlock (csrc/cpu/kernels.h).")
         .def("run", &BlockSequence::run, py::arg("x"), py::arg("y"), py::call_guard<py::gil_scoped_release>(),
+             "Run on dense NHWC tensors at these addresses. Nothing is checked.");
+    py::class_<BlockInference>(m, "BlockInference", "An MBConv block for one input size, by memory addresses.")
+        .def(py::init<int, const Numbers&, const std::vector<double>&>(), py::arg("dtype"), py::arg("numbers"),
+             py::arg("eps"), "`numbers`: those of DepthwiseShape and Block (csrc/cpu/kernels.h).")
+        .def("run", &BlockInference::run, py::arg("x"), py::arg("y"), py::call_guard<py::gil_scoped_release>(),
              "Run on dense NHWC tensors at these addresses. Nothing is checked.");
 }

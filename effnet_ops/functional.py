@@ -222,6 +222,10 @@ def _block_backend(
     return backends.select(x, uncovered, backends.Window(depthwise.weight.shape[2:], stride, (1, 1)), "mbconv")
 
 
+_MOST_PREPARED = 8
+"""Batch sizes that a block keeps addresses for."""
+
+
 class MBConvInference:
     """`mbconv` in evaluation without gradients, for one block: what was checked at one call is not checked at the next.
 
@@ -231,8 +235,9 @@ class MBConvInference:
     __slots__ = ("_checked",)
 
     def __init__(self) -> None:
-        # One tuple, which threads that run the same block exchange as a whole: key, state, arguments of the operator.
-        self._checked: tuple[Any, Sequence[Any], tuple[Any, ...]] | None = None
+        # One tuple, which threads that run the same block exchange as a whole: key, state, arguments of the operator,
+        # and what is prepared for some batch sizes.
+        self._checked: tuple[Any, Sequence[Any], tuple[Any, ...], dict[int, Any]] | None = None
 
     def __call__(
         self,
@@ -254,7 +259,7 @@ class MBConvInference:
         key = (x.shape[1:], x.dtype, x.device, weight.dtype, weight.device, backends.requested())
         checked = self._checked
         if checked is not None and key == checked[0] and all(map(is_, state, checked[1])):
-            return ops.infer_mbconv(x, checked[2])
+            return self._run(x, *checked[2:])
         expand, depthwise, squeeze_excite, project = block()
         settings = dict(stride=stride, activation=activation, gate=gate, residual=residual)
         y = mbconv(x, expand, depthwise, squeeze_excite, project, padding=padding, training=False, **settings)
@@ -264,7 +269,19 @@ class MBConvInference:
             params = (expand, depthwise, squeeze_excite, project)
             sides = checks.padding_sides(padding)
             arguments = ops.inference_arguments(x, *params, stride, sides, activation, gate, residual)
-        self._checked = None if arguments is None else (key, state, arguments)
+        self._checked = None if arguments is None else (key, state, arguments, {})
+        return y
+
+    def _run(self, x: Tensor, arguments: tuple[Any, ...], prepared: dict[int, Any]) -> Tensor:
+        known = prepared.get(x.shape[0])
+        if known is not None and known.holds(x):
+            return known.run(x)
+        y = ops.infer_mbconv(x, arguments)
+        known = ops.prepare_inference(x, arguments)
+        if known is not None:
+            if len(prepared) >= _MOST_PREPARED:
+                prepared.clear()
+            prepared[x.shape[0]] = known
         return y
 
 

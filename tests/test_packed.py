@@ -227,8 +227,7 @@ def test_prepared_sequence_is_the_sequence(name: str, dtype: torch.dtype, isa: s
     x, tensors, numbers, _ = sequence(name, dtype)
     x = lay_out(x, "channels_last")
     with torch.inference_mode():
-        assert packed.PreparedSequence.fits(x, tensors)
-        prepared = packed.PreparedSequence(x, tensors, numbers)
+        prepared = packed.prepare_sequence(x, tensors, numbers)
         expected = packed.mbconv_sequence(x, tensors, numbers)
         assert prepared.holds(x)
         found = prepared.run(x)
@@ -239,7 +238,8 @@ def test_prepared_sequence_does_not_hold() -> None:
     x, tensors, numbers, _ = sequence("wide", torch.float32)
     x = lay_out(x, "channels_last")
     with torch.inference_mode(False), torch.no_grad():
-        prepared = packed.PreparedSequence(x, tensors, numbers)
+        prepared = packed.prepare_sequence(x, tensors, numbers)
+        assert packed.prepare_sequence(x.contiguous(), tensors, numbers) is None
         assert prepared.holds(x) and not prepared.holds(x.contiguous())
         with torch.enable_grad():
             assert not prepared.holds(x)
@@ -248,6 +248,8 @@ def test_prepared_sequence_does_not_hold() -> None:
         with torch.profiler.profile():
             assert not prepared.holds(x)
         with use_backend("reference"):
+            assert not prepared.holds(x)
+        with torch.autocast("cpu", torch.bfloat16):
             assert not prepared.holds(x)
         assert prepared.holds(x)
         tensors[3].share_memory_()

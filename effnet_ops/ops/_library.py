@@ -14,7 +14,8 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
-from effnet_ops import backends
+from effnet_ops import _native, backends
+from effnet_ops.checks import output_size, resolve_padding
 
 NAMESPACE = "effnet_ops"
 library = torch.library.Library(NAMESPACE, "DEF")
@@ -25,6 +26,11 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 _AUTOCAST_KEYS = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}
 _AUTOCAST = torch._C.DispatchKeySet(_AUTOCAST_KEYS["cpu"]) | torch._C.DispatchKeySet(_AUTOCAST_KEYS["cuda"])
 _AUTOGRAD = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality)
+
+# In the order of the enumerations in csrc/cpu/kernels.h.
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+ACTIVATIONS = ("none", "relu", "relu6", "silu", "hardswish")
+GATES = ("sigmoid", "hard_sigmoid")
 
 fallbacks: dict[str, Callable[..., Any]] = {}
 """The kernel in plain PyTorch of every operator, by its name."""
@@ -62,8 +68,42 @@ def unobserved(x: Tensor) -> bool:
         and not torch._C._is_torch_function_mode_enabled()
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch._C._autograd._profiler_enabled()
+        and not torch.is_autocast_enabled("cpu")
         and forward_ad._current_level < 0
     )
+
+
+def _is_nhwc(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+class Prepared:
+    """A CPU kernel for one shape and dtype of x and the tensors that its operator has accepted with it.
+
+    ``kernel.run(x, y)`` has the addresses of the tensors, so that a call does not unpack them, which takes PyTorch
+    longer than many a convolution; ``holds`` must be asked before each ``run``. ``shape`` is the output's.
+    """
+
+    __slots__ = ("_addresses", "_kernel", "_shape", "_tensors")
+
+    def __init__(self, kernel: Any, shape: Sequence[int], tensors: Sequence[Tensor]) -> None:
+        self._kernel, self._shape, self._tensors = kernel, tuple(shape), list(tensors)
+        self._addresses = list(map(Tensor.data_ptr, tensors))
+
+    @staticmethod
+    def fits(x: Tensor) -> bool:
+        """Whether the kernel can read x where it is, and nobody else has to see the call."""
+        runs_here = _native.module is not None and x.is_cpu and backends.requested() in (None, "cpu")
+        return runs_here and x.shape[0] > 0 and _is_nhwc(x) and unobserved(x)
+
+    def holds(self, x: Tensor) -> bool:
+        """Whether x fits, and the tensors are where they were: memory moves when it is sent to another process."""
+        return Prepared.fits(x) and list(map(Tensor.data_ptr, self._tensors)) == self._addresses
+
+    def run(self, x: Tensor) -> Tensor:
+        y = torch.empty(self._shape, dtype=x.dtype, memory_format=torch.channels_last)
+        self._kernel.run(x.data_ptr(), y.data_ptr())
+        return y
 
 
 def register_autocast(operator: OpOverload, activations: Sequence[int]) -> None:
@@ -134,6 +174,14 @@ def _autograd_kernel(
         return run(keyset, args)
 
     return kernel
+
+
+def window_numbers(
+    size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> tuple[int, ...]:
+    """Those of a DepthwiseShape (csrc/cpu/kernels.h) from the height on."""
+    sides = resolve_padding(padding, size, kernel, stride, (1, 1))
+    return (*size, *output_size(size, kernel, stride, sides, (1, 1)), *kernel, *stride, 1, 1, sides[0], sides[2])
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

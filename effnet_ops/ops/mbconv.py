@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from effnet_ops import reference
+from effnet_ops import _native, reference
 from effnet_ops.checks import output_size, resolve_padding, unknown_name
 from effnet_ops.ops import _library
 from effnet_ops.ops.squeeze_excite import gradient_flops
@@ -341,6 +341,30 @@ def inference_arguments(x: Tensor, *args: Any) -> tuple[Any, ...] | None:
 def infer_mbconv(x: Tensor, arguments: Sequence[Any]) -> Tensor:
     """The block in evaluation and without drop path, where gradients are off."""
     return _library.call(_inference_operator, x, *arguments)
+
+
+def prepare_inference(x: Tensor, arguments: Sequence[Any]) -> _library.Prepared | None:
+    """`infer_mbconv` for inputs like x, which has run with these arguments; None where it can only run so."""
+    block, config = Block(x, *arguments[: _N_BLOCK - 1]), Config(*arguments[_N_BLOCK - 1 :])
+    parameters = block[1:-1]
+    tensors, dtype = [p for p in parameters if p is not None], reference.compute_dtype(x.dtype)
+    if not _library.Prepared.fits(x) or not all(p.is_contiguous() and p.dtype is dtype for p in tensors):
+        return None
+    channels, _, *kernel = block.depthwise_weight.shape
+    window = _library.window_numbers(x.shape[2:], kernel, config.stride, config.padding)
+    out, reduced = (
+        block.project_weight.shape[0],
+        0 if block.se_reduce_weight is None else block.se_reduce_weight.shape[0],
+    )
+    names = (
+        *map(_library.ACTIVATIONS.index, (config.activation, config.se_activation)),
+        _library.GATES.index(config.gate),
+    )
+    sizes = (x.shape[0], channels, *window, x.shape[1], out, reduced)
+    addresses = (0 if p is None else p.data_ptr() for p in parameters)
+    numbers = (*sizes, config.residual, *names, *addresses)
+    kernel = _native.module.BlockInference(_library.DTYPES.index(x.dtype), numbers, config.eps)
+    return _library.Prepared(kernel, (x.shape[0], out, *window[2:4]), tensors)
 
 
 def _needs_batch_statistics(block: Sequence[Tensor | None]) -> bool:

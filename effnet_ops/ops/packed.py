@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from effnet_ops import _native, backends, packing, reference
+from effnet_ops import _native, packing, reference
 from effnet_ops.checks import output_size, resolve_padding
 from effnet_ops.ops import _library
+from effnet_ops.ops._library import ACTIVATIONS, GATES
 from effnet_ops.params import ConvNormParams, SqueezeExciteParams
 
 
@@ -108,7 +109,7 @@ class SequenceBlock(NamedTuple):
         gate: str,
     ) -> SequenceBlock:
         sides = tuple(padding) or (0, 0, 0, 0)
-        places = (_ACTIVATIONS.index(activation), _ACTIVATIONS.index(squeeze_activation), _GATES.index(gate))
+        places = (ACTIVATIONS.index(activation), ACTIVATIONS.index(squeeze_activation), GATES.index(gate))
         return cls(expands, gated, *stride, bool(padding), *sides, residual, *places)
 
     def arguments(self, tensors: Iterator[Tensor]) -> tuple[Any, ...]:
@@ -119,14 +120,8 @@ class SequenceBlock(NamedTuple):
 
         parameters = (*take(2, self.expands), *take(2), *take(4, self.gated), *take(2))
         padding = self[5:9] if self.padded else ()
-        names = (_ACTIVATIONS[self.activation], _ACTIVATIONS[self.squeeze_activation], _GATES[self.gate])
+        names = (ACTIVATIONS[self.activation], ACTIVATIONS[self.squeeze_activation], GATES[self.gate])
         return *parameters, (self.stride_h, self.stride_w), padding, bool(self.residual), *names
-
-
-# In the order of the enumerations in csrc/cpu/kernels.h.
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_ACTIVATIONS = ("none", "relu", "relu6", "silu", "hardswish")
-_GATES = ("sigmoid", "hard_sigmoid")
 
 
 def _run_sequence(x: Tensor, tensors: Sequence[Tensor], blocks: Sequence[int], run: Callable[..., Tensor]) -> Tensor:
@@ -299,58 +294,26 @@ def mbconv_sequence(x: Tensor, tensors: Sequence[Tensor], blocks: Sequence[int])
     return _library.call(_sequence_operator, x, tensors, blocks)
 
 
-def _is_nhwc(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-
-
-class PreparedSequence:
-    """`mbconv_sequence` for one shape and dtype of x and the tensors that the operator has accepted with it.
-
-    It keeps their addresses, so that a call does not unpack them; ``holds`` must be asked before each.
-    """
-
-    def __init__(self, x: Tensor, tensors: Sequence[Tensor], blocks: Sequence[int]) -> None:
-        self._tensors, self._addresses = list(tensors), list(map(Tensor.data_ptr, tensors))
-        width, remaining, numbers, shape = len(SequenceBlock._fields), iter(tensors), [], x.shape
-        for at in range(0, len(blocks), width):
-            block = SequenceBlock(*blocks[at : at + width])
-            *parameters, stride, padding, residual, _, _, _ = block.arguments(remaining)
-            depthwise, reduce_bias, project_bias = parameters[2], parameters[5], parameters[9]
-            *kernel, channels = depthwise.shape
-            sides = resolve_padding(padding, shape[2:], kernel, stride, (1, 1))
-            size = output_size(shape[2:], kernel, stride, sides, (1, 1))
-            out, reduced = project_bias.shape[0], 0 if reduce_bias is None else reduce_bias.shape[0]
-            window = (*shape[2:], *size, *kernel, *stride, 1, 1, sides[0], sides[2])
-            settings = (residual, block.activation, block.squeeze_activation, block.gate)
-            addresses = [0 if p is None else p.data_ptr() for p in parameters]
-            numbers.append([shape[0], channels, *window, shape[1], out, reduced, *settings, *addresses])
-            shape = (shape[0], out, *size)
-        self._shape, self._blocks = shape, _native.module.BlockSequence(_DTYPES.index(x.dtype), numbers)
-
-    @staticmethod
-    def fits(x: Tensor, tensors: Sequence[Tensor]) -> bool:
-        """Whether the kernels can read everything where it is, and nothing else has to see the call."""
-        wide = reference.compute_dtype(x.dtype)
-        return (
-            x.shape[0] > 0
-            and _is_nhwc(x)
-            and _library.unobserved(x)
-            and all(p.is_contiguous() and p.dtype is (torch.bfloat16 if p.dim() == 4 else wide) for p in tensors)
-        )
-
-    def holds(self, x: Tensor) -> bool:
-        """Whether that is still so; memory moves when a tensor is sent to another process, for example."""
-        return (
-            backends.requested() in (None, "cpu")
-            and _is_nhwc(x)
-            and _library.unobserved(x)
-            and list(map(Tensor.data_ptr, self._tensors)) == self._addresses
-        )
-
-    def run(self, x: Tensor) -> Tensor:
-        y = torch.empty(self._shape, dtype=x.dtype, memory_format=torch.channels_last)
-        self._blocks.run(x.data_ptr(), y.data_ptr())
-        return y
+def prepare_sequence(x: Tensor, tensors: Sequence[Tensor], blocks: Sequence[int]) -> _library.Prepared | None:
+    """`mbconv_sequence` for inputs like x, which has run with these arguments; None where it can only run so."""
+    wide = reference.compute_dtype(x.dtype)
+    if not _library.Prepared.fits(x) or not all(
+        p.is_contiguous() and p.dtype is (torch.bfloat16 if p.dim() == 4 else wide) for p in tensors
+    ):
+        return None
+    width, remaining, numbers, shape = len(SequenceBlock._fields), iter(tensors), [], x.shape
+    for at in range(0, len(blocks), width):
+        block = SequenceBlock(*blocks[at : at + width])
+        *parameters, stride, padding, residual, _, _, _ = block.arguments(remaining)
+        *kernel, channels = parameters[2].shape
+        window = _library.window_numbers(shape[2:], kernel, stride, padding)
+        out, reduced = parameters[9].shape[0], 0 if parameters[5] is None else parameters[5].shape[0]
+        settings = (residual, block.activation, block.squeeze_activation, block.gate)
+        addresses = [0 if p is None else p.data_ptr() for p in parameters]
+        numbers.append([shape[0], channels, *window, shape[1], out, reduced, *settings, *addresses])
+        shape = (shape[0], out, *window[2:4])
+    kernel = _native.module.BlockSequence(_library.DTYPES.index(x.dtype), numbers)
+    return _library.Prepared(kernel, shape, tensors)
 
 
 def pointwise(x: Tensor, *args: Any) -> Tensor:

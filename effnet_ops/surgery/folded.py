@@ -16,6 +16,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from effnet_ops import _native, backends, functional, packing, reference
 from effnet_ops.checks import check_input, padding_sides, resolve_padding
 from effnet_ops.ops import packed
+from effnet_ops.ops._library import Prepared
 from effnet_ops.params import ConvNormParams, SqueezeExciteParams
 from effnet_ops.reference import activate, compute_dtype
 from effnet_ops.surgery.fused import HOOKS, Unfit, check_untouched, parameter
@@ -405,7 +406,7 @@ class _Sequence:
         self._numbers = [number for block in numbers for number in block]
         tensors = (p for block in self._blocks for p in block._parameters.values())
         self._tensors = [p for p in tensors if p is not None]
-        self._prepared: dict[Any, packed.PreparedSequence] = {}
+        self._prepared: dict[Any, Prepared] = {}
 
     def holds(self, sequence: FoldedSequence) -> bool:
         """Whether nothing has changed since. A replica has children of its own."""
@@ -423,10 +424,10 @@ class _Sequence:
         if not self._runs_packed(x):
             return None
         y = packed.mbconv_sequence(x, self._tensors, self._numbers)
-        if packed.PreparedSequence.fits(x, self._tensors):
+        if (prepared := packed.prepare_sequence(x, self._tensors, self._numbers)) is not None:
             if len(self._prepared) >= _MOST_PREPARED:
                 self._prepared.clear()
-            self._prepared[key] = packed.PreparedSequence(x, self._tensors, self._numbers)
+            self._prepared[key] = prepared
         return y
 
     def _runs_packed(self, x: Tensor) -> bool:
