@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "stable.h"
 
 namespace effnet {
 namespace {
@@ -18,11 +19,6 @@ namespace {
 using cpu::Activation;
 using cpu::DType;
 using cpu::Gate;
-using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Ints = std::vector<int64_t>;
-using Needs = std::vector<bool>;
 
 DType kernel_dtype(ScalarType type) {
     switch (type) {
@@ -42,29 +38,8 @@ DType kernel_dtype(ScalarType type) {
 
 ScalarType compute_type(ScalarType type) { return type == ScalarType::Double ? type : ScalarType::Float; }
 
-Activation activation_of(const std::string& name) {
-    if (name == "none") return Activation::none;
-    if (name == "relu") return Activation::relu;
-    if (name == "relu6") return Activation::relu6;
-    if (name == "silu") return Activation::silu;
-    STD_TORCH_CHECK(name == "hardswish", "unknown activation '", name, "'");
-    return Activation::hardswish;
-}
-
-Gate gate_of(const std::string& name) {
-    if (name == "sigmoid") return Gate::sigmoid;
-    STD_TORCH_CHECK(name == "hard_sigmoid", "unknown gate '", name, "'");
-    return Gate::hard_sigmoid;
-}
-
-// Axes of size 1 have no stride that matters.
-bool is_dense_nhwc(const Tensor& x) {
-    const auto size = x.sizes(), stride = x.strides();
-    const int64_t wanted[4] = {size[1] * size[2] * size[3], 1, size[1] * size[3], size[1]};
-    for (int axis = 0; axis < 4; ++axis)
-        if (size[axis] != 1 && stride[axis] != wanted[axis]) return false;
-    return true;
-}
+Activation activation_of(const std::string& name) { return activation_named<Activation>(name); }
+Gate gate_of(const std::string& name) { return gate_named<Gate>(name); }
 
 Tensor empty_nhwc(const Ints& size, ScalarType type) {
     return torch::stable::empty(size, type, std::nullopt, std::nullopt, std::nullopt, MemoryFormat::ChannelsLast);
@@ -80,16 +55,10 @@ Tensor nhwc(const Tensor& x) {
     return to;
 }
 
-Tensor as_dtype(const Tensor& t, ScalarType type) { return t.scalar_type() == type ? t : torch::stable::to(t, type); }
-
 // A tensor that belongs to x's output, a gradient or a residual: dense NHWC in the dtype of x.
 Tensor like_output(const Tensor& t, const Tensor& x) { return nhwc(as_dtype(t, x.scalar_type())); }
 
 Tensor nothing(const Tensor& x) { return torch::stable::empty({0}, x.scalar_type()); }
-
-// Output keeps the input's layout: channels_last where the channels of x are innermost and x is not contiguous at the
-// same time.
-bool keeps_channels_last(const Tensor& x) { return x.size(1) > 1 && x.stride(1) == 1 && !x.is_contiguous(); }
 
 // An output in the layout of `like`, written as NHWC: `memory` is the result itself or, for a contiguous one, a tensor
 // that finish() copies.

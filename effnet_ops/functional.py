@@ -206,7 +206,9 @@ def mbconv(
             statistics = [None, *statistics]
     else:
         y, statistics = ops.mbconv(
-            x, expand, depthwise, squeeze_excite, project, padding=sides, training=training, **keywords
+            *ops.mbconv_arguments(
+                x, expand, depthwise, squeeze_excite, project, padding=sides, training=training, **keywords
+            )
         )
     if training:
         _update_running_statistics((expand, depthwise, project), statistics, x, size)

@@ -134,6 +134,18 @@ def test_a_decision_is_of_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == ["cuda", "triton", "cuda"] and len(gpu._chosen) == 2
 
 
+@pytest.mark.usefixtures("both")
+def test_decisions_are_few_whatever_shapes_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "_launched", lambda operator, backend: (operator, backend))
+    monkeypatch.setattr(gpu, "_MOST_CHOSEN", 5)
+    with backends.use_backend("triton"):
+        for height in [*range(1, 30), 1]:
+            x = on_gpu(shape=(2, 8, height, 5))
+            for _ in range(2):
+                assert gpu._implementation("depthwise_conv2d", x, WINDOW) == ("depthwise_conv2d", "triton")
+            assert 0 < len(gpu._chosen) <= 5
+
+
 def test_every_operator_is_registered_for_cuda_tensors() -> None:
     for operator in triton.WORDS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"effnet_ops::{operator}", "CUDA")

@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import effnet_ops
 from effnet_ops import layers, optimize_for_inference, replace_layers
-from effnet_ops.surgery.folded import FoldedPool, FoldedSequence
+from effnet_ops.ops import packed
+from effnet_ops.surgery.folded import FoldedMBConv, FoldedPointwise, FoldedPool, FoldedSequence
 
 SIZE = 64
 # As in test_surgery_networks: statistics of fewer pixels amplify rounding.
@@ -339,6 +340,59 @@ def test_inputs_have_gradients() -> None:
     expected = torch.autograd.grad(model(x).square().sum(), x)[0]
     found = torch.autograd.grad(optimize_for_inference(model)(x).square().sum(), x)[0]
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing(dtype: torch.dtype | None) -> None:
+    """Packing was the choice of a precision; also of what needs gradients, which the reference computes."""
+    optimized = optimize_for_inference(with_statistics(timm.create_model("tinynet_e"), SIZE), dtype=dtype)
+    x = torch.randn(2, 3, SIZE, SIZE)
+    found = []
+    for automatic in (None, torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", automatic, enabled=automatic is not None):
+            with torch.no_grad():
+                y = optimized(x)
+            leaf = x.clone().requires_grad_()
+            differentiated = optimized(leaf)
+        assert y.dtype is differentiated.dtype is torch.float32
+        differentiated.square().sum().backward()
+        found.append((y, differentiated.detach(), leaf.grad))
+    for plain, *cast in zip(*found, strict=True):
+        assert all(torch.equal(plain, value) for value in cast)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("automatic", [torch.bfloat16, torch.float16])
+def test_packed_layers_behind_stock_ones_in_autocast(automatic: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They convert what does not fit their weights instead of running the reference on it; float16 fits float32's."""
+    model, x = small(), torch.randn(2, 3, SIZE, SIZE)
+    optimized = optimize_for_inference(model)
+    assert any(type(module) is nn.Conv2d for module in optimized.modules())
+    folded = [module for module in optimized.modules() if isinstance(module, FoldedMBConv | FoldedPointwise)]
+    dtypes: list[torch.dtype] = []
+    for module in folded:
+        module.register_forward_hook(lambda module, args, y: dtypes.append(y.dtype))
+    for name in ("reference_mbconv", "reference_pointwise"):
+        monkeypatch.delattr(packed, name)
+    with torch.autocast("cpu", automatic):
+        expected, y = model(x), optimized(x)
+    wanted = torch.float32 if automatic is torch.bfloat16 else automatic
+    assert folded and dtypes == [wanted] * len(folded)
+    exact = copy.deepcopy(model).double()(x.double())
+    assert relative_difference(y, exact) <= 1.5 * relative_difference(expected, exact)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("automatic", [torch.bfloat16, torch.float16])
+def test_replaced_models_follow_autocast(automatic: torch.dtype) -> None:
+    model, x = with_statistics(timm.create_model("tinynet_e"), SIZE), torch.randn(2, 3, SIZE, SIZE)
+    exact = copy.deepcopy(model).double()(x.double())
+    with torch.autocast("cpu", automatic):
+        stock = model(x)
+        assert not replace_layers(model).skipped
+        y = model(x)
+    assert y.dtype is stock.dtype is automatic
+    assert relative_difference(y, exact) <= 2 * relative_difference(stock, exact)
 
 
 def test_training_is_an_error_and_optimizing_again_is_none() -> None:

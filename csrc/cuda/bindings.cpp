@@ -19,6 +19,7 @@
 #include <utility>
 #include <vector>
 
+#include "../stable.h"
 #include "kernels.h"
 
 #if defined(EFFNET_EMULATED)
@@ -36,11 +37,6 @@ namespace {
 using cuda::Activation;
 using cuda::DType;
 using cuda::Gate;
-using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Ints = std::vector<int64_t>;
-using Needs = std::vector<bool>;
 using Optional = std::optional<Tensor>;
 
 DType kernel_dtype(const Tensor& x) {
@@ -57,20 +53,8 @@ DType kernel_dtype(const Tensor& x) {
     }
 }
 
-Activation activation_of(const std::string& name) {
-    if (name == "none") return Activation::none;
-    if (name == "relu") return Activation::relu;
-    if (name == "relu6") return Activation::relu6;
-    if (name == "silu") return Activation::silu;
-    STD_TORCH_CHECK(name == "hardswish", "unknown activation '", name, "'");
-    return Activation::hardswish;
-}
-
-Gate gate_of(const std::string& name) {
-    if (name == "sigmoid") return Gate::sigmoid;
-    STD_TORCH_CHECK(name == "hard_sigmoid", "unknown gate '", name, "'");
-    return Gate::hard_sigmoid;
-}
+Activation activation_of(const std::string& name) { return activation_named<Activation>(name); }
+Gate gate_of(const std::string& name) { return gate_named<Gate>(name); }
 
 #if defined(EFFNET_EMULATED)
 
@@ -140,19 +124,6 @@ class Here {
 
 #endif
 
-// Axes of size 1 have no stride that matters.
-bool is_dense_nhwc(const Tensor& x) {
-    const auto size = x.sizes(), stride = x.strides();
-    const int64_t wanted[4] = {size[1] * size[2] * size[3], 1, size[1] * size[3], size[1]};
-    for (int axis = 0; axis < 4; ++axis)
-        if (size[axis] != 1 && stride[axis] != wanted[axis]) return false;
-    return true;
-}
-
-// Output keeps the input's layout: channels_last where the channels of x are innermost and x is not contiguous at the
-// same time.
-bool keeps_channels_last(const Tensor& x) { return x.size(1) > 1 && x.stride(1) == 1 && !x.is_contiguous(); }
-
 Tensor empty(const Tensor& like, const Ints& size, ScalarType type, MemoryFormat format = MemoryFormat::Contiguous) {
     const Tensor made = torch::stable::empty(size, type, std::nullopt, like.device(), std::nullopt, format);
     hand_over(made, "a result", true);
@@ -161,8 +132,6 @@ Tensor empty(const Tensor& like, const Ints& size, ScalarType type, MemoryFormat
 
 Tensor nothing(const Tensor& x, ScalarType type) { return empty(x, {0}, type); }
 Tensor nothing(const Tensor& x) { return nothing(x, x.scalar_type()); }
-
-Tensor as_dtype(const Tensor& t, ScalarType type) { return t.scalar_type() == type ? t : torch::stable::to(t, type); }
 
 // Slices of larger tensors can begin anywhere, and kernels read 16 bytes at a time.
 Tensor aligned(const Tensor& t) {

@@ -5,7 +5,14 @@ The compiled library registers their CPU kernels and `gpu` those for CUDA; elsew
 
 from effnet_ops.ops import gpu, packed, triton
 from effnet_ops.ops.depthwise import depthwise_conv2d
-from effnet_ops.ops.mbconv import infer_mbconv, inference_arguments, mbconv, prepare_inference, set_recompute
+from effnet_ops.ops.mbconv import (
+    infer_mbconv,
+    inference_arguments,
+    mbconv,
+    mbconv_arguments,
+    prepare_inference,
+    set_recompute,
+)
 from effnet_ops.ops.pointwise import pointwise_conv2d
 from effnet_ops.ops.squeeze_excite import squeeze_excite
 
@@ -14,6 +21,7 @@ __all__ = [
     "infer_mbconv",
     "inference_arguments",
     "mbconv",
+    "mbconv_arguments",
     "packed",
     "pointwise_conv2d",
     "prepare_inference",

@@ -25,6 +25,7 @@ GPU_BACKENDS = {"cuda": cuda, "triton": triton}
 
 _logger = logging.getLogger(__name__)
 _chosen: dict[tuple[Any, ...], Callable[..., Any]] = {}
+_MOST_CHOSEN = 4096
 
 
 @functools.cache
@@ -79,10 +80,15 @@ def _announce(operator: str, backend: str, origin: str) -> None:
 
 def _implementation(operator: str, x: Tensor, window: backends.Window | None) -> Callable[..., Any]:
     key = (operator, backends.requested(), x.device, x.dtype, x.shape, *(() if window is None else map(tuple, window)))
-    if key not in _chosen:
+    found = _chosen.get(key)
+    if found is None:
         name = choose(operator, x, window)
-        _chosen[key] = _library.fallbacks[operator] if name == "reference" else _launched(operator, name)
-    return _chosen[key]
+        found = _library.fallbacks[operator] if name == "reference" else _launched(operator, name)
+        # Images of ever new sizes must not fill memory; a hit, which each call pays for, keeps no order of use.
+        if len(_chosen) >= _MOST_CHOSEN:
+            _chosen.clear()
+        _chosen[key] = found
+    return found
 
 
 def _launched(operator: str, backend: str) -> Callable[..., Any]:

@@ -45,7 +45,8 @@ Config = namedtuple("Config", _names(_CONFIG))
 _DIFFERENTIABLE = [name for name in Block._fields if not name.endswith(("_mean", "_var", "drop_path"))]
 _POSITIONS = [Block._fields.index(name) for name in _DIFFERENTIABLE]
 _CONSTANTS = [name for name in Block._fields if name not in _DIFFERENTIABLE]
-_N_BLOCK, _N_INPUTS = len(Block._fields), len(Block._fields) + len(Config._fields)
+_N_BLOCK = len(Block._fields)
+N_INPUTS = _N_BLOCK + len(Config._fields)
 
 
 class _Stages(NamedTuple):
@@ -102,24 +103,25 @@ def _output_size(block: Block, config: Config) -> tuple[int, int, int, int]:
     return (block.x.shape[0], block.project_weight.shape[0], *size)
 
 
-def _split(args: Sequence[Any]) -> tuple[Block, Config]:
-    return Block(*args[:_N_BLOCK]), Config(*args[_N_BLOCK:_N_INPUTS])
+def split(args: Sequence[Any]) -> tuple[Block, Config]:
+    """What all operators here begin with, by name; those of the backward behind ``grad``."""
+    return Block(*args[:_N_BLOCK]), Config(*args[_N_BLOCK:N_INPUTS])
 
 
 def _inference(*args: Any) -> Tensor:
-    block, config = _split(args)
+    block, config = split(args)
     y = _run(block, config).y
     return _library.empty_result(block.x, y.shape).copy_(y)
 
 
 def _inference_fake(*args: Any) -> Tensor:
-    block, config = _split(args)
+    block, config = split(args)
     return _library.empty_result(block.x, _output_size(block, config))
 
 
 def _training(*args: Any) -> tuple[Tensor, ...]:
     results = _training_fake(*args)
-    block, config = _split(args)
+    block, config = split(args)
     stages = _run(block, config)
     statistics = [value for used in stages.statistics for value in (used or (None, None))]
     values = (stages.y, stages.expanded, stages.convolved, stages.projected, *statistics, stages.pooled)
@@ -130,8 +132,8 @@ def _training(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _training_fake(*args: Any) -> tuple[Tensor, ...]:
-    block, config = _split(args)
-    x, save_expanded = block.x, args[_N_INPUTS]
+    block, config = split(args)
+    x, save_expanded = block.x, args[N_INPUTS]
     dtype = reference.compute_dtype(x.dtype)
     batch, out_channels, height, width = _output_size(block, config)
     channels = block.depthwise_weight.shape[0]
@@ -157,7 +159,7 @@ def _training_fake(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    block, config = _split(args)
+    block, config = split(args)
 
     def run(*inputs: Tensor | None) -> Tensor:
         return _run(block._replace(**dict(zip(_DIFFERENTIABLE, inputs, strict=True))), config).y
@@ -166,7 +168,7 @@ def _backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 def _backward_fake(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    block, _ = _split(args)
+    block, _ = split(args)
     return _library.empty_gradients(block.x, [block[i] for i in _POSITIONS], args[-1])
 
 
@@ -189,14 +191,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     for name in _CONSTANTS:
         if ctx.needs_input_grad[Block._fields.index(name)]:
             raise RuntimeError(f"effnet_ops: mbconv has no gradient for {name}, which requires one; detach it")
-    ctx.config = inputs[_N_BLOCK:_N_INPUTS]
+    ctx.config = inputs[_N_BLOCK:N_INPUTS]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:_N_BLOCK], *output[1:])
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    results: list[Tensor | None] = [None] * (_N_INPUTS + 1)
+    results: list[Tensor | None] = [None] * (N_INPUTS + 1)
     if grad is None:
         return tuple(results)
     saved = ctx.saved_tensors
@@ -298,7 +300,7 @@ def _eps(conv: ConvNormParams | None) -> float:
     return 0.0 if conv is None or conv.norm is None else conv.norm.eps
 
 
-def _arguments(
+def mbconv_arguments(
     x: Tensor,
     expand: ConvNormParams | None,
     depthwise: ConvNormParams,
@@ -312,7 +314,7 @@ def _arguments(
     drop_path: Tensor | None,
     training: bool,
 ) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
-    """The tensors and the settings of a block in the order of the operators' schemas."""
+    """The tensors and the settings of a block in the order of the operators' schemas, from `effnet_ops.mbconv`'s."""
     se = (None, None, None, None) if squeeze_excite is None else squeeze_excite[:4]
     se_activation = activation if squeeze_excite is None else squeeze_excite.activation or activation
     if drop_path is not None:
@@ -332,9 +334,9 @@ def _arguments(
 def inference_arguments(x: Tensor, *args: Any) -> tuple[Any, ...] | None:
     """What `infer_mbconv` takes behind x, or None where the block needs batch statistics.
 
-    ``args`` are those of `_arguments` from ``expand`` to ``residual``.
+    ``args`` are those of `mbconv_arguments` from ``expand`` to ``residual``.
     """
-    block, config = _arguments(x, *args, None, False)
+    block, config = mbconv_arguments(x, *args, None, False)
     return None if _needs_batch_statistics(block) else (*block[1:], *config)
 
 
@@ -350,19 +352,13 @@ def prepare_inference(x: Tensor, arguments: Sequence[Any]) -> _library.Prepared 
     tensors, dtype = [p for p in parameters if p is not None], reference.compute_dtype(x.dtype)
     if not _library.Prepared.fits(x) or not all(p.is_contiguous() and p.dtype is dtype for p in tensors):
         return None
-    channels, _, *kernel = block.depthwise_weight.shape
-    window = _library.window_numbers(x.shape[2:], kernel, config.stride, config.padding)
-    out, reduced = (
-        block.project_weight.shape[0],
-        0 if block.se_reduce_weight is None else block.se_reduce_weight.shape[0],
-    )
-    names = (
-        *map(_library.ACTIVATIONS.index, (config.activation, config.se_activation)),
-        _library.GATES.index(config.gate),
-    )
-    sizes = (x.shape[0], channels, *window, x.shape[1], out, reduced)
+    channels, _, *size = block.depthwise_weight.shape
+    window = _library.window_numbers(x.shape[2:], size, config.stride, config.padding)
+    out, reduced = block.project_weight.shape[0], 0 if block.se_reduce_weight is None else len(block.se_reduce_weight)
+    activations = map(_library.ACTIVATIONS.index, (config.activation, config.se_activation))
+    settings = (config.residual, *activations, _library.GATES.index(config.gate))
     addresses = (0 if p is None else p.data_ptr() for p in parameters)
-    numbers = (*sizes, config.residual, *names, *addresses)
+    numbers = (x.shape[0], channels, *window, x.shape[1], out, reduced, *settings, *addresses)
     kernel = _native.module.BlockInference(_library.DTYPES.index(x.dtype), numbers, config.eps)
     return _library.Prepared(kernel, (x.shape[0], out, *window[2:4]), tensors)
 
@@ -371,33 +367,16 @@ def _needs_batch_statistics(block: Sequence[Tensor | None]) -> bool:
     return any(block[i] is not None and block[i + 2] is None for i in (2, 7, 16))
 
 
-def mbconv(
-    x: Tensor,
-    expand: ConvNormParams | None,
-    depthwise: ConvNormParams,
-    squeeze_excite: SqueezeExciteParams | None,
-    project: ConvNormParams,
-    *,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    activation: str,
-    gate: str,
-    residual: bool,
-    drop_path: Tensor | None,
-    training: bool,
-) -> tuple[Tensor, list[tuple[Tensor, Tensor] | None]]:
-    """`effnet_ops.mbconv` without checks and without updating running statistics.
+def mbconv(block: Sequence[Tensor | None], config: Sequence[Any]) -> tuple[Tensor, list[tuple[Tensor, Tensor] | None]]:
+    """`effnet_ops.mbconv` without checks and without updating running statistics; what `mbconv_arguments` gives.
 
     Returns:
         y, and for expand, depthwise and project the mean and biased variance (C,) of the batch where they were used.
     """
-    block, config = _arguments(
-        x, expand, depthwise, squeeze_excite, project, stride, padding, activation, gate, residual, drop_path, training
-    )
     differentiate = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in block)
     if not differentiate and not _needs_batch_statistics(block):
         return _inference_operator(*block, *config), [None, None, None]
-    save_expanded = differentiate and (_policy == "never" or (_policy == "auto" and x.shape[1] > _AUTO_CHANNELS))
+    save_expanded = differentiate and (_policy == "never" or (_policy == "auto" and block[0].shape[1] > _AUTO_CHANNELS))
     y, *stages = _training_operator(*block, *config, save_expanded)
     statistics = [
         (stages[j], stages[j + 1]) if block[i] is not None and block[i + 2] is None else None

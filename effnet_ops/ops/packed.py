@@ -1,4 +1,8 @@
-"""The operators of optimized models, most on packed weights (see `effnet_ops.packing`), without gradient kernels."""
+"""The operators of optimized models, most on packed weights (see `effnet_ops.packing`), without gradient kernels.
+
+Autocast does not change their precision, which was chosen when the weights were packed. An input that it made bf16 in
+another layer, or left fp32, is converted to what the weights are packed for.
+"""
 
 from __future__ import annotations
 
@@ -193,10 +197,11 @@ def _average_pool_fake(x: Tensor, keepdim: bool) -> Tensor:
 def _define(schema: str, fallback: Any, fake: Any) -> torch._ops.OpOverload:
     """An operator whose gradient is the fallback's, by PyTorch's autograd: these are rare, and have no kernel."""
     operator = _library.define(schema, fallback, fake)
+    differentiable = _library.fallbacks[operator._schema.name.partition("::")[2]]
 
     def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return fallback(*args)
+            return differentiable(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
@@ -281,9 +286,17 @@ def fits(x: Tensor, product: Tensor) -> bool:
     return product.dtype is wanted and (product.dim() == 4) is (wanted is torch.bfloat16)
 
 
+def _before_autocast(x: Tensor, product: Tensor) -> Tensor:
+    """x in the dtype that a product is packed for, where it can be autocast that made it one that does not fit."""
+    cast = x.is_cpu and x.dtype is not torch.float64 and torch.is_autocast_enabled("cpu")
+    return x.to(product.dtype) if cast else x
+
+
 def mbconv(x: Tensor, *args: Any) -> Tensor:
     """An MBConv block with folded normalisations; the arguments are those of the operator's schema."""
-    return _library.call(_mbconv_operator, x, *args) if fits(x, args[8]) else reference_mbconv(x, *args)
+    if fits(x, args[8]) or fits(x := _before_autocast(x, args[8]), args[8]):
+        return _library.call(_mbconv_operator, x, *args)
+    return reference_mbconv(x, *args)
 
 
 def mbconv_sequence(x: Tensor, tensors: Sequence[Tensor], blocks: Sequence[int]) -> Tensor:
@@ -318,7 +331,9 @@ def prepare_sequence(x: Tensor, tensors: Sequence[Tensor], blocks: Sequence[int]
 
 def pointwise(x: Tensor, *args: Any) -> Tensor:
     """activation(W x + b) for x (N, Cin, H, W); ``args`` are weight, bias and activation."""
-    return _library.call(_pointwise_operator, x, *args) if fits(x, args[0]) else reference_pointwise(x, *args)
+    if fits(x, args[0]) or fits(x := _before_autocast(x, args[0]), args[0]):
+        return _library.call(_pointwise_operator, x, *args)
+    return reference_pointwise(x, *args)
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor, *args: Any) -> Tensor:

@@ -113,7 +113,8 @@ def optimize_for_inference(model: nn.Module, *, dtype: torch.dtype | None = None
             the parameters of fused layers are kept in float32, except that products in bfloat16 have weights in
             bfloat16. The input of any floating dtype is cast, and outputs
             (tensors in tuples, lists and dictionaries too) come back in the dtype of the first tensor given.
-            Other methods than the call itself, such as timm's ``forward_features``, return ``dtype``.
+            Other methods than the call itself, such as timm's ``forward_features``, return ``dtype``. On the CPU,
+            autocast does not change the precision of the folded layers.
 
     Returns:
         The copy, or what replaces it where the model is itself an MBConv block; its ``optimization_report``

@@ -38,7 +38,7 @@ def bindings(kernel_machine: Kernels) -> ctypes.CDLL:
     flags = ["-std=c++17", "-O1", "-fPIC", "-DEFFNET_EMULATED", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     flags += [f"-I{emulator.HERE / 'include'}", f"-I{TORCH / 'include'}", "-shared"]
     link = [str(kernel_machine.path), f"-Wl,-rpath,{kernel_machine.path.parent}", f"-L{TORCH / 'lib'}", "-ltorch_cpu"]
-    text = [path.read_bytes() for path in (*sources, emulator.CUDA / "kernels.h")]
+    text = [path.read_bytes() for path in (*sources, emulator.CUDA / "kernels.h", emulator.CUDA.parent / "stable.h")]
     key = hashlib.sha256(repr((flags, link, text)).encode()).hexdigest()[:16]
     library = kernel_machine.path.parent / f"torch_bindings-{key}.so"
     if not library.exists():

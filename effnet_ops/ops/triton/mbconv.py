@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -13,21 +12,16 @@ from effnet_ops.kernels import mbconv as kernels
 from effnet_ops.kernels.layout import nchw, nhwc
 from effnet_ops.kernels.squeeze_excite import Parameters
 from effnet_ops.ops import _library
-from effnet_ops.ops.mbconv import Block, Config
+from effnet_ops.ops.mbconv import N_INPUTS, Block, Config, split
 from effnet_ops.ops.triton.layout import result_like
 from effnet_ops.reference import compute_dtype
 
-_N_BLOCK, _N_INPUTS = len(Block._fields), len(Block._fields) + len(Config._fields)
 _N_STAGES = 10
 
 
 def _uncovered(block: Block, config: Config) -> bool:
     window = backends.Window(block.depthwise_weight.shape[2:], config.stride, (1, 1))
     return block.x.shape[0] == 0 or bool(backends.BACKENDS["triton"].uncovered(window))
-
-
-def _split(args: Sequence[Any]) -> tuple[Block, Config]:
-    return Block(*args[:_N_BLOCK]), Config(*args[_N_BLOCK:_N_INPUTS])
 
 
 def _block(block: Block, config: Config) -> kernels.Block:
@@ -57,17 +51,17 @@ def _block(block: Block, config: Config) -> kernels.Block:
 
 
 def mbconv_inference(*args: Any) -> Tensor:
-    block, config = _split(args)
+    block, config = split(args)
     if _uncovered(block, config):
         return _library.fallbacks["mbconv_inference"](*args)
     return result_like(kernels.inference(_block(block, config)), block.x)
 
 
 def mbconv_training(*args: Any) -> tuple[Tensor, ...]:
-    block, config = _split(args)
+    block, config = split(args)
     if _uncovered(block, config):
         return _library.fallbacks["mbconv_training"](*args)
-    x, save_expanded = block.x, args[_N_INPUTS]
+    x, save_expanded = block.x, args[N_INPUTS]
     made = kernels.training(_block(block, config))
     expanded = made.expanded if save_expanded else None
 
@@ -85,11 +79,11 @@ def mbconv_training(*args: Any) -> tuple[Tensor, ...]:
 
 
 def mbconv_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    block, config = _split(args)
+    block, config = split(args)
     if _uncovered(block, config):
         return _library.fallbacks["mbconv_backward"](grad, *args)
     needs = args[-1]
-    expanded, convolved, projected, *vectors, pooled = args[_N_INPUTS : _N_INPUTS + _N_STAGES]
+    expanded, convolved, projected, *vectors, pooled = args[N_INPUTS : N_INPUTS + _N_STAGES]
     statistics = [(mean, var) if mean.numel() else None for mean, var in zip(vectors[::2], vectors[1::2], strict=True)]
     saved = kernels.Forward(
         None,
