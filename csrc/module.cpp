@@ -8,7 +8,6 @@
 #include <cstring>
 #include <map>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "cpu/calibration.h"
@@ -193,37 +192,20 @@ class BlockInference {
     effnet::cpu::Block block_{};
 };
 
-// What some dictionaries held: a call asks in a microsecond whether a hundred entries are still the same objects.
-class Snapshot {
-  public:
-    explicit Snapshot(const std::vector<py::dict>& dictionaries) {
-        for (const py::dict& dictionary : dictionaries) {
-            Entries entries{dictionary, {}};
-            for (const auto& [key, value] : dictionary)
-                entries.pairs.emplace_back(py::reinterpret_borrow<py::object>(key),
-                                           py::reinterpret_borrow<py::object>(value));
-            all_.push_back(std::move(entries));
-        }
+// `entries` has dictionaries, each followed by its keys and values in turn: whether they still hold the same objects. A
+// list of Python's, so that its garbage collector sees what is held.
+bool unchanged(const py::list& entries) {
+    PyObject* const list = entries.ptr();
+    const Py_ssize_t count = PyList_GET_SIZE(list);
+    for (Py_ssize_t at = 0; at < count;) {
+        PyObject *const dictionary = PyList_GET_ITEM(list, at++), *key = nullptr, *value = nullptr;
+        if (!PyDict_Check(dictionary)) return false;
+        for (Py_ssize_t place = 0; PyDict_Next(dictionary, &place, &key, &value); at += 2)
+            if (at + 1 >= count || PyList_GET_ITEM(list, at) != key || PyList_GET_ITEM(list, at + 1) != value)
+                return false;
     }
-    bool holds() const {
-        for (const Entries& entries : all_) {
-            if (entries.dictionary.size() != entries.pairs.size()) return false;
-            auto expected = entries.pairs.begin();
-            for (const auto& [key, value] : entries.dictionary) {
-                if (!key.is(expected->first) || !value.is(expected->second)) return false;
-                ++expected;
-            }
-        }
-        return true;
-    }
-
-  private:
-    struct Entries {
-        py::dict dictionary;
-        std::vector<std::pair<py::object, py::object>> pairs;
-    };
-    std::vector<Entries> all_;
-};
+    return true;
+}
 
 py::dict build_info() {
     py::dict info;
@@ -250,9 +232,9 @@ PYBIND11_MODULE(_C, m) {
           "return its floating-point operations; 0, at once, where the instruction set has no such dot product.");
     m.def("copy", &copy, py::arg("destination"), py::arg("source"),
           "Copy a contiguous buffer to one of the same size, on this thread.");
-    py::class_<Snapshot>(m, "Snapshot", "The entries of dictionaries at one time.")
-        .def(py::init<const std::vector<py::dict>&>(), py::arg("dictionaries"))
-        .def("holds", &Snapshot::holds, "Whether each dictionary has the same objects in the same order as then.");
+    m.def("unchanged", &unchanged, py::arg("entries"),
+          "`entries` has dictionaries, each followed by its keys and values in turn: whether they still hold these very "
+          "objects in this order.");
     py::class_<BlockSequence>(m, "BlockSequence", "Folded MBConv blocks for one input size, by memory addresses.")
         .def(py::init<int, const std::vector<Numbers>&>(), py::arg("dtype"), py::arg("blocks"),
              "`blocks`: for each the numbers of DepthwiseShape and PackedBlock (csrc/cpu/kernels.h).")

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from effnet_ops import _native, backends, functional, packing, reference
+from effnet_ops import backends, functional, packing, reference
 from effnet_ops.checks import check_input, padding_sides, resolve_padding
 from effnet_ops.ops import packed
 from effnet_ops.ops._library import Prepared
 from effnet_ops.params import ConvNormParams, SqueezeExciteParams
 from effnet_ops.reference import activate, compute_dtype
 from effnet_ops.surgery.fused import HOOKS, Unfit, check_untouched, parameter
+from effnet_ops.surgery.snapshot import Snapshot
 
 
 def fold(conv: ConvNormParams, dtype: torch.dtype | None = None) -> ConvNormParams:
@@ -356,8 +357,6 @@ class FoldedSequence(nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(input, Tensor):
             return super().forward(input)
-        if _native.module is None:
-            return super().forward(input)
         known = self.__dict__.get(_SEQUENCE)
         if known is None or not known.holds(self):
             known = self.__dict__[_SEQUENCE] = _Sequence(self)
@@ -397,7 +396,7 @@ class _Sequence:
         states = [module.__dict__ for module in inner]
         names = ("_modules", "_parameters", "_buffers", *HOOKS)
         watched = [sequence._modules, *states, *(state[name] for state in states for name in names)]
-        self._links, self._snapshot = sequence._modules, _native.module.Snapshot(watched)
+        self._links, self._snapshot = sequence._modules, Snapshot(watched)
         self._blocks = _blocks_of(sequence) or []
         numbers = [
             packed.SequenceBlock.of(block.expand_weight is not None, block.reduce_weight is not None, *_settings(block))

@@ -8,7 +8,6 @@ description was read from decides between the fused operators and the stock forw
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import itemgetter
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -19,6 +18,7 @@ from effnet_ops import functional
 from effnet_ops.checks import FLOAT_DTYPES
 from effnet_ops.params import BatchNormParams, ConvNormParams, SqueezeExciteParams
 from effnet_ops.reference import activate
+from effnet_ops.surgery.snapshot import Snapshot
 
 _CACHE = "_effnet_ops_plan"
 HOOKS = {
@@ -27,7 +27,6 @@ HOOKS = {
     "_backward_hooks": "backward",
     "_backward_pre_hooks": "backward_pre",
 }
-_conv_attributes = itemgetter("stride", "padding", "dilation", "groups", "padding_mode")
 
 
 class Unfit(Exception):
@@ -425,35 +424,23 @@ def check_untouched(name: str, module: nn.Module) -> None:
 
 
 class _CachedPlan:
-    """A plan with everything it was read from: the call-time check is a few comparisons of lists."""
+    """A plan with everything it was read from."""
 
-    __slots__ = ("_convs", "_dicts", "_hooked", "_hooks", "_links", "_modules", "_read_from", "plan")
+    __slots__ = ("_links", "_modules", "_read_from", "_snapshot", "plan")
 
     def __init__(self, layer: FusedLayer) -> None:
-        layer.__dict__.setdefault(_CACHE, None)
+        self._links = layer._modules
         self._modules = [module for module in layer.modules() if module is not layer]
-        self._dicts = [module.__dict__ for module in self._modules]
-        self._hooks = [state[name] for state in self._dicts for name in HOOKS if name in state]
-        self._links = [layer._modules, *(module._modules for module in self._modules if module._modules)]
-        self._convs = [module.__dict__ for module in self._modules if isinstance(module, nn.Conv2d)]
-        self._hooked = any(self._hooks)
+        # A new instance attribute can be a forward of its own.
+        states = [module.__dict__ for module in self._modules]
+        inner = (state[name] for state in states for name in ("_modules", *HOOKS) if name in state)
+        self._snapshot = Snapshot([layer._modules, *states, *inner])
         self._read_from = self._read(layer)
         self.plan = describe_or_none(layer)
 
-    def _read(self, layer: FusedLayer) -> tuple[list[Any], ...]:
-        return (
-            [getattr(layer, name) for name in layer.attributes],
-            [list(links.values()) for links in self._links],
-            list(map(type, self._modules)),
-            # A new instance attribute can be a forward of its own.
-            list(map(len, self._dicts)),
-            list(map(_conv_attributes, self._convs)),
-        )
+    def _read(self, layer: FusedLayer) -> tuple[list[Any], list[type]]:
+        return [getattr(layer, name) for name in layer.attributes], list(map(type, self._modules))
 
     def holds(self, layer: FusedLayer) -> bool:
         """Whether nothing has changed since. A replica that was made by copying __dict__ has children of its own."""
-        return (
-            self._links[0] is layer._modules
-            and any(self._hooks) is self._hooked
-            and self._read(layer) == self._read_from
-        )
+        return self._links is layer._modules and self._snapshot.holds() and self._read(layer) == self._read_from
