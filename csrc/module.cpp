@@ -1,13 +1,15 @@
-// The Python module effnet_ops._C: what was built, what this processor has, which instruction set runs, and sequences of
-// blocks that were looked at once and run often. Importing it loads the library, and the operators register themselves
+// The Python module effnet_ops._C: what was built, what this processor has, which instruction set runs, and
+// kernels that are prepared once and run often. Importing it loads the library, and the operators register themselves
 // (bindings.cpp). It is a translation unit of its own because pybind11 does not compile where TORCH_TARGET_VERSION is
 // defined.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <cstring>
+#include <functional>
 #include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/calibration.h"
@@ -21,7 +23,8 @@ EFFNET_DECLARE_CALIBRATION(avx512_bf16)
 namespace {
 
 namespace py = pybind11;
-using effnet::cpu::Isa;
+namespace cpu = effnet::cpu;
+using cpu::Isa;
 
 std::vector<std::string> isa_names(bool only_supported) {
     int count = 0;
@@ -103,94 +106,115 @@ void copy(const py::buffer& destination, const py::buffer& source) {
 
 using Numbers = std::vector<int64_t>;
 
-// Settings and addresses of a block in the order of the structures in kernels.h, taken one after the other.
-class BlockNumbers {
+// Settings and addresses in the order of a structure of kernels.h, taken one after the other.
+class Arguments {
   public:
-    BlockNumbers(const Numbers& numbers, size_t count) : next_(numbers.begin()) {
+    Arguments(const Numbers& numbers, size_t count) : next_(numbers.begin()) {
         if (numbers.size() != count)
-            throw py::value_error("a block takes " + std::to_string(count) + " numbers, got " +
+            throw py::value_error("it takes " + std::to_string(count) + " numbers, got " +
                                   std::to_string(numbers.size()));
     }
     int64_t number() { return *next_++; }
     const void* address() { return reinterpret_cast<const void*>(uintptr_t(*next_++)); }
-    effnet::cpu::Activation activation() { return effnet::cpu::Activation(*next_++); }
-    effnet::cpu::Gate gate() { return effnet::cpu::Gate(*next_++); }
-    effnet::cpu::DepthwiseShape shape() {
-        effnet::cpu::DepthwiseShape s;
-        for (int64_t* field : {&s.batch, &s.channels, &s.height, &s.width, &s.out_height, &s.out_width, &s.kernel_h,
-                               &s.kernel_w, &s.stride_h, &s.stride_w, &s.dilation_h, &s.dilation_w, &s.pad_top,
-                               &s.pad_left})
-            *field = number();
-        return s;
+    cpu::Activation activation() { return cpu::Activation(*next_++); }
+    cpu::Gate gate() { return cpu::Gate(*next_++); }
+    cpu::DepthwiseShape depthwise_shape() {
+        // Braces evaluate from left to right.
+        return {number(), number(), number(), number(), number(), number(), number(),
+                number(), number(), number(), number(), number(), number(), number()};
     }
 
   private:
     Numbers::const_iterator next_;
 };
 
-// Blocks with packed weights for one input size: settings and addresses, which the caller vouches for. Such a call does
-// not unpack a hundred tensors, which takes PyTorch longer than a small network's convolutions.
-class BlockSequence {
+// A kernel with settings and addresses that the caller vouches for, for one input size. Such a call does not unpack a
+// hundred tensors, which takes PyTorch longer than a small network's convolutions.
+class Prepared {
   public:
-    BlockSequence(int dtype, const std::vector<Numbers>& blocks) : dtype_(effnet::cpu::DType(dtype)) {
-        for (const Numbers& numbers : blocks) blocks_.push_back(block_of(numbers));
-    }
+    using Kernel = std::function<void(const cpu::Kernels&, const void* x, void* y)>;
+    Prepared(int dtype, Kernel kernel) : dtype_(cpu::DType(dtype)), kernel_(std::move(kernel)) {}
     void run(uintptr_t x, uintptr_t y) const {
-        effnet::cpu::kernels(dtype_).mbconv_sequence(blocks_.data(), int64_t(blocks_.size()),
-                                                     reinterpret_cast<const void*>(x), reinterpret_cast<void*>(y));
+        kernel_(cpu::kernels(dtype_), reinterpret_cast<const void*>(x), reinterpret_cast<void*>(y));
     }
 
   private:
-    static effnet::cpu::PackedBlock block_of(const Numbers& numbers) {
-        BlockNumbers next(numbers, 31);
-        effnet::cpu::PackedBlock block{next.shape(), next.number(), next.number(), next.number()};
-        block.residual = next.number() != 0;
-        block.activation = next.activation();
-        block.squeeze_activation = next.activation();
-        block.gate = next.gate();
-        for (const void** field :
-             {&block.expand, &block.expand_bias, &block.depthwise, &block.depthwise_bias, &block.reduce,
-              &block.reduce_bias, &block.excite, &block.excite_bias, &block.project, &block.project_bias})
-            *field = next.address();
-        return block;
-    }
-
-    effnet::cpu::DType dtype_;
-    std::vector<effnet::cpu::PackedBlock> blocks_;
+    cpu::DType dtype_;
+    Kernel kernel_;
 };
 
-// The same for one block with its weights and normalisations as they are.
-class BlockInference {
-  public:
-    BlockInference(int dtype, const Numbers& numbers, const std::vector<double>& eps)
-        : dtype_(effnet::cpu::DType(dtype)) {
-        if (eps.size() != 3) throw py::value_error("eps takes 3 numbers, got " + std::to_string(eps.size()));
-        BlockNumbers next(numbers, 40);
-        block_ = effnet::cpu::Block{next.shape(), next.number(), next.number(), next.number()};
-        block_.residual = next.number() != 0;
-        effnet::cpu::SqueezeExciteParams& se = block_.squeeze_excite;
-        block_.activation = next.activation();
-        se.activation = next.activation();
-        se.gate = next.gate();
-        block_.expand = conv(next, eps[0]);
-        block_.depthwise = conv(next, eps[1]);
-        for (const void** field : {&se.reduce_weight, &se.reduce_bias, &se.expand_weight, &se.expand_bias})
-            *field = next.address();
-        block_.project = conv(next, eps[2]);
-    }
-    void run(uintptr_t x, uintptr_t y) const {
-        effnet::cpu::kernels(dtype_).mbconv_inference(block_, reinterpret_cast<const void*>(x),
-                                                      reinterpret_cast<void*>(y));
-    }
+cpu::PackedBlock packed_block(const Numbers& numbers) {
+    Arguments next(numbers, 31);
+    cpu::PackedBlock block{next.depthwise_shape(), next.number(), next.number(), next.number()};
+    block.residual = next.number() != 0;
+    block.activation = next.activation();
+    block.squeeze_activation = next.activation();
+    block.gate = next.gate();
+    for (const void** field :
+         {&block.expand, &block.expand_bias, &block.depthwise, &block.depthwise_bias, &block.reduce, &block.reduce_bias,
+          &block.excite, &block.excite_bias, &block.project, &block.project_bias})
+        *field = next.address();
+    return block;
+}
 
-  private:
-    static effnet::cpu::ConvNorm conv(BlockNumbers& next, double eps) {
-        return {next.address(), next.address(), next.address(), next.address(), next.address(), eps};
-    }
+Prepared prepare_sequence(int dtype, const std::vector<Numbers>& numbers) {
+    std::vector<cpu::PackedBlock> blocks;
+    for (const Numbers& block : numbers) blocks.push_back(packed_block(block));
+    return {dtype, [blocks](const cpu::Kernels& kernels, const void* x, void* y) {
+                kernels.mbconv_sequence(blocks.data(), int64_t(blocks.size()), x, y);
+            }};
+}
 
-    effnet::cpu::DType dtype_;
-    effnet::cpu::Block block_{};
-};
+Prepared prepare_inference(int dtype, const Numbers& numbers, const std::vector<double>& eps) {
+    if (eps.size() != 3) throw py::value_error("eps takes 3 numbers, got " + std::to_string(eps.size()));
+    Arguments next(numbers, 40);
+    cpu::Block block{next.depthwise_shape(), next.number(), next.number(), next.number()};
+    block.residual = next.number() != 0;
+    cpu::SqueezeExciteParams& se = block.squeeze_excite;
+    block.activation = next.activation();
+    se.activation = next.activation();
+    se.gate = next.gate();
+    const auto conv = [&](double e) {
+        return cpu::ConvNorm{next.address(), next.address(), next.address(), next.address(), next.address(), e};
+    };
+    block.expand = conv(eps[0]);
+    block.depthwise = conv(eps[1]);
+    for (const void** field : {&se.reduce_weight, &se.reduce_bias, &se.expand_weight, &se.expand_bias})
+        *field = next.address();
+    block.project = conv(eps[2]);
+    return {dtype,
+            [block](const cpu::Kernels& kernels, const void* x, void* y) { kernels.mbconv_inference(block, x, y); }};
+}
+
+Prepared prepare_pointwise(int dtype, const Numbers& numbers) {
+    Arguments next(numbers, 7);
+    const cpu::PointwiseShape shape{next.number(), next.number(), next.number(), next.number()};
+    const cpu::Activation activation = next.activation();
+    const void *const weight = next.address(), *const bias = next.address();
+    return {dtype, [=](const cpu::Kernels& kernels, const void* x, void* y) {
+                kernels.pointwise_packed(shape, x, weight, bias, nullptr, activation, y);
+            }};
+}
+
+Prepared prepare_convolution(int dtype, const Numbers& numbers) {
+    Arguments next(numbers, 17);
+    const cpu::ConvolutionShape shape{next.number(), next.number(), next.number(), next.number(),     next.number(),
+                                      next.number(), next.number(), next.number(), next.number(),     next.number(),
+                                      next.number(), next.number(), next.number(), next.number() != 0};
+    const cpu::Activation activation = next.activation();
+    const void *const weight = next.address(), *const bias = next.address();
+    return {dtype, [=](const cpu::Kernels& kernels, const void* x, void* y) {
+                kernels.convolution_packed(shape, x, weight, bias, activation, y);
+            }};
+}
+
+Prepared prepare_average_pool(int dtype, const Numbers& numbers) {
+    Arguments next(numbers, 3);
+    const int64_t images = next.number(), pixels = next.number(), channels = next.number();
+    return {dtype, [=](const cpu::Kernels& kernels, const void* x, void* y) {
+                kernels.average_pool(images, pixels, channels, x, y);
+            }};
+}
 
 // `entries` has dictionaries, each followed by its keys and values in turn: whether they still hold the same objects. A
 // list of Python's, so that its garbage collector sees what is held.
@@ -232,17 +256,18 @@ PYBIND11_MODULE(_C, m) {
           "return its floating-point operations; 0, at once, where the instruction set has no such dot product.");
     m.def("copy", &copy, py::arg("destination"), py::arg("source"),
           "Copy a contiguous buffer to one of the same size, on this thread.");
-    m.def("unchanged", &unchanged, py::arg("entries"),
-          "`entries` has dictionaries, each followed by its keys and values in turn: whether they still hold these very "
-          "objects in this order.");
-    py::class_<BlockSequence>(m, "BlockSequence", "Folded MBConv blocks for one input size, by memory addresses.")
-        .def(py::init<int, const std::vector<Numbers>&>(), py::arg("dtype"), py::arg("blocks"),
-             "`blocks`: for each the numbers of DepthwiseShape and PackedBlock (csrc/cpu/kernels.h).")
-        .def("run", &BlockSequence::run, py::arg("x"), py::arg("y"), py::call_guard<py::gil_scoped_release>(),
-             "Run on dense NHWC tensors at these addresses. Nothing is checked.");
-    py::class_<BlockInference>(m, "BlockInference", "An MBConv block for one input size, by memory addresses.")
-        .def(py::init<int, const Numbers&, const std::vector<double>&>(), py::arg("dtype"), py::arg("numbers"),
-             py::arg("eps"), "`numbers`: those of DepthwiseShape and Block (csrc/cpu/kernels.h).")
-        .def("run", &BlockInference::run, py::arg("x"), py::arg("y"), py::call_guard<py::gil_scoped_release>(),
-             "Run on dense NHWC tensors at these addresses. Nothing is checked.");
+    m.def(
+        "unchanged", &unchanged, py::arg("entries"),
+        "`entries` has dictionaries, each followed by its keys and values in turn: whether they still hold these very "
+        "objects in this order.");
+    py::class_<Prepared>(m, "Prepared", "A kernel for one input size, with the addresses of its parameters.")
+        .def("run", &Prepared::run, py::arg("x"), py::arg("y"), py::call_guard<py::gil_scoped_release>(),
+             "Run on dense tensors at these addresses, NHWC but for a convolution's input. Nothing is checked.");
+    const char* const doc =
+        "The kernel of this name on the numbers and addresses of its structures (csrc/cpu/kernels.h), in their order.";
+    m.def("prepare_sequence", &prepare_sequence, py::arg("dtype"), py::arg("blocks"), doc);
+    m.def("prepare_inference", &prepare_inference, py::arg("dtype"), py::arg("numbers"), py::arg("eps"), doc);
+    m.def("prepare_pointwise", &prepare_pointwise, py::arg("dtype"), py::arg("numbers"), doc);
+    m.def("prepare_convolution", &prepare_convolution, py::arg("dtype"), py::arg("numbers"), doc);
+    m.def("prepare_average_pool", &prepare_average_pool, py::arg("dtype"), py::arg("numbers"), doc);
 }

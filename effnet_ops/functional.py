@@ -224,10 +224,6 @@ def _block_backend(
     return backends.select(x, uncovered, backends.Window(depthwise.weight.shape[2:], stride, (1, 1)), "mbconv")
 
 
-_MOST_PREPARED = 8
-"""Batch sizes that a block keeps addresses for."""
-
-
 class MBConvInference:
     """`mbconv` in evaluation without gradients, for one block: what was checked at one call is not checked at the next.
 
@@ -237,9 +233,8 @@ class MBConvInference:
     __slots__ = ("_checked",)
 
     def __init__(self) -> None:
-        # One tuple, which threads that run the same block exchange as a whole: key, state, arguments of the operator,
-        # and what is prepared for some batch sizes.
-        self._checked: tuple[Any, Sequence[Any], tuple[Any, ...], dict[int, Any]] | None = None
+        # One tuple, which threads that run the same block exchange as a whole: key, state, arguments of the operator.
+        self._checked: tuple[Any, Sequence[Any], tuple[Any, ...], ops.PreparedCalls] | None = None
 
     def __call__(
         self,
@@ -271,19 +266,15 @@ class MBConvInference:
             params = (expand, depthwise, squeeze_excite, project)
             sides = checks.padding_sides(padding)
             arguments = ops.inference_arguments(x, *params, stride, sides, activation, gate, residual)
-        self._checked = None if arguments is None else (key, state, arguments, {})
+        self._checked = None if arguments is None else (key, state, arguments, ops.PreparedCalls())
         return y
 
-    def _run(self, x: Tensor, arguments: tuple[Any, ...], prepared: dict[int, Any]) -> Tensor:
-        known = prepared.get(x.shape[0])
-        if known is not None and known.holds(x):
+    def _run(self, x: Tensor, arguments: tuple[Any, ...], prepared: ops.PreparedCalls) -> Tensor:
+        key = (x.shape[0], x.stride())
+        if (known := prepared.get(key, x)) is not None:
             return known.run(x)
         y = ops.infer_mbconv(x, arguments)
-        known = ops.prepare_inference(x, arguments)
-        if known is not None:
-            if len(prepared) >= _MOST_PREPARED:
-                prepared.clear()
-            prepared[x.shape[0]] = known
+        prepared.keep(key, ops.prepare_inference(x, arguments))
         return y
 
 

@@ -240,7 +240,7 @@ def test_prepared_sequence_does_not_hold() -> None:
     with torch.inference_mode(False), torch.no_grad():
         prepared = packed.prepare_sequence(x, tensors, numbers)
         assert packed.prepare_sequence(x.contiguous(), tensors, numbers) is None
-        assert prepared.holds(x) and not prepared.holds(x.contiguous())
+        assert prepared.holds(x)
         with torch.enable_grad():
             assert not prepared.holds(x)
         with torch.utils.flop_counter.FlopCounterMode(display=False):
@@ -256,9 +256,42 @@ def test_prepared_sequence_does_not_hold() -> None:
         assert not prepared.holds(x)
 
 
-def test_block_sequence_counts_its_numbers() -> None:
-    with pytest.raises(ValueError, match="31 numbers, got 3"):
-        C.BlockSequence(0, [[1, 2, 3]])
+def test_prepared_kernels_count_their_numbers() -> None:
+    for function, arguments, count in (
+        (C.prepare_sequence, ([[1, 2, 3]],), 31),
+        (C.prepare_inference, ([1, 2, 3], [0.0] * 3), 40),
+        (C.prepare_pointwise, ([1, 2, 3],), 7),
+        (C.prepare_convolution, ([1, 2, 3],), 17),
+        (C.prepare_average_pool, ([1, 2],), 3),
+    ):
+        with pytest.raises(ValueError, match=rf"takes {count} numbers, got"):
+            function(0, *arguments)
+    with pytest.raises(ValueError, match="eps takes 3 numbers, got 2"):
+        C.prepare_inference(0, [0] * 40, [0.0] * 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_prepared_layers(dtype: torch.dtype, isa: str, poison: None) -> None:
+    x, bias = normal(2, 24, 9, 7).to(dtype), normal(40).to(reference.compute_dtype(dtype))
+    product = packing.pack(normal(40, 24).to(product_dtype(dtype)))
+    dense = packing.pack_convolution(normal(40, 24, 3, 5).to(bias.dtype))
+    image = x.contiguous(memory_format=torch.channels_last)
+    pixel = x[:, :, :1, :1].contiguous()
+    for given, operator, prepare, arguments in (
+        (image, packed.pointwise, packed.prepare_pointwise, (product, bias, "silu")),
+        (pixel, packed.pointwise, packed.prepare_pointwise, (product, bias, "none")),
+        (x, packed.convolution, packed.prepare_convolution, (dense, bias, (3, 5), (2, 1), (), "relu")),
+        (image, packed.convolution, packed.prepare_convolution, (dense, bias, (3, 5), (1, 2), (1, 0, 2, 2), "none")),
+        (image, packed.average_pool, packed.prepare_average_pool, (False,)),
+        (image, packed.average_pool, packed.prepare_average_pool, (True,)),
+    ):
+        with torch.inference_mode():
+            expected, prepared = operator(given, *arguments), prepare(given, *arguments)
+            found = prepared.run(given)
+        assert prepared.holds(given) is False and torch.equal(found, expected)
+        assert found.stride() == expected.stride() and found.dtype is dtype
+    assert packed.prepare_pointwise(x, product, bias, "none") is None
+    assert packed.prepare_average_pool(x, True) is None
 
 
 def test_sequence_with_wrong_arguments() -> None:

@@ -153,8 +153,8 @@ class PackedRun {
     }
 
     // Without a gate no row has to wait for others: it is projected when all its channels are convolved, and never gets
-    // to memory. That pays where a row and its ring stay in cache and images are much larger than the weights, which every
-    // thread reads as a whole.
+    // to memory. That pays where a row and its ring stay in cache and images are much larger than the weights, which
+    // every thread reads as a whole.
     bool in_one_step() const {
         const int64_t ring = ring_rows(1) * ring_width() * padded_ * int64_t(sizeof(A));
         return b_.reduced == 0 && ring <= cache_bytes && image_out_ > 2 * (b_.in + b_.out);
@@ -173,8 +173,7 @@ class PackedRun {
         parallel_tasks(
             count * cut.chunks,
             [&] {
-                return Memory{{cut.slabs * ring, s_.out_width * slab},
-                              Scratch<T>(at_once * s_.out_width * channels_)};
+                return Memory{{cut.slabs * ring, s_.out_width * slab}, Scratch<T>(at_once * s_.out_width * channels_)};
             },
             [&](int64_t task, const Memory& own) {
                 const int64_t image = task / cut.chunks, chunk = task % cut.chunks;
@@ -184,9 +183,9 @@ class PackedRun {
                     const int64_t end = smaller(last, row + at_once);
                     int64_t next = staged;
                     for (int64_t i = 0; i < cut.slabs; ++i)
-                        next = convolve(cut.vectors,
-                                        {image, row, end, slab_start(cut, i), staged, own.convolved, nullptr}, first,
-                                        input.terms, width, own.rows.ring + i * ring, own.rows.out);
+                        next =
+                            convolve(cut.vectors, {image, row, end, slab_start(cut, i), staged, own.convolved, nullptr},
+                                     first, input.terms, width, own.rows.ring + i * ring, own.rows.out);
                     staged = next;
                     project_rows((first + image) * image_out_ + row * s_.out_width, (end - row) * s_.out_width,
                                  own.convolved);

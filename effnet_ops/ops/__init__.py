@@ -4,6 +4,7 @@ The compiled library registers their CPU kernels and `gpu` those for CUDA; elsew
 """
 
 from effnet_ops.ops import gpu, packed, triton
+from effnet_ops.ops._library import PreparedCalls
 from effnet_ops.ops.depthwise import depthwise_conv2d
 from effnet_ops.ops.mbconv import (
     infer_mbconv,
@@ -17,6 +18,7 @@ from effnet_ops.ops.pointwise import pointwise_conv2d
 from effnet_ops.ops.squeeze_excite import squeeze_excite
 
 __all__ = [
+    "PreparedCalls",
     "depthwise_conv2d",
     "infer_mbconv",
     "inference_arguments",

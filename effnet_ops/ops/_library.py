@@ -68,42 +68,71 @@ def unobserved(x: Tensor) -> bool:
         and not torch._C._is_torch_function_mode_enabled()
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch._C._autograd._profiler_enabled()
+        and not torch._C._is_tracing()
         and not torch.is_autocast_enabled("cpu")
         and forward_ad._current_level < 0
     )
 
 
-def _is_nhwc(x: Tensor) -> bool:
+def is_nhwc(x: Tensor) -> bool:
+    """Whether memory has the channels innermost and the result's would have: a contiguous x has a contiguous one."""
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 class Prepared:
-    """A CPU kernel for one shape and dtype of x and the tensors that its operator has accepted with it.
+    """A CPU kernel for one shape, layout and dtype of x and the tensors that its operator has accepted with it.
 
     ``kernel.run(x, y)`` has the addresses of the tensors, so that a call does not unpack them, which takes PyTorch
-    longer than many a convolution; ``holds`` must be asked before each ``run``. ``shape`` is the output's.
+    longer than many a convolution; ``holds`` must be asked before each ``run``. ``shape`` and ``layout`` are the
+    output's.
     """
 
-    __slots__ = ("_addresses", "_kernel", "_shape", "_tensors")
+    __slots__ = ("_addresses", "_kernel", "_layout", "_shape", "tensors")
 
-    def __init__(self, kernel: Any, shape: Sequence[int], tensors: Sequence[Tensor]) -> None:
-        self._kernel, self._shape, self._tensors = kernel, tuple(shape), list(tensors)
+    def __init__(
+        self,
+        kernel: Any,
+        shape: Sequence[int],
+        tensors: Sequence[Tensor],
+        layout: torch.memory_format = torch.channels_last,
+    ) -> None:
+        self._kernel, self._shape, self._layout, self.tensors = kernel, tuple(shape), layout, list(tensors)
         self._addresses = list(map(Tensor.data_ptr, tensors))
 
     @staticmethod
     def fits(x: Tensor) -> bool:
-        """Whether the kernel can read x where it is, and nobody else has to see the call."""
+        """Whether a kernel can run on x, and nobody else has to see the call."""
         runs_here = _native.module is not None and x.is_cpu and backends.requested() in (None, "cpu")
-        return runs_here and x.shape[0] > 0 and _is_nhwc(x) and unobserved(x)
+        return runs_here and x.shape[0] > 0 and unobserved(x)
 
     def holds(self, x: Tensor) -> bool:
         """Whether x fits, and the tensors are where they were: memory moves when it is sent to another process."""
-        return Prepared.fits(x) and list(map(Tensor.data_ptr, self._tensors)) == self._addresses
+        return Prepared.fits(x) and list(map(Tensor.data_ptr, self.tensors)) == self._addresses
 
     def run(self, x: Tensor) -> Tensor:
-        y = torch.empty(self._shape, dtype=x.dtype, memory_format=torch.channels_last)
+        y = torch.empty(self._shape, dtype=x.dtype, memory_format=self._layout)
         self._kernel.run(x.data_ptr(), y.data_ptr())
         return y
+
+
+class PreparedCalls:
+    """What is prepared for the inputs that one layer has seen lately."""
+
+    __slots__ = ("_calls",)
+    most = 8
+
+    def __init__(self) -> None:
+        self._calls: dict[Any, Prepared] = {}
+
+    def get(self, key: Any, x: Tensor) -> Prepared | None:
+        prepared = self._calls.get(key)
+        return prepared if prepared is not None and prepared.holds(x) else None
+
+    def keep(self, key: Any, prepared: Prepared | None) -> None:
+        if prepared is not None:
+            if len(self._calls) >= self.most:
+                self._calls.clear()
+            self._calls[key] = prepared
 
 
 def register_autocast(operator: OpOverload, activations: Sequence[int]) -> None:

@@ -350,7 +350,8 @@ def prepare_inference(x: Tensor, arguments: Sequence[Any]) -> _library.Prepared 
     block, config = Block(x, *arguments[: _N_BLOCK - 1]), Config(*arguments[_N_BLOCK - 1 :])
     parameters = block[1:-1]
     tensors, dtype = [p for p in parameters if p is not None], reference.compute_dtype(x.dtype)
-    if not _library.Prepared.fits(x) or not all(p.is_contiguous() and p.dtype is dtype for p in tensors):
+    fits = _library.Prepared.fits(x) and _library.is_nhwc(x)
+    if not fits or not all(p.is_contiguous() and p.dtype is dtype for p in tensors):
         return None
     channels, _, *size = block.depthwise_weight.shape
     window = _library.window_numbers(x.shape[2:], size, config.stride, config.padding)
@@ -359,7 +360,7 @@ def prepare_inference(x: Tensor, arguments: Sequence[Any]) -> _library.Prepared 
     settings = (config.residual, *activations, _library.GATES.index(config.gate))
     addresses = (0 if p is None else p.data_ptr() for p in parameters)
     numbers = (x.shape[0], channels, *window, x.shape[1], out, reduced, *settings, *addresses)
-    kernel = _native.module.BlockInference(_library.DTYPES.index(x.dtype), numbers, config.eps)
+    kernel = _native.module.prepare_inference(_library.DTYPES.index(x.dtype), numbers, config.eps)
     return _library.Prepared(kernel, (x.shape[0], out, *window[2:4]), tensors)
 
 

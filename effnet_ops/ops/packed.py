@@ -310,7 +310,8 @@ def mbconv_sequence(x: Tensor, tensors: Sequence[Tensor], blocks: Sequence[int])
 def prepare_sequence(x: Tensor, tensors: Sequence[Tensor], blocks: Sequence[int]) -> _library.Prepared | None:
     """`mbconv_sequence` for inputs like x, which has run with these arguments; None where it can only run so."""
     wide = reference.compute_dtype(x.dtype)
-    if not _library.Prepared.fits(x) or not all(
+    fits = _library.Prepared.fits(x) and _library.is_nhwc(x)
+    if not fits or not all(
         p.is_contiguous() and p.dtype is (torch.bfloat16 if p.dim() == 4 else wide) for p in tensors
     ):
         return None
@@ -325,7 +326,7 @@ def prepare_sequence(x: Tensor, tensors: Sequence[Tensor], blocks: Sequence[int]
         addresses = [0 if p is None else p.data_ptr() for p in parameters]
         numbers.append([shape[0], channels, *window, shape[1], out, reduced, *settings, *addresses])
         shape = (shape[0], out, *window[2:4])
-    kernel = _native.module.BlockSequence(_library.DTYPES.index(x.dtype), numbers)
+    kernel = _native.module.prepare_sequence(_library.DTYPES.index(x.dtype), numbers)
     return _library.Prepared(kernel, shape, tensors)
 
 
@@ -344,6 +345,58 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor, *args: Any) -> Tensor:
         if fit
         else reference_convolution(x, weight, bias, *args)
     )
+
+
+def prepare_pointwise(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> _library.Prepared | None:
+    """The same for `pointwise`."""
+    one_pixel = x.shape[2] * x.shape[3] == 1 and x.is_contiguous()
+    if not _reads(x, weight, bias) or not (one_pixel or _library.is_nhwc(x)):
+        return None
+    out = bias.shape[0]
+    numbers = (x.shape[0], x.shape[2] * x.shape[3], x.shape[1], out, ACTIVATIONS.index(activation))
+    kernel = _native.module.prepare_pointwise(
+        _library.DTYPES.index(x.dtype), (*numbers, weight.data_ptr(), bias.data_ptr())
+    )
+    layout = torch.contiguous_format if one_pixel else torch.channels_last
+    return _library.Prepared(kernel, (x.shape[0], out, *x.shape[2:]), (weight, bias), layout)
+
+
+def prepare_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    activation: str,
+) -> _library.Prepared | None:
+    """The same for `convolution`."""
+    if not _reads(x, weight, bias) or not (x.is_contiguous() or _library.is_nhwc(x)):
+        return None
+    height, width, *size, kernel_h, kernel_w, stride_h, stride_w, _, _, top, left = _library.window_numbers(
+        x.shape[2:], kernel, stride, padding
+    )
+    window = (height, width, *size, kernel_h, kernel_w, stride_h, stride_w, top, left, not x.is_contiguous())
+    addresses = (ACTIVATIONS.index(activation), weight.data_ptr(), bias.data_ptr())
+    numbers = (x.shape[0], x.shape[1], bias.shape[0], *window, *addresses)
+    prepared = _native.module.prepare_convolution(_library.DTYPES.index(x.dtype), numbers)
+    return _library.Prepared(prepared, (x.shape[0], bias.shape[0], *size), (weight, bias))
+
+
+def prepare_average_pool(x: Tensor, keepdim: bool) -> _library.Prepared | None:
+    """The same for `average_pool`."""
+    if not _library.Prepared.fits(x) or not _library.is_nhwc(x):
+        return None
+    kernel = _native.module.prepare_average_pool(
+        _library.DTYPES.index(x.dtype), (x.shape[0], x.shape[2] * x.shape[3], x.shape[1])
+    )
+    shape = (*x.shape[:2], 1, 1) if keepdim else x.shape[:2]
+    return _library.Prepared(kernel, shape, (), torch.contiguous_format)
+
+
+def _reads(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
+    dense = weight.is_contiguous() and bias.is_contiguous()
+    return _library.Prepared.fits(x) and dense and bias.dtype is reference.compute_dtype(x.dtype)
 
 
 def average_pool(x: Tensor, keepdim: bool) -> Tensor:

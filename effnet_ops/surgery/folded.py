@@ -16,7 +16,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from effnet_ops import backends, functional, packing, reference
 from effnet_ops.checks import check_input, padding_sides, resolve_padding
 from effnet_ops.ops import packed
-from effnet_ops.ops._library import Prepared
+from effnet_ops.ops._library import Prepared, PreparedCalls
 from effnet_ops.params import ConvNormParams, SqueezeExciteParams
 from effnet_ops.reference import activate, compute_dtype
 from effnet_ops.surgery.fused import HOOKS, Unfit, check_untouched, parameter
@@ -46,6 +46,9 @@ def frozen(value: Tensor) -> nn.Parameter:
     return nn.Parameter(value.detach().clone(memory_format=torch.contiguous_format), requires_grad=False)
 
 
+_PREPARED = "_effnet_ops_prepared"
+
+
 class Folded(nn.Module):
     """Base of the modules that hold folded normalisations: they cannot train.
 
@@ -73,6 +76,25 @@ class Folded(nn.Module):
             raise ValueError(f"x must have {channels} channels, got shape {tuple(x.shape)}")
         return backends.select(x) == "cpu"
 
+    def prepared(self, x: Tensor, arguments: tuple[Any, ...]) -> Prepared | None:
+        """What runs an operator that has run on such an x with these very arguments before."""
+        if torch.compiler.is_compiling():
+            return None
+        calls = self.__dict__.get(_PREPARED)
+        return None if calls is None else calls.get((x.shape, x.stride(), x.dtype, arguments), x)
+
+    def run_and_prepare(
+        self, x: Tensor, operator: Callable[..., Tensor], prepare: Callable[..., Any], arguments: tuple[Any, ...]
+    ) -> Tensor:
+        y = operator(x, *arguments)
+        if not torch.compiler.is_compiling() and (kernel := prepare(x, *arguments)) is not None:
+            calls = self.__dict__.setdefault(_PREPARED, PreparedCalls())
+            calls.keep((x.shape, x.stride(), x.dtype, arguments), kernel)
+        return y
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != _PREPARED}
+
     def plain(self, name: str) -> Tensor | None:
         """The weight of a product as (columns, depth), whether it is packed or not."""
         weight = parameter(self, name)
@@ -89,6 +111,7 @@ class Folded(nn.Module):
 
     def _repack(self) -> None:
         """Pack the products for the dtype that the activations have now; away from the CPU they stay plain."""
+        self.__dict__.pop(_PREPARED, None)
         like = self._buffers.get("activations")
         for name in self.depths:
             weight = self._parameters[name]
@@ -135,10 +158,12 @@ class FoldedPointwise(Folded, nn.Conv2d):
         conv._repack()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.cast(x)
-        bias = parameter(self, "bias")
+        x, bias = self.cast(x), parameter(self, "bias")
+        arguments = (parameter(self, "weight"), bias, self.activation)
+        if (known := self.prepared(x, arguments)) is not None:
+            return known.run(x)
         if self.runs_packed(x, self.in_channels):
-            return packed.pointwise(x, parameter(self, "weight"), bias, self.activation)
+            return self.run_and_prepare(x, packed.pointwise, packed.prepare_pointwise, arguments)
         weight = self.plain("weight")[:, :, None, None]
         return functional.pointwise_conv2d(x, weight, bias, activation=self.activation)
 
@@ -167,11 +192,12 @@ class FoldedConvolution(Folded, nn.Conv2d):
         return compute_dtype(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.cast(x)
-        bias = parameter(self, "bias")
+        x, bias = self.cast(x), parameter(self, "bias")
+        arguments = (parameter(self, "weight"), bias, self.kernel_size, self.stride, self.sides, self.activation)
+        if (known := self.prepared(x, arguments)) is not None:
+            return known.run(x)
         if self.runs_packed(x, self.in_channels):
-            weight = parameter(self, "weight")
-            return packed.convolution(x, weight, bias, self.kernel_size, self.stride, self.sides, self.activation)
+            return self.run_and_prepare(x, packed.convolution, packed.prepare_convolution, arguments)
         weight = packing.rows_to_convolution(self.plain("weight"), self.in_channels, self.kernel_size)
         sides = resolve_padding(self.sides, x.shape[2:], self.kernel_size, self.stride, (1, 1))
         return reference.convolution(x, weight, bias, self.stride, sides, self.activation)
@@ -198,9 +224,13 @@ class FoldedLinear(Folded, nn.Linear):
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x must have {self.in_features} features, got shape {tuple(x.shape)}")
         rows, bias = x.reshape(-1, self.in_features, 1, 1), parameter(self, "bias")
-        if not self.runs_packed(rows, self.in_features):
+        arguments = (parameter(self, "weight"), bias, "none")
+        if (known := self.prepared(rows, arguments)) is not None:
+            y = known.run(rows)
+        elif self.runs_packed(rows, self.in_features):
+            y = self.run_and_prepare(rows, packed.pointwise, packed.prepare_pointwise, arguments)
+        else:
             return nn.functional.linear(x, self.plain("weight").to(x.dtype), bias.to(x.dtype))
-        y = packed.pointwise(rows, parameter(self, "weight"), bias, "none")
         return y.view(*x.shape[:-1], self.out_features)
 
 
@@ -213,8 +243,11 @@ class FoldedPool(Folded):
     keepdim: bool
 
     def forward(self, x: Tensor) -> Tensor:
+        arguments = (self.keepdim,)
+        if (known := self.prepared(x, arguments)) is not None:
+            return known.run(x)
         if x.dim() == 4 and 0 not in x.shape and backends.select(x) == "cpu":
-            return packed.average_pool(x, self.keepdim)
+            return self.run_and_prepare(x, packed.average_pool, packed.prepare_average_pool, arguments)
         return super().forward(x)
 
 
@@ -337,8 +370,6 @@ class FoldedMBConv(Folded):
 
 
 _SEQUENCE = "_effnet_ops_sequence"
-_MOST_PREPARED = 8
-"""Input sizes that a sequence keeps addresses for."""
 _settings = attrgetter("stride", "padding", "residual", "activation", "squeeze_activation", "gate")
 
 
@@ -405,7 +436,7 @@ class _Sequence:
         self._numbers = [number for block in numbers for number in block]
         tensors = (p for block in self._blocks for p in block._parameters.values())
         self._tensors = [p for p in tensors if p is not None]
-        self._prepared: dict[Any, Prepared] = {}
+        self._prepared = PreparedCalls()
 
     def holds(self, sequence: FoldedSequence) -> bool:
         """Whether nothing has changed since. A replica has children of its own."""
@@ -416,17 +447,13 @@ class _Sequence:
         if len(self._blocks) < 2 or _has_any_global_hook():
             return None
         x = self._blocks[0].cast(x)
-        key = (x.shape, x.dtype, x.device)
-        prepared = self._prepared.get(key)
-        if prepared is not None and prepared.holds(x):
-            return prepared.run(x)
+        key = (x.shape, x.stride(), x.dtype)
+        if (known := self._prepared.get(key, x)) is not None:
+            return known.run(x)
         if not self._runs_packed(x):
             return None
         y = packed.mbconv_sequence(x, self._tensors, self._numbers)
-        if (prepared := packed.prepare_sequence(x, self._tensors, self._numbers)) is not None:
-            if len(self._prepared) >= _MOST_PREPARED:
-                self._prepared.clear()
-            self._prepared[key] = prepared
+        self._prepared.keep(key, packed.prepare_sequence(x, self._tensors, self._numbers))
         return y
 
     def _runs_packed(self, x: Tensor) -> bool:
