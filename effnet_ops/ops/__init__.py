@@ -3,13 +3,14 @@
 The compiled library registers their CPU kernels and `gpu` those for CUDA; elsewhere they run the reference.
 """
 
-from effnet_ops.ops import gpu, packed, triton
+from effnet_ops.ops import conv_norm, gpu, packed, triton
 from effnet_ops.ops.depthwise import depthwise_conv2d
 from effnet_ops.ops.mbconv import infer_mbconv, inference_arguments, mbconv, set_recompute
 from effnet_ops.ops.pointwise import pointwise_conv2d
 from effnet_ops.ops.squeeze_excite import squeeze_excite
 
 __all__ = [
+    "conv_norm",
     "depthwise_conv2d",
     "infer_mbconv",
     "inference_arguments",

@@ -44,6 +44,20 @@ def define(schema: str, fallback: Callable[..., Any], fake: Callable[..., Any]) 
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
+def define_inference(schema: str, fallback: Callable[..., Any], fake: Callable[..., Any]) -> OpOverload:
+    """An operator whose gradient is the fallback's, by PyTorch's autograd: these are rare, and have no kernel."""
+    operator = define(schema, fallback, fake)
+
+    def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return fallback(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    library.impl(operator._schema.name, kernel, "Autograd", with_keyset=True)
+    return operator
+
+
 def call(operator: OpOverload, *args: Any) -> Any:
     """Call the operator, past its autograd kernel where gradients are off: that is Python, and half of the overhead."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
