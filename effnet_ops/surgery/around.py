@@ -7,8 +7,9 @@ stock forward runs. As in all replaced layers, parameters are read at each call.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from operator import is_
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -233,20 +234,20 @@ class AroundPool(AroundLayer):
     """Base of the average over an image."""
 
     kind = "pool"
-    keepdim: ClassVar[bool] = True
 
     @classmethod
     def describe(cls, module: nn.Module) -> Callable[[nn.Module, Tensor], Tensor | None]:
-        if not cls.averages(module):
+        keepdim = cls.keeps_size(module)
+        if keepdim is None:
             raise Unfit("it is not the average over the image")
-        return _average
+        return partial(_average, keepdim)
 
     @classmethod
-    def averages(cls, module: nn.Module) -> bool:
-        """Whether the module is the average over the image."""
+    def keeps_size(cls, module: nn.Module) -> bool | None:
+        """Whether the average over the image is (N, C, 1, 1), or (N, C); None where the module is none."""
         raise NotImplementedError
 
 
-def _average(layer: AroundPool, x: Tensor) -> Tensor | None:
+def _average(keepdim: bool, layer: nn.Module, x: Tensor) -> Tensor | None:
     fits = 0 not in x.shape and backends.select(x) == "cpu"
-    return packed.average_pool(x, layer.keepdim) if fits else None
+    return packed.average_pool(x, keepdim) if fits else None

@@ -98,8 +98,8 @@ class AroundAdaptiveAvgPool2d(AroundPool, nn.AdaptiveAvgPool2d):
     attributes = ("output_size",)
 
     @classmethod
-    def averages(cls, module: nn.Module) -> bool:
-        return module.output_size in (1, (1, 1))
+    def keeps_size(cls, module: nn.Module) -> bool | None:
+        return True if module.output_size in (1, (1, 1)) else None
 
     def forward(self, input: Tensor) -> Tensor:
         y = self.run(input)

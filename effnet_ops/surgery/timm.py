@@ -67,8 +67,8 @@ CHAINS.update(
         mobilenetv3.MobileNetV3Features: (("conv_stem", "bn1"),),
     }
 )
-NETWORKS.update((efficientnet.EfficientNet, efficientnet.EfficientNetFeatures, mobilenetv3.MobileNetV3))
-NETWORKS.add(mobilenetv3.MobileNetV3Features)
+NETWORKS.update((efficientnet.EfficientNet, efficientnet.EfficientNetFeatures))
+NETWORKS.update((mobilenetv3.MobileNetV3, mobilenetv3.MobileNetV3Features))
 
 UNSUPPORTED.update(
     {
@@ -85,23 +85,24 @@ class FoldedSelectPool(FoldedPool, SelectAdaptivePool2d):
     keepdim = False
 
 
-def _averages(pool: SelectAdaptivePool2d) -> bool:
-    parts = [type(part) for part in pool.children()]
-    return parts == [nn.AdaptiveAvgPool2d, nn.Flatten] and pool.pool.output_size in (1, (1, 1))
+def _keeps_size(pool: SelectAdaptivePool2d) -> bool | None:
+    """Whether the average over the image is (N, C, 1, 1), or (N, C); None where the pool is none."""
+    average, behind = pool.pool, type(pool.flatten)
+    if type(average) is not nn.AdaptiveAvgPool2d or average.output_size not in (1, (1, 1)):
+        return None
+    return {nn.Flatten: False, nn.Identity: True}.get(behind)
 
 
-POOLS[SelectAdaptivePool2d] = lambda pool: FoldedSelectPool if _averages(pool) else None
+POOLS[SelectAdaptivePool2d] = lambda pool: FoldedSelectPool if _keeps_size(pool) is False else None
 
 
 @fuses(SelectAdaptivePool2d, NETWORK_POOLS)
 class AroundSelectPool(AroundPool, SelectAdaptivePool2d):
-    """The pool of timm's networks, where it is the average, flattened."""
-
-    keepdim = False
+    """The pool of timm's networks, where it is the average, flattened or not."""
 
     @classmethod
-    def averages(cls, module: nn.Module) -> bool:
-        return _averages(module)
+    def keeps_size(cls, module: nn.Module) -> bool | None:
+        return _keeps_size(module)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.run(x)
