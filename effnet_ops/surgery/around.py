@@ -96,7 +96,7 @@ def _norm_arguments(
 
 
 class _Convolution:
-    """The settings of a convolution that `effnet_ops::conv_norm_inference` computes; ``conv`` raises `Unfit` if not."""
+    """The settings of a convolution that `effnet_ops::conv_norm_inference` computes; raises `Unfit` for others."""
 
     __slots__ = ("pointwise", "sides", "stride")
 
@@ -178,11 +178,10 @@ class _ConvNormPlan(_Convolution):
 
     def __call__(self, layer: nn.Module, x: Tensor) -> Tensor | None:
         norm, weight = self._norm, parameter(self._conv, "weight")
-        if norm.training:
+        if norm.training or parameter(self._conv, "bias") is not None:
             return None
         if not self.pays(x, weight):
-            convolved = self._conv(x)
-            return self._after(norm, convolved)
+            return self._after(norm, self._conv(x))
         arguments = self._checked(x, (*_norm_state(norm), weight), self._arguments)
         return None if arguments is None else ops.conv_norm.conv_norm(x, arguments)
 
@@ -224,10 +223,10 @@ class AroundConvNorm(AroundLayer):
         activation = rest[0]
         if conv is None or norm is None or rest[1:] != [None]:
             raise Unfit("it is not a convolution, its normalisation and an activation")
-        name = check_norm(norm, activation)
+        plan = _ConvNormPlan(conv, norm.module, check_norm(norm, activation))
         if conv.module.bias is not None:
             raise Unfit(f"{conv.name} has a bias before its normalisation")
-        return _ConvNormPlan(conv, norm.module, name)
+        return plan
 
 
 class AroundPool(AroundLayer):
