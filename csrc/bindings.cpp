@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstdint>
+#include <cstdlib>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -12,6 +14,10 @@
 
 #include "cpu/kernels.h"
 #include "stable.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace effnet {
 namespace {
@@ -41,9 +47,36 @@ ScalarType compute_type(ScalarType type) { return type == ScalarType::Double ? t
 Activation activation_of(const std::string& name) { return activation_named<Activation>(name); }
 Gate gate_of(const std::string& name) { return gate_named<Gate>(name); }
 
-Tensor empty_nhwc(const Ints& size, ScalarType type) {
-    return torch::stable::empty(size, type, std::nullopt, std::nullopt, std::nullopt, MemoryFormat::ChannelsLast);
+uintptr_t element_size(ScalarType type) { return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2; }
+
+// Memory that is touched for the first time costs more than most kernels that write it. What is free at the top of the
+// heap glibc gives back to the system beyond twice the largest block that it saw freed, which a network's first outputs
+// exceed at each call: let it see one of nearly 32 MiB, the largest that counts. Larger blocks always come and go, with
+// pages of 2 MiB where that is asked for.
+Tensor with_cheap_pages(const Tensor& t) {
+#if defined(__linux__)
+    constexpr uintptr_t large = uintptr_t(2) << 20, largest = uintptr_t(32) << 20;
+    const uintptr_t bytes = uintptr_t(t.numel()) * element_size(t.scalar_type());
+    if (bytes < large) return t;
+    static const bool kept = [] {
+        void* volatile block = std::malloc(largest - large);
+        std::free(block);
+        return true;
+    }();
+    if (!kept || bytes < largest) return t;
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+    const uintptr_t first = (begin + large - 1) / large * large, last = (begin + bytes) / large * large;
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+    return t;
 }
+
+Tensor empty_nhwc(const Ints& size, ScalarType type) {
+    return with_cheap_pages(
+        torch::stable::empty(size, type, std::nullopt, std::nullopt, std::nullopt, MemoryFormat::ChannelsLast));
+}
+
+Tensor empty(const Ints& size, ScalarType type) { return with_cheap_pages(torch::stable::empty(size, type)); }
 
 Tensor nhwc(const Tensor& x) {
     STD_TORCH_CHECK(x.dim() == 4, "activations must be (N, C, H, W), got ", x.dim(), " axes");
@@ -64,16 +97,16 @@ Tensor nothing(const Tensor& x) { return torch::stable::empty({0}, x.scalar_type
 // that finish() copies.
 class Output {
   public:
-    Output(const Tensor& like, const Ints& size) : size_(size), type_(like.scalar_type()) {
+    Output(const Tensor& like, const Ints& size) : Output(like, size, keeps_channels_last(like)) {}
+    Output(const Tensor& like, const Ints& size, bool last) : size_(size), type_(like.scalar_type()) {
         const bool same_memory = size[1] == 1 || size[2] * size[3] == 1;
-        const bool last = keeps_channels_last(like);
         direct_ = last || same_memory;
-        memory_ = direct_ && !last ? torch::stable::empty(size, type_) : empty_nhwc(size, type_);
+        memory_ = direct_ && !last ? empty(size, type_) : empty_nhwc(size, type_);
     }
     void* data() const { return memory_.mutable_data_ptr(); }
     Tensor finish() const {
         if (direct_ || memory_.numel() == 0) return direct_ ? memory_ : torch::stable::empty(size_, type_);
-        const Tensor to = torch::stable::empty(size_, type_);
+        const Tensor to = empty(size_, type_);
         cpu::kernels(kernel_dtype(type_))
             .transpose(size_[0], size_[2] * size_[3], size_[1], memory_.const_data_ptr(), to.mutable_data_ptr());
         return to;
@@ -186,7 +219,7 @@ Tensor depthwise_conv2d(const Tensor& x, const Tensor& weight, const std::option
     const void *const weights = parameter(weight, weight.numel(), "weight"), *const shift =
                                                                                  parameter(bias, s.channels, "bias");
     if (s.batch != 0 && kernels.depthwise_contiguous != nullptr && x.is_contiguous()) {
-        const Tensor y = torch::stable::empty(size, x.scalar_type());
+        const Tensor y = empty(size, x.scalar_type());
         kernels.depthwise_contiguous(s, x.const_data_ptr(), weights, shift, activation_of(activation),
                                      y.mutable_data_ptr());
         return y;
@@ -246,7 +279,7 @@ Tensor pointwise_conv2d(const Tensor& x, const Tensor& weight, const std::option
     const void *const weights = parameter(weight, weight.numel(), "weight"), *const shift =
                                                                                  parameter(bias, s.out, "bias");
     if (s.batch != 0 && multiplies_contiguous(x, residual, s)) {
-        const Tensor y = torch::stable::empty(size, x.scalar_type());
+        const Tensor y = empty(size, x.scalar_type());
         const Tensor added = residual.has_value() ? as_dtype(*residual, x.scalar_type()) : nothing(x);
         kernels.pointwise_contiguous(s, x.const_data_ptr(), weights, shift,
                                      residual.has_value() ? added.const_data_ptr() : nullptr, activation_of(activation),
@@ -567,6 +600,72 @@ Tensor convolution_packed(const Tensor& x, const Tensor& weight, const Tensor& b
     return y;
 }
 
+cpu::ConvNorm norm_arguments(Parameters& parameter, int64_t channels, const OptionalTensor& gamma,
+                             const OptionalTensor& beta, const OptionalTensor& mean, const OptionalTensor& var,
+                             double eps) {
+    STD_TORCH_CHECK(gamma.has_value() == mean.has_value() && gamma.has_value() == var.has_value(),
+                    "a normalisation has gamma, a mean and a variance, or none of them");
+    return {nullptr,
+            parameter(gamma, channels, "gamma"),
+            parameter(beta, channels, "beta"),
+            parameter(mean, channels, "mean"),
+            parameter(var, channels, "var"),
+            eps};
+}
+
+Tensor batch_norm_inference(const Tensor& x, const Tensor& gamma, const OptionalTensor& beta, const Tensor& mean,
+                            const Tensor& var, double eps, const std::string& activation) {
+    STD_TORCH_CHECK(x.dim() == 4, "x must be (N, C, H, W)");
+    Parameters parameter(x);
+    const cpu::ConvNorm norm = norm_arguments(parameter, x.size(1), gamma, beta, mean, var, eps);
+    const bool last = keeps_channels_last(x);
+    const Ints size{x.size(0), x.size(1), x.size(2), x.size(3)};
+    const Tensor y = last ? empty_nhwc(size, x.scalar_type()) : empty(size, x.scalar_type());
+    if (x.numel() == 0) return y;
+    const Tensor input = last ? nhwc(x) : torch::stable::contiguous(x);
+    const int64_t pixels = size[2] * size[3];
+    cpu::kernels(kernel_dtype(x.scalar_type()))
+        .batch_norm({size[0], pixels, size[1], last || pixels == 1}, input.const_data_ptr(), norm,
+                    activation_of(activation), y.mutable_data_ptr());
+    return y;
+}
+
+// A convolution is pointwise, or has few channels and filter rows. Its output is channels_last where x or the weight
+// is, as PyTorch's is.
+Tensor conv_norm_inference(const Tensor& x, const Tensor& weight, const OptionalTensor& gamma,
+                           const OptionalTensor& beta, const OptionalTensor& mean, const OptionalTensor& var,
+                           double eps, const Ints& stride, const Ints& padding, const std::string& activation) {
+    STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 4 && weight.size(1) == x.size(1),
+                    "x must be (N, Cin, H, W) and weight (Cout, Cin, kh, kw)");
+    STD_TORCH_CHECK(weight.size(2) <= 16, "kernels taller than 16 are not covered, got ", weight.size(2));
+    const cpu::DepthwiseShape d =
+        depthwise_shape(x, Filter{weight.size(2), weight.size(3), x.size(1)}, stride, padding, {1, 1});
+    const int64_t out = weight.size(0);
+    const bool pointwise =
+        d.kernel_h * d.kernel_w * d.stride_h * d.stride_w == 1 && d.out_height == d.height && d.out_width == d.width;
+    if (pointwise && !gamma.has_value()) return pointwise_conv2d(x, weight, beta, std::nullopt, activation);
+    const Output y(x, {d.batch, out, d.out_height, d.out_width},
+                   keeps_channels_last(x) || (!pointwise && keeps_channels_last(weight)));
+    if (d.batch == 0) return y.finish();
+    Parameters parameter(x);
+    cpu::ConvNorm norm = norm_arguments(parameter, out, gamma, beta, mean, var, eps);
+    const bool weight_rows = weight.scalar_type() == compute_type(x.scalar_type()) && is_dense_nhwc(weight);
+    norm.weight = weight_rows ? weight.const_data_ptr() : parameter(weight, weight.numel(), "weight");
+    const cpu::Kernels& kernels = cpu::kernels(kernel_dtype(x.scalar_type()));
+    if (pointwise) {
+        const Tensor input = nhwc(x);
+        kernels.pointwise_norm({d.batch, d.height * d.width, d.channels, out}, input.const_data_ptr(), norm,
+                               activation_of(activation), y.data());
+        return y.finish();
+    }
+    const bool channels_last = !x.is_contiguous();
+    const Tensor input = channels_last ? nhwc(x) : x;
+    kernels.convolution_norm({d.batch, d.channels, out, d.height, d.width, d.out_height, d.out_width, d.kernel_h,
+                              d.kernel_w, d.stride_h, d.stride_w, d.pad_top, d.pad_left, channels_last},
+                             input.const_data_ptr(), norm, weight_rows, activation_of(activation), y.data());
+    return y.finish();
+}
+
 const cpu::Kernels& kernels_for(const Tensor& x) { return cpu::kernels(kernel_dtype(x.scalar_type())); }
 
 Tensor mbconv_inference(EFFNET_BLOCK_ARGUMENTS) {
@@ -720,6 +819,8 @@ STABLE_TORCH_LIBRARY_IMPL(effnet_ops, CPU, m) {
     m.impl("average_pool", TORCH_BOX(&effnet::average_pool));
     m.impl("pointwise_packed", TORCH_BOX(&effnet::pointwise_packed));
     m.impl("convolution_packed", TORCH_BOX(&effnet::convolution_packed));
+    m.impl("batch_norm_inference", TORCH_BOX(&effnet::batch_norm_inference));
+    m.impl("conv_norm_inference", TORCH_BOX(&effnet::conv_norm_inference));
     m.impl("mbconv_training", TORCH_BOX(&effnet::mbconv_training));
     m.impl("mbconv_backward", TORCH_BOX(&effnet::mbconv_backward));
 }

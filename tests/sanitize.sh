@@ -19,4 +19,5 @@ export PYTHONPATH="$PWD/$target"
 "$python" -c "import effnet_ops; print('==> testing', effnet_ops.__file__); assert 'sanitized' in effnet_ops.__file__"
 exec "$python" -m pytest -q -p no:cacheprovider \
     tests/test_depthwise.py tests/test_pointwise.py tests/test_squeeze_excite.py tests/test_mbconv.py tests/test_packed.py \
+    tests/test_conv_norm.py \
     tests/test_native.py "$@"

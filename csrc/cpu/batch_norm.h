@@ -126,6 +126,26 @@ class NormVectors {
     Buffer<A> mean_, rstd_, scale_, shift_;
 };
 
+// A normalisation with constant statistics as a scale of the weights before it and a shift.
+template <class A>
+class FoldedNorm {
+  public:
+    FoldedNorm(int64_t channels, const ConvNorm& conv)
+        : normalises_(conv.gamma != nullptr), scale_(normalises_ ? channels : 0), shift_(channels) {
+        const NormVectors<A> norm(channels, conv, conv.mean, conv.var);
+        for (int64_t c = 0; c < channels; ++c) {
+            if (normalises_) scale_[c] = norm.scale()[c];
+            shift_[c] = A(double(norm.shift()[c]) - double(norm.mean()[c]) * double(norm.scale()[c]));
+        }
+    }
+    const A* scale() const { return normalises_ ? static_cast<A*>(scale_) : nullptr; }
+    const A* shift() const { return shift_; }
+
+  private:
+    bool normalises_;
+    Scratch<A> scale_, shift_;
+};
+
 // First half of the backward pass of y = activation(norm(x)) * gate, pooled: d holds dL/dy and becomes
 //   t = (d * gate + pool_gradient) * activation'(norm(x)),
 // with sum_shift = sum of t and sum_scale = sum of t * (x - mean) * rstd, the gradients of beta and gamma.

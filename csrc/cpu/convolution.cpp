@@ -73,6 +73,25 @@ void convolution_packed(const ConvolutionShape& s, const void* x, const void* we
         });
 }
 
+// So few weights that one thread packs them sooner than two agree to.
+template <class T>
+void convolution_norm(const ConvolutionShape& s, const void* x, const ConvNorm& norm, bool weight_rows,
+                      Activation activation, void* y) {
+    using A = Compute<T>;
+    const int64_t taps = s.kernel_h * s.kernel_w, terms = taps * s.in;
+    const FoldedNorm<A> folded(s.out, norm);
+    const Scratch<A> rows(weight_rows ? 0 : s.out * terms), packed(Panels<A>::size(terms, s.out));
+    const A* weight = static_cast<const A*>(norm.weight);
+    if (!weight_rows) {
+        for (int64_t o = 0; o < s.out; ++o) transpose(s.in, taps, weight + o * terms, taps, rows + o * terms, s.in);
+        weight = rows;
+    }
+    for (int64_t panel = 0; panel < ceil_div(s.out, panel_columns); ++panel)
+        pack_panel_of<A>(panel, weight, terms, s.out, folded.scale(), static_cast<A*>(packed));
+    convolution_packed<T>(s, x, static_cast<A*>(packed), folded.shift(), activation, y);
+}
+
 EFFNET_INSTANTIATE(convolution_packed)
+EFFNET_INSTANTIATE(convolution_norm)
 
 EFFNET_NAMESPACE_END

@@ -56,6 +56,11 @@ struct ConvolutionShape {
     bool channels_last;
 };
 
+struct NormShape {
+    int64_t batch, pixels, channels;
+    bool channels_last;
+};
+
 struct SqueezeExciteShape {
     int64_t batch, pixels, channels, reduced;
 };
@@ -158,6 +163,13 @@ struct Kernels {
     // The same on contiguous (NCHW) tensors; null for the dtypes that have no such kernel.
     void (*pointwise_contiguous)(const PointwiseShape&, const void* x, const void* weight, const void* bias,
                                  const void* residual, Activation, void* y);
+    // A convolution with its weights as a module has them, [out][in][kh][kw] or, where `weight_rows`,
+    // [out][kh][kw][in], and its normalisation by constant statistics, if there is one.
+    void (*convolution_norm)(const ConvolutionShape&, const void* x, const ConvNorm&, bool weight_rows, Activation,
+                             void* y);
+    void (*pointwise_norm)(const PointwiseShape&, const void* x, const ConvNorm&, Activation, void* y);
+    // activation(norm(x)) with constant statistics; there is no weight.
+    void (*batch_norm)(const NormShape&, const void* x, const ConvNorm&, Activation, void* y);
     void (*pointwise_backward)(const PointwiseShape&, const void* grad, const void* x, const void* weight,
                                const void* bias, Activation, void* grad_x, void* grad_weight, void* grad_bias);
     // The mean over each image's pixels: [images][channels].

@@ -75,26 +75,6 @@ void norm_backward(int64_t pixels, const Source<T>& x, const NormVectors<Compute
     norm_backward_apply(pixels, x.data, norm, batch_statistics, sums.shift, sums.scale, d);
 }
 
-// A normalisation with constant statistics as a scale of the weights before it and a shift.
-template <class A>
-class FoldedNorm {
-  public:
-    FoldedNorm(int64_t channels, const ConvNorm& conv)
-        : normalises_(conv.gamma != nullptr), scale_(normalises_ ? channels : 0), shift_(channels) {
-        const NormVectors<A> norm(channels, conv, conv.mean, conv.var);
-        for (int64_t c = 0; c < channels; ++c) {
-            if (normalises_) scale_[c] = norm.scale()[c];
-            shift_[c] = A(double(norm.shift()[c]) - double(norm.mean()[c]) * double(norm.scale()[c]));
-        }
-    }
-    const A* scale() const { return normalises_ ? static_cast<A*>(scale_) : nullptr; }
-    const A* shift() const { return shift_; }
-
-  private:
-    bool normalises_;
-    Scratch<A> scale_, shift_;
-};
-
 // Filters [channels][taps] of a panel of channels from `c` on, to [taps][channels], times scale[channel].
 template <class A>
 void pack_filters(int64_t c, int64_t channels, int64_t taps, const A* weight, const A* scale, A* to) {

@@ -64,6 +64,16 @@ void pointwise(const PointwiseShape& s, const void* x, const void* weight, const
 }
 
 template <class T>
+void pointwise_norm(const PointwiseShape& s, const void* x, const ConvNorm& norm, Activation activation, void* y) {
+    using A = Compute<T>;
+    using E = Term<T>;
+    const FoldedNorm<A> folded(s.out, norm);
+    const Scratch<E> packed(Panels<E>::size(s.in, s.out));
+    pack_panels<E, A>(static_cast<const A*>(norm.weight), s.in, s.out, folded.scale(), packed);
+    pointwise_packed<T>(s, x, static_cast<E*>(packed), folded.shift(), nullptr, activation, y);
+}
+
+template <class T>
 void pointwise_backward(const PointwiseShape& s, const void* grad, const void* x, const void* weight, const void* bias,
                         Activation activation, void* grad_x, void* grad_weight, void* grad_bias) {
     using A = Compute<T>;
@@ -100,6 +110,7 @@ void pointwise_backward(const PointwiseShape& s, const void* grad, const void* x
 
 EFFNET_INSTANTIATE(pointwise)
 EFFNET_INSTANTIATE(pointwise_packed)
+EFFNET_INSTANTIATE(pointwise_norm)
 EFFNET_INSTANTIATE(pointwise_backward)
 template decltype(pointwise_contiguous<float>) pointwise_contiguous<float>;
 template decltype(pointwise_contiguous<double>) pointwise_contiguous<double>;

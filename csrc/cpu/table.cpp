@@ -11,6 +11,9 @@ constexpr Kernels kernels_of() {
     kernels.pointwise = pointwise<T>;
     kernels.pointwise_packed = pointwise_packed<T>;
     kernels.convolution_packed = convolution_packed<T>;
+    kernels.convolution_norm = convolution_norm<T>;
+    kernels.pointwise_norm = pointwise_norm<T>;
+    kernels.batch_norm = batch_norm<T>;
     kernels.pointwise_backward = pointwise_backward<T>;
     kernels.average_pool = average_pool<T>;
     kernels.squeeze_excite = squeeze_excite<T>;

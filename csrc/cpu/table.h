@@ -29,6 +29,12 @@ template <class T>
 void convolution_packed(const ConvolutionShape&, const void* x, const void* weight, const void* bias, Activation,
                         void* y);
 template <class T>
+void convolution_norm(const ConvolutionShape&, const void* x, const ConvNorm&, bool weight_rows, Activation, void* y);
+template <class T>
+void pointwise_norm(const PointwiseShape&, const void* x, const ConvNorm&, Activation, void* y);
+template <class T>
+void batch_norm(const NormShape&, const void* x, const ConvNorm&, Activation, void* y);
+template <class T>
 void pointwise_contiguous(const PointwiseShape&, const void* x, const void* weight, const void* bias,
                           const void* residual, Activation, void* y);
 template <class T>

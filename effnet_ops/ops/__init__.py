@@ -3,7 +3,7 @@
 The compiled library registers their CPU kernels and `gpu` those for CUDA; elsewhere they run the reference.
 """
 
-from effnet_ops.ops import gpu, packed, triton
+from effnet_ops.ops import conv_norm, gpu, packed, triton
 from effnet_ops.ops._library import PreparedCalls
 from effnet_ops.ops.depthwise import depthwise_conv2d
 from effnet_ops.ops.mbconv import (
@@ -19,6 +19,7 @@ from effnet_ops.ops.squeeze_excite import squeeze_excite
 
 __all__ = [
     "PreparedCalls",
+    "conv_norm",
     "depthwise_conv2d",
     "infer_mbconv",
     "inference_arguments",

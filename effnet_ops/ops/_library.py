@@ -51,6 +51,21 @@ def define(schema: str, fallback: Callable[..., Any], fake: Callable[..., Any]) 
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
+def define_inference(schema: str, fallback: Callable[..., Any], fake: Callable[..., Any]) -> OpOverload:
+    """An operator whose gradient is the fallback's, by PyTorch's autograd: these are rare, and have no kernel."""
+    operator = define(schema, fallback, fake)
+    differentiable = fallbacks[operator._schema.name.partition("::")[2]]
+
+    def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return differentiable(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    library.impl(operator._schema.name, kernel, "Autograd", with_keyset=True)
+    return operator
+
+
 def call(operator: OpOverload, *args: Any) -> Any:
     """Call the operator, past its autograd kernel where gradients are off: that is Python, and half of the overhead."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -103,7 +118,11 @@ class Prepared:
     def fits(x: Tensor) -> bool:
         """Whether a kernel can run on x, and nobody else has to see the call."""
         runs_here = _native.module is not None and x.is_cpu and backends.requested() in (None, "cpu")
-        return runs_here and x.shape[0] > 0 and unobserved(x)
+        return runs_here and 0 < x.numel() <= PreparedCalls.largest and unobserved(x)
+
+    @property
+    def elements(self) -> int:
+        return prod(self._shape)
 
     def holds(self, x: Tensor) -> bool:
         """Whether x fits, and the tensors are where they were: memory moves when it is sent to another process."""
@@ -116,10 +135,13 @@ class Prepared:
 
 
 class PreparedCalls:
-    """What is prepared for the inputs that one layer has seen lately."""
+    """What is prepared for the inputs that one layer has seen lately.
+
+    Not for large tensors: their time is in the kernels, and the operators have an eye on how their memory is mapped.
+    """
 
     __slots__ = ("_calls",)
-    most = 8
+    most, largest = 8, 1 << 22
 
     def __init__(self) -> None:
         self._calls: dict[Any, Prepared] = {}
@@ -129,7 +151,7 @@ class PreparedCalls:
         return prepared if prepared is not None and prepared.holds(x) else None
 
     def keep(self, key: Any, prepared: Prepared | None) -> None:
-        if prepared is not None:
+        if prepared is not None and prepared.elements <= self.largest:
             if len(self._calls) >= self.most:
                 self._calls.clear()
             self._calls[key] = prepared

@@ -194,22 +194,7 @@ def _average_pool_fake(x: Tensor, keepdim: bool) -> Tensor:
     return x.new_empty(*x.shape[:2], 1, 1) if keepdim else x.new_empty(x.shape[:2])
 
 
-def _define(schema: str, fallback: Any, fake: Any) -> torch._ops.OpOverload:
-    """An operator whose gradient is the fallback's, by PyTorch's autograd: these are rare, and have no kernel."""
-    operator = _library.define(schema, fallback, fake)
-    differentiable = _library.fallbacks[operator._schema.name.partition("::")[2]]
-
-    def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return differentiable(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-
-    _library.library.impl(operator._schema.name, kernel, "Autograd", with_keyset=True)
-    return operator
-
-
-_mbconv_operator = _define(
+_mbconv_operator = _library.define_inference(
     "mbconv_packed(Tensor x, Tensor? expand_weight, Tensor? expand_bias, Tensor depthwise_weight, "
     "Tensor depthwise_bias, Tensor? reduce_weight, Tensor? reduce_bias, Tensor? excite_weight, Tensor? excite_bias, "
     "Tensor project_weight, Tensor project_bias, int[] stride, int[] padding, bool residual, str activation, "
@@ -217,24 +202,24 @@ _mbconv_operator = _define(
     reference_mbconv,
     _mbconv_fake,
 )
-_sequence_operator = _define(
+_sequence_operator = _library.define_inference(
     "mbconv_sequence_packed(Tensor x, Tensor[] tensors, int[] blocks) -> Tensor",
     reference_mbconv_sequence,
     _mbconv_sequence_fake,
 )
-_pointwise_operator = _define(
+_pointwise_operator = _library.define_inference(
     "pointwise_packed(Tensor x, Tensor weight, Tensor bias, str activation) -> Tensor",
     reference_pointwise,
     _pointwise_fake,
 )
-_convolution_operator = _define(
+_convolution_operator = _library.define_inference(
     "convolution_packed(Tensor x, Tensor weight, Tensor bias, int[] kernel, int[] stride, int[] padding, "
     "str activation) -> Tensor",
     reference_convolution,
     _convolution_fake,
 )
 
-_average_pool_operator = _define(
+_average_pool_operator = _library.define_inference(
     "average_pool(Tensor x, bool keepdim) -> Tensor", reference_average_pool, _average_pool_fake
 )
 

@@ -6,6 +6,7 @@ from efficientnet_pytorch.model import EfficientNet, MBConvBlock
 from efficientnet_pytorch.utils import Conv2dDynamicSamePadding, Conv2dStaticSamePadding, MemoryEfficientSwish, Swish
 from torch import Tensor, nn
 
+from effnet_ops.surgery.around import AROUND, NETWORKS, AroundConvolution
 from effnet_ops.surgery.drop_path import uniform_scale
 from effnet_ops.surgery.folded import FoldedMBConv
 from effnet_ops.surgery.fused import (
@@ -53,6 +54,7 @@ CHAINS.update(
         EfficientNet: (("_conv_stem", "_bn0", "_swish"), ("_conv_head", "_bn1", "_swish")),
     }
 )
+NETWORKS.add(EfficientNet)
 
 
 @fuses(Conv2dStaticSamePadding)
@@ -67,6 +69,24 @@ class FusedConv2dStaticSamePadding(FusedDepthwise, Conv2dStaticSamePadding):
 @fuses(Conv2dDynamicSamePadding)
 class FusedConv2dDynamicSamePadding(FusedDepthwise, Conv2dDynamicSamePadding):
     """A depthwise convolution with SAME padding for any image size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.run(x)
+        return Conv2dDynamicSamePadding.forward(self, x) if y is None else y
+
+
+@fuses(Conv2dStaticSamePadding, AROUND)
+class AroundConv2dStaticSamePadding(AroundConvolution, Conv2dStaticSamePadding):
+    """A dense convolution with SAME padding for the image size that the model was made for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.run(x)
+        return Conv2dStaticSamePadding.forward(self, x) if y is None else y
+
+
+@fuses(Conv2dDynamicSamePadding, AROUND)
+class AroundConv2dDynamicSamePadding(AroundConvolution, Conv2dDynamicSamePadding):
+    """A dense convolution with SAME padding for any image size."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.run(x)

@@ -243,12 +243,14 @@ SEQUENCES: set[type[nn.Module]] = {nn.Sequential}
 _Fused = TypeVar("_Fused", bound=type[FusedLayer])
 
 
-def fuses(stock: type[nn.Module]) -> Callable[[_Fused], _Fused]:
-    """Class decorator: the class replaces modules whose class is exactly ``stock``."""
+def fuses(
+    stock: type[nn.Module], table: dict[type[nn.Module], type[FusedLayer]] = LAYERS
+) -> Callable[[_Fused], _Fused]:
+    """Class decorator: the class replaces modules whose class is exactly ``stock``, where ``table`` is looked up."""
 
     def register(fused: _Fused) -> _Fused:
         fused.stock = stock
-        LAYERS[stock] = fused
+        table[stock] = fused
         return fused
 
     return register
@@ -256,8 +258,8 @@ def fuses(stock: type[nn.Module]) -> Callable[[_Fused], _Fused]:
 
 def stock_class(module: nn.Module) -> type[nn.Module]:
     """The class of ``module``, or the one it had before it was replaced."""
-    replaced = isinstance(module, FusedLayer) and LAYERS.get(module.stock) is type(module)
-    return module.stock if replaced else type(module)
+    cls = type(module)
+    return cls.stock if issubclass(cls, FusedLayer) and "stock" in cls.__dict__ else cls
 
 
 def activation_name(part: Part) -> str:
@@ -315,23 +317,30 @@ def _check_depthwise(part: Part) -> tuple[nn.Conv2d, functional.Padding]:
     return conv, padding
 
 
-def _check_norm(stage: Stage) -> tuple[nn.BatchNorm2d, str]:
+def check_norm(norm: Part, activation: Part | None = None) -> str:
+    """The name of the one activation behind a normalisation; raises `Unfit` for what is not one that is fused."""
+    name, module = norm
+    parts_of = NORMS.get(stock_class(module))
+    if parts_of is None:
+        raise Unfit(f"{name} is {type(module).__name__}, not a BatchNorm2d that is fused")
+    behind = [Part(f"{name}.{inner}", part) for inner, part in parts_of(module)]
+    if activation is not None:
+        behind.append(activation)
+    names = [found for found in map(activation_name, behind) if found != "none"]
+    if len(names) > 1:
+        raise Unfit(f"{name} has {len(names)} activations behind it")
+    return names[0] if names else "none"
+
+
+def _check_stage(stage: Stage) -> tuple[nn.BatchNorm2d, str]:
     """The normalisation of a stage and the name of the one activation behind it."""
     name, norm = stage.norm
-    parts_of = NORMS.get(type(norm))
-    if parts_of is None:
-        raise Unfit(f"{name} is {type(norm).__name__}, not a BatchNorm2d that is fused")
+    activation = check_norm(stage.norm, stage.activation)
     if stage.conv.module.bias is not None:
         raise Unfit(f"{stage.conv.name} has a bias before its normalisation")
     if norm.momentum is None and norm.num_batches_tracked is None and norm.track_running_stats:
         raise Unfit(f"{name} has neither a momentum nor num_batches_tracked")
-    behind = [Part(f"{name}.{inner}", module) for inner, module in parts_of(norm)]
-    if stage.activation is not None:
-        behind.append(stage.activation)
-    names = [found for found in map(activation_name, behind) if found != "none"]
-    if len(names) > 1:
-        raise Unfit(f"{name} has {len(names)} activations behind it")
-    return norm, names[0] if names else "none"
+    return norm, activation
 
 
 def block_plan(
@@ -344,16 +353,16 @@ def block_plan(
 ) -> BlockPlan:
     """The plan of an MBConv block from its parts; raises `Unfit` where one is not what the operators compute."""
     conv, padding = _check_depthwise(depthwise.conv)
-    norm, activation = _check_norm(depthwise)
+    norm, activation = _check_stage(depthwise)
     expanded = None
     if expand is not None:
         pointwise = check_pointwise(expand.conv)
-        expand_norm, expand_activation = _check_norm(expand)
+        expand_norm, expand_activation = _check_stage(expand)
         expanded = (pointwise, expand_norm)
         if expand_activation != activation:
             raise Unfit(f"its activations differ: {expand_activation} and {activation}")
     projected = check_pointwise(project.conv)
-    project_norm, after = _check_norm(project)
+    project_norm, after = _check_stage(project)
     if residual and after != "none":
         raise Unfit(f"{project.norm.name} has an activation between the projection and the residual")
     if norm is project_norm or (expanded is not None and expanded[1] in (norm, project_norm)):

@@ -11,6 +11,7 @@ from geffnet.gen_efficientnet import GenEfficientNet
 from geffnet.mobilenetv3 import MobileNetV3
 from torch import Tensor, nn
 
+from effnet_ops.surgery.around import AROUND, NETWORKS, AroundConvolution
 from effnet_ops.surgery.drop_path import uniform_scale
 from effnet_ops.surgery.fused import (
     ACTIVATIONS,
@@ -51,6 +52,7 @@ CHAINS.update(
         MobileNetV3: (("conv_stem", "bn1", "act1"),),
     }
 )
+NETWORKS.update((GenEfficientNet, MobileNetV3))
 _GATES: tuple[tuple[Callable[..., Tensor], str], ...] = (
     (activations.sigmoid, "sigmoid"),
     (activations.hard_sigmoid, "hard_sigmoid"),
@@ -70,6 +72,15 @@ UNSUPPORTED.update(
 @fuses(Conv2dSame)
 class FusedConv2dSame(FusedDepthwise, Conv2dSame):
     """A depthwise convolution with TensorFlow's SAME padding."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.run(x)
+        return Conv2dSame.forward(self, x) if y is None else y
+
+
+@fuses(Conv2dSame, AROUND)
+class AroundConv2dSame(AroundConvolution, Conv2dSame):
+    """A dense convolution with TensorFlow's SAME padding."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.run(x)

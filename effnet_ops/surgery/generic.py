@@ -1,10 +1,11 @@
-"""Layers of PyTorch itself: a depthwise nn.Conv2d."""
+"""Layers of PyTorch itself: a depthwise nn.Conv2d, and the convolutions, normalisations and pools around blocks."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
 from effnet_ops import functional
+from effnet_ops.surgery.around import AROUND, NETWORK_POOLS, AroundConvolution, AroundNorm, AroundPool
 from effnet_ops.surgery.fused import (
     CONVOLUTIONS,
     DepthwisePlan,
@@ -70,3 +71,36 @@ class FusedConv2d(FusedDepthwise, nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         y = self.run(input)
         return nn.Conv2d.forward(self, input) if y is None else y
+
+
+@fuses(nn.Conv2d, AROUND)
+class AroundConv2d(AroundConvolution, nn.Conv2d):
+    """A pointwise nn.Conv2d, or a dense one of few channels."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = self.run(input)
+        return nn.Conv2d.forward(self, input) if y is None else y
+
+
+@fuses(nn.BatchNorm2d, AROUND)
+class AroundBatchNorm2d(AroundNorm, nn.BatchNorm2d):
+    """An nn.BatchNorm2d."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = self.run(input)
+        return nn.BatchNorm2d.forward(self, input) if y is None else y
+
+
+@fuses(nn.AdaptiveAvgPool2d, NETWORK_POOLS)
+class AroundAdaptiveAvgPool2d(AroundPool, nn.AdaptiveAvgPool2d):
+    """An nn.AdaptiveAvgPool2d with one output pixel."""
+
+    attributes = ("output_size",)
+
+    @classmethod
+    def keeps_size(cls, module: nn.Module) -> bool | None:
+        return True if module.output_size in (1, (1, 1)) else None
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = self.run(input)
+        return nn.AdaptiveAvgPool2d.forward(self, input) if y is None else y

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from effnet_ops.surgery import generic  # noqa: F401  (registers the layers of PyTorch itself)
+from effnet_ops.surgery.around import AROUND, NETWORK_POOLS, NETWORKS, AroundLayer
 from effnet_ops.surgery.fused import LAYERS, UNSUPPORTED, FusedLayer, Unfit, describe
 
 _LIBRARIES = frozenset({"timm", "torchvision", "efficientnet_pytorch", "geffnet"})
@@ -35,11 +36,14 @@ class ReplacementReport:
         replaced: the modules that this call replaced, in the order of the model.
         skipped: the modules that were recognised and left as they are, with the reason.
         kinds: "block", "depthwise" or "squeeze_excite" for each of these modules; "other" for other kinds of block.
+        around: what this call replaced around the blocks of a known network, for evaluation without gradients only:
+            "convolution", "norm", "conv_norm" (both and the activation) or "pool" for each of these modules.
     """
 
     replaced: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     kinds: dict[str, str] = field(default_factory=dict)
+    around: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         if not self.kinds:
@@ -64,11 +68,13 @@ def replace_layers(model: nn.Module) -> ReplacementReport:
     """Let MBConv blocks, depthwise convolutions and squeeze-and-excitation layers run the fused operators, in place.
 
     Knows the blocks of timm, torchvision, efficientnet_pytorch and geffnet, and nn.Conv2d. A block that is not exactly
-    MBConv is skipped, and what is inside it is replaced layer by layer. Modules, parameters, buffers and their names
-    stay; a module's stock forward runs whenever something changes later that the fused one would miss (a hook on a
-    child, a child of another class, BatchNorm modes that differ within a block, tracing). Hooks on a replaced module
-    itself work; one that is registered for all modules at once sees the block and not its children. Calling it again
-    replaces only what was added since. `restore_layers` undoes it.
+    MBConv is skipped, and what is inside it is replaced layer by layer. Around the blocks of these libraries' networks,
+    the first and last convolutions, their normalisations and the pool are replaced, too: fused in evaluation without
+    gradients, and the stock forward otherwise. Modules, parameters, buffers and their names stay; a module's stock
+    forward runs whenever something changes later that the fused one would miss (a hook on a child, a child of another
+    class, BatchNorm modes that differ within a block, tracing). Hooks on a replaced module itself work; one that is
+    registered for all modules at once sees the block and not its children. Calling it again replaces only what was
+    added since. `restore_layers` undoes it.
 
     Args:
         model: any module; it is changed in place, all of it or, if an error is raised, nothing.
@@ -83,6 +89,7 @@ def replace_layers(model: nn.Module) -> ReplacementReport:
     report = ReplacementReport()
     changes: list[tuple[nn.Module, type[nn.Module]]] = []
     _visit("", model, report, changes, set())
+    _surround("", model, False, report, changes, {module for module, _ in changes})
     _apply(changes)
     return report
 
@@ -95,7 +102,7 @@ def restore_layers(model: nn.Module) -> None:
     """
     check_module(model)
     # Listed first: a class on top of the fused one can belong to several modules, and changes for all of them at once.
-    fused_modules = [(module, LAYERS[module.stock]) for module in model.modules() if isinstance(module, FusedLayer)]
+    fused_modules = [(module, _replacement(module)) for module in model.modules() if isinstance(module, FusedLayer)]
     for module, fused in fused_modules:
         FusedLayer.forget_plan(module)
         if type(module) is fused:
@@ -103,6 +110,11 @@ def restore_layers(model: nn.Module) -> None:
         else:
             # torch.nn.utils.parametrize and FSDP put a class of their own on top.
             type(module).__bases__ = tuple(fused.stock if base is fused else base for base in type(module).__bases__)
+
+
+def _replacement(module: FusedLayer) -> type[FusedLayer]:
+    """The class that a replaced module was given."""
+    return next(base for base in type(module).__mro__ if issubclass(base, FusedLayer) and "stock" in base.__dict__)
 
 
 def check_module(model: object) -> None:
@@ -135,6 +147,54 @@ def _visit(
             _visit(f"{name}.{child_name}" if name else child_name, child, report, changes, seen)
 
 
+def _surround(
+    name: str,
+    module: nn.Module,
+    inside: bool,
+    report: ReplacementReport,
+    changes: list[tuple[nn.Module, type[nn.Module]]],
+    seen: set[nn.Module],
+) -> None:
+    """Plan the changes to the layers around the fused blocks of a known network; ``inside``: this is in one."""
+    if module in seen or _closed(module) or _is_block(module):
+        return
+    seen.add(module)
+    network = type(module) in NETWORKS and _has_blocks(module, changes)
+    layer = AROUND.get(type(module)) if inside else None
+    if layer is not None and not _why_not(module, layer):
+        _change(name, module, layer, report, changes)
+        return
+    for child_name, child in module.named_children():
+        pool = NETWORK_POOLS.get(type(child)) if network else None
+        inner = f"{name}.{child_name}" if name else child_name
+        if pool is not None and child not in seen and not _why_not(child, pool):
+            seen.add(child)
+            _change(inner, child, pool, report, changes)
+        else:
+            _surround(inner, child, inside or network, report, changes, seen)
+
+
+def _change(
+    name: str,
+    module: nn.Module,
+    layer: type[FusedLayer],
+    report: ReplacementReport,
+    changes: list[tuple[nn.Module, type[nn.Module]]],
+) -> None:
+    report.around[name] = layer.kind
+    changes.append((module, layer))
+
+
+def _is_block(module: nn.Module) -> bool:
+    return type(module) in UNSUPPORTED or (type(module) in LAYERS and LAYERS[type(module)].kind != "depthwise")
+
+
+def _has_blocks(network: nn.Module, changes: list[tuple[nn.Module, type[nn.Module]]]) -> bool:
+    fused = {module for module, layer in changes if layer.kind == "block"}
+    blocks = (isinstance(module, FusedLayer) and module.kind == "block" for module in network.modules())
+    return any(blocks) or any(module in fused for module in network.modules())
+
+
 def _closed(module: nn.Module) -> bool:
     """Whether what is inside a module must be left alone."""
     return isinstance(module, (FusedLayer, torch.jit.ScriptModule, torch.fx.GraphModule)) or own_kind(module) != ""
@@ -149,6 +209,8 @@ def classify(module: nn.Module) -> tuple[str, type[FusedLayer] | str] | None:
     """A module's kind with its replacement class or the reason to skip it; None if it is none of our business."""
     if isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule)):
         return "other", "its code is compiled (TorchScript or torch.fx): replace the layers before that"
+    if isinstance(module, AroundLayer):
+        return None
     if isinstance(module, FusedLayer):
         return module.kind, "it is fused already, by an earlier replace_layers"
     if kind := own_kind(module):

@@ -12,6 +12,7 @@ from timm.models import _efficientnet_blocks as blocks
 from timm.models import efficientnet, mobilenetv3
 from torch import Tensor, nn
 
+from effnet_ops.surgery.around import AROUND, NETWORK_POOLS, NETWORKS, AroundConvolution, AroundNorm, AroundPool
 from effnet_ops.surgery.drop_path import bernoulli_scale
 from effnet_ops.surgery.folded import POOLS, FoldedPool
 from effnet_ops.surgery.fused import (
@@ -66,6 +67,8 @@ CHAINS.update(
         mobilenetv3.MobileNetV3Features: (("conv_stem", "bn1"),),
     }
 )
+NETWORKS.update((efficientnet.EfficientNet, efficientnet.EfficientNetFeatures))
+NETWORKS.update((mobilenetv3.MobileNetV3, mobilenetv3.MobileNetV3Features))
 
 UNSUPPORTED.update(
     {
@@ -82,13 +85,46 @@ class FoldedSelectPool(FoldedPool, SelectAdaptivePool2d):
     keepdim = False
 
 
-def _select_pool(pool: SelectAdaptivePool2d) -> type[FoldedSelectPool] | None:
-    parts = [type(part) for part in pool.children()]
-    fits = parts == [nn.AdaptiveAvgPool2d, nn.Flatten] and pool.pool.output_size in (1, (1, 1))
-    return FoldedSelectPool if fits else None
+def _keeps_size(pool: SelectAdaptivePool2d) -> bool | None:
+    """Whether the average over the image is (N, C, 1, 1), or (N, C); None where the pool is none."""
+    average, behind = pool.pool, type(pool.flatten)
+    if type(average) is not nn.AdaptiveAvgPool2d or average.output_size not in (1, (1, 1)):
+        return None
+    return {nn.Flatten: False, nn.Identity: True}.get(behind)
 
 
-POOLS[SelectAdaptivePool2d] = _select_pool
+POOLS[SelectAdaptivePool2d] = lambda pool: FoldedSelectPool if _keeps_size(pool) is False else None
+
+
+@fuses(SelectAdaptivePool2d, NETWORK_POOLS)
+class AroundSelectPool(AroundPool, SelectAdaptivePool2d):
+    """The pool of timm's networks, where it is the average, flattened or not."""
+
+    @classmethod
+    def keeps_size(cls, module: nn.Module) -> bool | None:
+        return _keeps_size(module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.run(x)
+        return SelectAdaptivePool2d.forward(self, x) if y is None else y
+
+
+@fuses(BatchNormAct2d, AROUND)
+class AroundBatchNormAct2d(AroundNorm, BatchNormAct2d):
+    """A normalisation with its activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.run(x)
+        return BatchNormAct2d.forward(self, x) if y is None else y
+
+
+@fuses(Conv2dSame, AROUND)
+class AroundConv2dSame(AroundConvolution, Conv2dSame):
+    """A dense convolution with TensorFlow's SAME padding."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.run(x)
+        return Conv2dSame.forward(self, x) if y is None else y
 
 
 @fuses(Conv2dSame)

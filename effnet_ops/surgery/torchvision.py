@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchvision.models import efficientnet, mnasnet, mobilenetv2, mobilenetv3
 from torchvision.ops import Conv2dNormActivation, SqueezeExcitation, StochasticDepth
 
+from effnet_ops.surgery.around import AROUND, NETWORKS, AroundConvNorm
 from effnet_ops.surgery.drop_path import bernoulli_scale
 from effnet_ops.surgery.fused import (
     SEQUENCES,
@@ -30,6 +31,16 @@ from effnet_ops.surgery.generic import FusedSqueezeExcite
 
 SEQUENCES.add(Conv2dNormActivation)
 UNSUPPORTED[efficientnet.FusedMBConv] = "FusedMBConv is not fused as a block"
+NETWORKS.update((efficientnet.EfficientNet, mnasnet.MNASNet, mobilenetv2.MobileNetV2, mobilenetv3.MobileNetV3))
+
+
+@fuses(Conv2dNormActivation, AROUND)
+class AroundConv2dNormActivation(AroundConvNorm, Conv2dNormActivation):
+    """The convolutions around the blocks, each with its normalisation and activation."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = self.run(input)
+        return Conv2dNormActivation.forward(self, input) if y is None else y
 
 
 @fuses(SqueezeExcitation)

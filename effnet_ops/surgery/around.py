@@ -1,0 +1,252 @@
+"""The layers around the blocks of a known network: its first and last convolutions, their normalisations, its pool.
+
+They are fused in evaluation without gradients; everywhere else, and where PyTorch's compiler sees them together, the
+stock forward runs. As in all replaced layers, parameters are read at each call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from effnet_ops import backends, ops
+from effnet_ops.checks import output_size, padding_sides, resolve_padding
+from effnet_ops.ops import packed
+from effnet_ops.ops.conv_norm import FEW_CHANNELS, TALLEST, keeps_channels_last
+from effnet_ops.surgery.fused import FusedLayer, Part, Unfit, check_norm, convolution_padding, parameter
+
+_FEWEST_PIXELS = 16
+"""Packing the weights of a 1x1 convolution costs as much as multiplying them with some ten pixels."""
+
+NETWORKS: set[type[nn.Module]] = set()
+"""Networks whose layers around the blocks are fused."""
+
+AROUND: dict[type[nn.Module], type[FusedLayer]] = {}
+"""The replacement of each stock class."""
+
+NETWORK_POOLS: dict[type[nn.Module], type[FusedLayer]] = {}
+"""The same for pools, which are replaced only as a network's own children."""
+
+
+class AroundLayer(FusedLayer):
+    """Base of the layers around the blocks; what `describe` gives is called with the layer and x."""
+
+    def run(self, x: Tensor) -> Tensor | None:
+        """The layer's output for x, or None where the stock forward shall run."""
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        plan = self.plan(x)
+        return None if plan is None else plan(self, x)
+
+
+class _Checked:
+    """What an operator takes behind x, made of a layer's parameters: looked at again when one is another object."""
+
+    __slots__ = ("_known",)
+
+    def __init__(self) -> None:
+        # One tuple, which threads that run the same layer exchange as a whole.
+        self._known: tuple[Any, Sequence[Any], tuple[Any, ...] | None] | None = None
+
+    def __call__(
+        self, x: Tensor, state: Sequence[Any], arguments: Callable[..., tuple[Any, ...] | None]
+    ) -> tuple[Any, ...] | None:
+        """``arguments(x, *state)``, None where the stock forward shall run.
+
+        The last of ``state`` is a weight, or None. ``.to()`` changes a parameter without making another object of it.
+        """
+        weight = state[-1]
+        held = None if weight is None else (weight.shape, weight.dtype, weight.device)
+        key = (x.shape[1:], x.dtype, x.device, held, backends.requested())
+        known = self._known
+        if known is None or key != known[0] or not all(map(is_, state, known[1])):
+            fit = 0 not in x.shape[1:] and backends.select(x) == "cpu"
+            self._known = known = (key, state, arguments(x, *state) if fit else None)
+        return known[2]
+
+
+def _goes_with(p: Tensor | None, x: Tensor, *shape: int) -> bool:
+    """Whether the kernels take a parameter of this shape with x: of its dtype, or float32 where that is half."""
+    if p is None:
+        return True
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    return p.shape == shape and p.device == x.device and (p.dtype is x.dtype or (half and p.dtype is torch.float32))
+
+
+def _norm_state(norm: nn.BatchNorm2d) -> list[Any]:
+    buffers = norm._buffers
+    return [
+        *(norm.eps, parameter(norm, "bias"), buffers["running_mean"], buffers["running_var"]),
+        parameter(norm, "weight"),
+    ]
+
+
+def _norm_arguments(
+    x: Tensor, channels: int, eps: float, beta: Tensor | None, mean: Tensor | None, var: Tensor | None, gamma: Any
+) -> tuple[Any, ...] | None:
+    """gamma, beta, mean, var and eps, or None where there are no constant statistics or one does not fit."""
+    if mean is None or var is None or not all(_goes_with(p, x, channels) for p in (gamma, beta, mean, var)):
+        return None
+    return (torch.ones_like(mean) if gamma is None else gamma, beta, mean, var, eps)
+
+
+class _Convolution:
+    """The settings of a convolution that `effnet_ops::conv_norm_inference` computes; raises `Unfit` for others."""
+
+    __slots__ = ("pointwise", "sides", "stride")
+
+    def __init__(self, part: Part) -> None:
+        conv = part.module
+        self.sides, self.stride = padding_sides(convolution_padding(part)), tuple(conv.stride)
+        kernel = tuple(conv.kernel_size)
+        # At kernel 1 and stride 1, TensorFlow's SAME pads nothing.
+        self.pointwise = kernel == (1, 1) == self.stride and not any(self.sides)
+        if conv.groups != 1 or tuple(conv.dilation) != (1, 1):
+            raise Unfit(f"{part.name} has groups or a dilation")
+        if not self.pointwise and (conv.in_channels > FEW_CHANNELS or kernel[0] > TALLEST):
+            raise Unfit(f"{part.name} has {conv.in_channels} channels, and a {kernel} kernel")
+
+    def takes(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether the kernels take this weight with x."""
+        if not _goes_with(weight, x, weight.shape[0], x.shape[1], *weight.shape[2:]) or 0 in weight.shape:
+            return False
+        sides = resolve_padding(self.sides, x.shape[2:], weight.shape[2:], self.stride, (1, 1))
+        return min(output_size(x.shape[2:], weight.shape[2:], self.stride, sides, (1, 1))) > 0
+
+    def pays(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether the kernels are the faster ones: they pack the weights, and write the channels innermost."""
+        if self.pointwise:
+            return x.shape[0] * x.shape[2] * x.shape[3] >= _FEWEST_PIXELS
+        return keeps_channels_last(x, weight)
+
+
+class _ConvolutionPlan(_Convolution):
+    """A convolution alone."""
+
+    __slots__ = ("_checked",)
+
+    def __init__(self, part: Part) -> None:
+        super().__init__(part)
+        self._checked = _Checked()
+
+    def __call__(self, conv: nn.Conv2d, x: Tensor) -> Tensor | None:
+        weight = parameter(conv, "weight")
+        if not self.pays(x, weight):
+            return None
+        arguments = self._checked(x, (parameter(conv, "bias"), weight), self._arguments)
+        return None if arguments is None else ops.conv_norm.conv_norm(x, arguments)
+
+    def _arguments(self, x: Tensor, bias: Tensor | None, weight: Tensor) -> tuple[Any, ...] | None:
+        if not self.takes(x, weight) or not _goes_with(bias, x, weight.shape[0]):
+            return None
+        return (weight, None, bias, None, None, 0.0, self.stride, self.sides, "none")
+
+
+class _NormPlan:
+    """A normalisation and the activation behind it."""
+
+    __slots__ = ("_activation", "_checked")
+
+    def __init__(self, activation: str) -> None:
+        self._activation, self._checked = activation, _Checked()
+
+    def __call__(self, norm: nn.BatchNorm2d, x: Tensor) -> Tensor | None:
+        if norm.training:
+            return None
+        arguments = self._checked(x, _norm_state(norm), self._arguments)
+        return None if arguments is None else ops.conv_norm.batch_norm(x, arguments)
+
+    def _arguments(self, x: Tensor, *state: Any) -> tuple[Any, ...] | None:
+        norm = _norm_arguments(x, x.shape[1], *state)
+        return None if norm is None else (*norm, self._activation)
+
+
+class _ConvNormPlan(_Convolution):
+    """A convolution, its normalisation and the activation behind it, which one module calls."""
+
+    __slots__ = ("_activation", "_after", "_checked", "_conv", "_norm")
+
+    def __init__(self, conv: Part, norm: nn.BatchNorm2d, activation: str) -> None:
+        super().__init__(conv)
+        self._conv, self._norm, self._activation = conv.module, norm, activation
+        self._after, self._checked = _NormPlan(activation), _Checked()
+
+    def __call__(self, layer: nn.Module, x: Tensor) -> Tensor | None:
+        norm, weight = self._norm, parameter(self._conv, "weight")
+        if norm.training or parameter(self._conv, "bias") is not None:
+            return None
+        if not self.pays(x, weight):
+            return self._after(norm, self._conv(x))
+        arguments = self._checked(x, (*_norm_state(norm), weight), self._arguments)
+        return None if arguments is None else ops.conv_norm.conv_norm(x, arguments)
+
+    def _arguments(self, x: Tensor, *state: Any) -> tuple[Any, ...] | None:
+        *norm_state, weight = state
+        norm = _norm_arguments(x, weight.shape[0], *norm_state) if self.takes(x, weight) else None
+        return None if norm is None else (weight, *norm, self.stride, self.sides, self._activation)
+
+
+class AroundConvolution(AroundLayer):
+    """Base of the convolutions: pointwise ones, and dense ones of few channels, in channels_last."""
+
+    kind = "convolution"
+    attributes = ("stride", "padding", "dilation", "groups", "padding_mode")
+
+    @classmethod
+    def describe(cls, module: nn.Module) -> _ConvolutionPlan:
+        return _ConvolutionPlan(Part("it", module))
+
+
+class AroundNorm(AroundLayer):
+    """Base of the normalisations, with the activation that a library's class runs behind its own."""
+
+    kind = "norm"
+
+    @classmethod
+    def describe(cls, module: nn.Module) -> _NormPlan:
+        return _NormPlan(check_norm(Part("it", module)))
+
+
+class AroundConvNorm(AroundLayer):
+    """Base of the sequences of a convolution, its normalisation and, in most of them, an activation."""
+
+    kind = "conv_norm"
+
+    @classmethod
+    def describe(cls, module: nn.Module) -> _ConvNormPlan:
+        conv, norm, *rest = (*(Part(name, child) for name, child in module._modules.items()), None, None)[:4]
+        activation = rest[0]
+        if conv is None or norm is None or rest[1:] != [None]:
+            raise Unfit("it is not a convolution, its normalisation and an activation")
+        plan = _ConvNormPlan(conv, norm.module, check_norm(norm, activation))
+        if conv.module.bias is not None:
+            raise Unfit(f"{conv.name} has a bias before its normalisation")
+        return plan
+
+
+class AroundPool(AroundLayer):
+    """Base of the average over an image."""
+
+    kind = "pool"
+
+    @classmethod
+    def describe(cls, module: nn.Module) -> Callable[[nn.Module, Tensor], Tensor | None]:
+        keepdim = cls.keeps_size(module)
+        if keepdim is None:
+            raise Unfit("it is not the average over the image")
+        return partial(_average, keepdim)
+
+    @classmethod
+    def keeps_size(cls, module: nn.Module) -> bool | None:
+        """Whether the average over the image is (N, C, 1, 1), or (N, C); None where the module is none."""
+        raise NotImplementedError
+
+
+def _average(keepdim: bool, layer: nn.Module, x: Tensor) -> Tensor | None:
+    fits = 0 not in x.shape and backends.select(x) == "cpu"
+    return packed.average_pool(x, keepdim) if fits else None
