@@ -79,7 +79,9 @@ class Geometry:
         stride = (case.stride,) * 2 if isinstance(case.stride, int) else case.stride
         sides = resolve_padding(padding_sides(case.padding), size, case.kernel, stride, (1, 1))
         out_size = output_size(size, case.kernel, stride, sides, (1, 1))
-        return cls(batch, channels, tuple(size), tuple(out_size), case.kernel[0], stride[0], tuple(sides), channels_last)
+        return cls(
+            batch, channels, tuple(size), tuple(out_size), case.kernel[0], stride[0], tuple(sides), channels_last
+        )
 
     def _shape(self, size: tuple[int, int]) -> tuple[int, ...]:
         return (self.batch, *size, self.channels) if self.channels_last else (self.batch, self.channels, *size)
@@ -241,7 +243,11 @@ def exact_backward(geometry: Geometry, fusion: BackwardFusion, given: dict[str, 
         if fusion.statistics:
             _, of_grad, of_a, constant = given["coefficients"].double()[:, :, None, None]
             y_grad = of_grad * y_grad + of_a * (a - a_norm[0].double()[:, None, None]) + constant
-    x = geometry.images(given["x"]) if "x" in given else y_grad.new_zeros(geometry.batch, geometry.channels, *geometry.size)
+    x = (
+        geometry.images(given["x"])
+        if "x" in given
+        else y_grad.new_zeros(geometry.batch, geometry.channels, *geometry.size)
+    )
     inner = normalise(x, given.get("norm")).requires_grad_()
     weight = given["weight"].double().requires_grad_()
     y = geometry.convolve(activate(inner, fusion.activation), weight)

@@ -191,7 +191,9 @@ def test_offsets_between_images_have_64_bits(kernels: Kernels) -> None:
     kernels.run("DepthwiseForward", **settings, x=x, weight=weight, y=y)
     last = Geometry.of(DepthwiseCase("last", (1, 8, 8, 64)))
     exact = last.convolve(last.images(x[-1:, -8:, :, -8:]), weight[-8:])
-    assert relative_error(last.images(y[-1:, -1:, -7:, -8:]), exact[:, :, -1:, -7:]) <= FORWARD_TOLERANCE[torch.bfloat16]
+    assert (
+        relative_error(last.images(y[-1:, -1:, -7:, -8:]), exact[:, :, -1:, -7:]) <= FORWARD_TOLERANCE[torch.bfloat16]
+    )
 
 
 @pytest.mark.slow
