@@ -9,7 +9,7 @@ import torch
 from cases import DepthwiseCase
 from cuda_kernels import Kernels
 from depthwise_problems import Fusion, Geometry, run_backward, run_forward
-from emulator import CUDA
+from emulator import CUDA, ROOT
 from helpers import FORWARD_TOLERANCE, names, relative_error
 from test_emulation_depthwise import (
     BACKWARD,
@@ -185,3 +185,28 @@ def test_in_every_way(kernels: Kernels, case: DepthwiseCase, dtype: torch.dtype,
     for fusion in BACKWARD.values():
         kernels.reset(seed)
         check_backward(kernels, case, fusion, dtype, channels_last=False)
+
+
+def documented_row(kernels: Kernels, case: DepthwiseCase) -> str:
+    """A line of the table in docs/layouts.md."""
+    x, y = bytes_of(case)
+    cells = [f"{case.shape[1]}x{case.shape[2]}x{case.shape[3]} k{case.kernel[0]} s{case.stride}"]
+    for name, given, result, all_of_them in (
+        ("DepthwiseForward", {"x": 1, "weight": 1}, y, x + y),
+        ("DepthwiseBackward", PLAIN_BACKWARD, x, 2 * x + y),
+    ):
+        cells.append(f"{all_of_them / 1e6:.0f}")
+        for channels_last in (False, True):
+            shape = Geometry.of(case, channels_last).struct
+            plan = kernels.plan(name, shape=shape, dtype=torch.bfloat16, **given)
+            moved = plan.read_bytes + result + 2 * plan.workspace_bytes + 2 * all_of_them * channels_last
+            cells.append(f"{moved / 1e6:.0f}")
+    return f"| {' | '.join(cells)} |"
+
+
+def test_documented_bytes_are_the_plans(kernels: Kernels) -> None:
+    kernels.reset(multiprocessors=132)
+    lines = (ROOT / "docs" / "layouts.md").read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if line.startswith("| ") and " k" in line] == [
+        documented_row(kernels, case) for case in WINDOWS
+    ]
