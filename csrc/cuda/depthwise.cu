@@ -30,27 +30,25 @@ Elements elements_of(const DepthwiseBackward& problem) {
     return {y * (problem.a ? 2 : 1) + x * ((problem.x != nullptr) + (problem.residual != nullptr)), problem.dx ? x : 0};
 }
 
-// A copy reads and writes each activation once, beside what the kernel reads and writes then.
+// A copy reads and writes each activation once, beside what the kernel reads and writes then. What no kernel of either
+// layout covers is not copied.
 template <class Problem>
-bool copies_move_less(const Problem& problem, const Device& device) {
+bool copies_are_better(const Problem& problem, const Device& device) {
     const DepthwiseShape& shape = problem.shape;
-    if (shape.batch == 0) return false;
+    if (shape.batch == 0 || why_not(shape, device) != nullptr) return false;
+    const Plan direct = plan(problem, device);
     const Elements elements = elements_of(problem);
     const int64_t planes = shape.batch * shape.channels, bytes = problem.dtype == DType::f32 ? 4 : 2;
-    return plan(problem, device).read_bytes > planes * bytes * (3 * elements.read + 2 * elements.written);
+    return direct.threads == 0 || direct.read_bytes > planes * bytes * (3 * elements.read + 2 * elements.written);
 }
 
 }  // namespace
 
 const char* why_not(const DepthwiseForward& problem, const Device& device) { return uncovered(problem, device); }
 
-bool wants_copies(const DepthwiseForward& problem, const Device& device) {
-    return why_not(problem, device) != nullptr || copies_move_less(problem, device);
-}
+bool wants_copies(const DepthwiseForward& problem, const Device& device) { return copies_are_better(problem, device); }
 
-bool wants_copies(const DepthwiseBackward& problem, const Device& device) {
-    return why_not(problem, device) != nullptr || copies_move_less(problem, device);
-}
+bool wants_copies(const DepthwiseBackward& problem, const Device& device) { return copies_are_better(problem, device); }
 
 Plan plan(const DepthwiseForward& problem, const Device& device) {
     if (problem.shape.batch == 0) return {1, 0, 0, 0, 0, 0, 0};

@@ -128,6 +128,14 @@ __device__ inline void load_taps(const float* from, const PlanesLane& lane, floa
         to[tap] = lane.works ? __ldg(from + static_cast<int64_t>(lane.channel) * taps + tap) : 0.0f;
 }
 
+// Which of `n` columns from `first` on a row has, as bits: made by shifts, so that a bit is one test and not two
+// comparisons again.
+template <int n>
+__device__ inline unsigned columns_of_row(int first, int row_width) {
+    const int begin = min(max(-first, 0), n), end = min(max(row_width - first, 0), n);
+    return ((1u << end) - 1) & ~((1u << begin) - 1);
+}
+
 // Those of n neighbours that are `inside`, zeros for the others, which may be no elements at all.
 template <class T, int n>
 __device__ inline void load_inside(const T* from, unsigned inside, float (&to)[n]) {
@@ -203,13 +211,12 @@ struct PlanesForwardThread {
         for (int i = 0; i < inputs; ++i) u[i] = inside >> i & 1 ? u[i] * gate : 0.0f;
     }
 
-    // Adds what row j of a step contributes to the open rows, of which the first `aged` have begun and those from
-    // `young` on are still wanted.
+    // Adds what row j of a step contributes to the open rows. Before the first row is finished and after the last one
+    // has begun, that is of no use for some: to ask costs more.
     template <int j>
-    __device__ inline void add(const float (&u)[inputs], float (&open_rows)[open][columns], int young, int aged) const {
+    __device__ inline void add(const float (&u)[inputs], float (&open_rows)[open][columns]) const {
 #pragma unroll
-        for (int age = open - 1; age >= 0; --age) {
-            if (age < young || age >= aged) continue;
+        for (int age = open - 1; age >= 0; --age)
 #pragma unroll
             for (int kw = 0; kw < kernel; ++kw)
 #pragma unroll
@@ -217,7 +224,6 @@ struct PlanesForwardThread {
                     if (age * stride + j < kernel)
                         open_rows[age][column] = fmaf(u[column * stride + kw], weight[(age * stride + j) * kernel + kw],
                                                       open_rows[age][column]);
-        }
     }
 
     // A finished row behind the epilogue, to its place in shared memory, where the row of grad stands if there is one.
@@ -254,7 +260,7 @@ struct PlanesForwardThread {
         if (rows <= 0) return;
         const int row = item.row + skipped, column = lane.group * columns, left = column * stride - size.left;
         const int made = min(columns, size.out_width - column);
-        const unsigned inside = columns_inside<inputs>(left, size.width);
+        const unsigned inside = columns_of_row<inputs>(left, size.width);
         const T* const plane = x + of_x.origin(lane.plane, size.width) + left;
         T* to = y + of_y.origin(lane.plane, size.out_width) + row * size.out_width + column;
         if (fused) gate = channel_value(arguments.gate, 1.0f, item.image * size.channels + lane.channel);
@@ -265,16 +271,16 @@ struct PlanesForwardThread {
 #pragma unroll
             for (int i = 0; i < columns; ++i) open_rows[age][i] = bias;
         for (int step = 0; step < rows + before; ++step) {
-            const int h = (row + step) * stride - size.top, young = step - rows + 1;
+            const int h = (row + step) * stride - size.top;
             float u[inputs];
             if (h >= 0 && h < size.height) {
                 read(plane + h * size.width, inside, u);
-                add<0>(u, open_rows, young, step + 1);
+                add<0>(u, open_rows);
             }
-            // The last finished row has no use for it, and the strip may not have it.
-            if (stride == 2 && young < before && h + 1 >= 0 && h + 1 < size.height) {
+            // The last finished row has no use for the second, and the strip may not have it.
+            if (stride == 2 && step + 1 < rows + before && h + 1 >= 0 && h + 1 < size.height) {
                 read(plane + (h + 1) * size.width, inside, u);
-                add<stride - 1>(u, open_rows, young, step + 1);
+                add<stride - 1>(u, open_rows);
             }
             if (step >= before) {
                 finish(open_rows[open - 1], to, made, step == before);
@@ -442,8 +448,8 @@ struct PlanesBackwardThread {
           a_norm(fused ? arguments.a_norm : nullptr, arguments.size.channels, lane),
           norm(fused ? arguments.norm : nullptr, arguments.size.channels, lane) {
         const int column = arguments.tile.first_column + lane.group * columns;
-        grads_inside = columns_inside<grads>(column - reach, arguments.size.out_width);
-        inside = columns_inside<columns * stride>(column * stride - arguments.size.left, arguments.size.width);
+        grads_inside = columns_of_row<grads>(column - reach, arguments.size.out_width);
+        inside = columns_of_row<columns * stride>(column * stride - arguments.size.left, arguments.size.width);
         load_taps(arguments.weight, lane, weight);
         db = total = moment = 0.0f;
 #pragma unroll
