@@ -153,10 +153,6 @@ bool is_dense_nhwc(const Tensor& x) {
 // same time.
 bool keeps_channels_last(const Tensor& x) { return x.size(1) > 1 && x.stride(1) == 1 && !x.is_contiguous(); }
 
-// Whether a depthwise kernel should see x as NHWC: results that are to be NCHW are written so, if the kernels can. What
-// is both at once has its channels together where there are several.
-bool is_better_nhwc(const Tensor& x) { return keeps_channels_last(x) || (x.size(1) > 1 && is_dense_nhwc(x)); }
-
 Tensor empty(const Tensor& like, const Ints& size, ScalarType type, MemoryFormat format = MemoryFormat::Contiguous) {
     const Tensor made = torch::stable::empty(size, type, std::nullopt, like.device(), std::nullopt, format);
     hand_over(made, "a result", true);
@@ -318,6 +314,10 @@ Ints sizes_of(const Tensor& x) { return Ints(x.sizes().begin(), x.sizes().end())
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// Whether a depthwise kernel should see x as NHWC: results that are to be NCHW are written so, if the kernels can. What
+// is both at once has its channels together where there are several.
+bool is_better_nhwc(const Tensor& x) { return keeps_channels_last(x) || (x.size(1) > 1 && is_dense_nhwc(x)); }
 
 Three depthwise_forward(const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& norm,
                         const Optional& gate, const Optional& out_norm, const Optional& grad, int64_t stride,
