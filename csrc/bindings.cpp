@@ -18,6 +18,9 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
 
 namespace effnet {
 namespace {
@@ -59,6 +62,10 @@ Tensor with_cheap_pages(const Tensor& t) {
     const uintptr_t bytes = uintptr_t(t.numel()) * element_size(t.scalar_type());
     if (bytes < large) return t;
     static const bool kept = [] {
+#if defined(__GLIBC__)
+        // Only a block that does not come from free memory counts.
+        malloc_trim(0);
+#endif
         void* volatile block = std::malloc(largest - large);
         std::free(block);
         return true;

@@ -14,13 +14,17 @@ from effnet_ops.ops import cuda, gpu, triton
 WINDOW = backends.Window((3, 3), (1, 1), (1, 1))
 
 
-def on_gpu(dtype: torch.dtype = torch.bfloat16, *, index: int = 0, shape: tuple[int, ...] = (2, 8, 5, 5)) -> Any:
+def on_gpu(
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    index: int = 0,
+    shape: tuple[int, ...] = (2, 8, 5, 5),
+    memory_format: torch.memory_format = torch.channels_last,
+) -> Any:
     """What the predicates look at of a tensor."""
-    size = torch.Size(shape)
-    device = torch.device("cuda", index)
-    return SimpleNamespace(
-        device=device, dtype=dtype, layout=torch.strided, shape=size, element_size=lambda: dtype.itemsize
-    )
+    like = torch.empty(shape, dtype=dtype, device="meta", memory_format=memory_format)
+    names = ("dtype", "layout", "shape", "element_size", "stride", "is_contiguous")
+    return SimpleNamespace(device=torch.device("cuda", index), **{name: getattr(like, name) for name in names})
 
 
 @pytest.fixture
@@ -200,3 +204,20 @@ def test_an_entry_wins_over_the_default(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(gpu, "table", lambda: made)
     assert gpu.preferred("depthwise_conv2d", x, WINDOW) == ("triton", "measured on a GPU")
     assert gpu.preferred("depthwise_conv2d", on_gpu(), WINDOW) == ("cuda", "byte model")
+
+
+@pytest.mark.usefixtures("both")
+@pytest.mark.parametrize("operator", ["depthwise_conv2d", "depthwise_conv2d_backward"])
+def test_contiguous_images_run_where_they_need_no_copy(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the table says of channels_last ones; what is both at once is in the table."""
+    made = {operator: {"default": "triton", "origin": "measured on a GPU", "shapes": {}}}
+    monkeypatch.setattr(gpu, "table", lambda: made)
+    monkeypatch.setattr(gpu, "_launched", lambda operator, backend: backend)
+    contiguous = on_gpu(memory_format=torch.contiguous_format)
+    assert gpu._implementation(operator, contiguous, WINDOW) == "cuda"
+    assert gpu._implementation(operator, on_gpu(), WINDOW) == "triton"
+    for shape in ((2, 8, 1, 1), (2, 1, 5, 5)):
+        both = on_gpu(shape=shape, memory_format=torch.contiguous_format)
+        assert gpu._implementation(operator, both, WINDOW) == "triton"
+    with backends.use_backend("triton"):
+        assert gpu._implementation(operator, contiguous, WINDOW) == "triton"

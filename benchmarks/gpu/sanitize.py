@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from baselines import Scale, run_parts
+from baselines import FORMATS, Scale, run_parts
 from ours import OURS, depthwise_kernel, gpu_backends
 from rows import ROOT, Job, Work
 from shapes import Depthwise
@@ -49,7 +49,11 @@ def calls(scale: Scale, backend: str) -> Iterator[tuple[str, Callable[[], object
     few = scale._replace(batch=3)
     for dtype in DTYPES:
         for shape in SHAPES:
-            yield f"depthwise {shape} {dtype}", lambda s=shape, d=dtype: _depthwise(few, s, d, backend)
+            for layout in FORMATS:
+                yield (
+                    f"depthwise {shape} {dtype} {layout}",
+                    lambda s=shape, d=dtype, n=layout: _depthwise(few, s, d, n, backend),
+                )
         for sizes in SQUEEZE_EXCITE:
             yield f"squeeze_excite {sizes} {dtype}", lambda s=sizes, d=dtype: _squeeze_excite(few, s, d, backend)
     if backend != "cpu":
@@ -65,9 +69,9 @@ def _gradients(y: Tensor, leaves: list[Tensor]) -> None:
     torch.autograd.grad(y, leaves, torch.ones_like(y))
 
 
-def _depthwise(scale: Scale, shape: Depthwise, dtype: torch.dtype, backend: str) -> None:
+def _depthwise(scale: Scale, shape: Depthwise, dtype: torch.dtype, layout: str, backend: str) -> None:
     x = _on(scale, scale.batch, shape.channels, shape.size, shape.size, dtype=dtype)
-    leaves = [x.contiguous(memory_format=torch.channels_last), _on(scale, shape.channels, 1, *(shape.kernel,) * 2)]
+    leaves = [x.contiguous(memory_format=FORMATS[layout]), _on(scale, shape.channels, 1, *(shape.kernel,) * 2)]
     leaves = [leaf.requires_grad_() for leaf in (*leaves, _on(scale, shape.channels))]
     with effnet_ops.use_backend(backend):
         y = effnet_ops.depthwise_conv2d(*leaves, stride=shape.stride, padding="same", activation="silu")

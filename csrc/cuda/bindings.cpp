@@ -284,6 +284,10 @@ using Three = std::tuple<Tensor, Tensor, Tensor>;
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+// Whether a depthwise kernel should see x as NHWC: results that are to be NCHW are written so, if the kernels can. What
+// is both at once has its channels together where there are several.
+bool is_better_nhwc(const Tensor& x) { return keeps_channels_last(x) || (x.size(1) > 1 && is_dense_nhwc(x)); }
+
 Three depthwise_forward(const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& norm,
                         const Optional& gate, const Optional& out_norm, const Optional& grad, int64_t stride,
                         const Ints& padding, const std::string& activation, const std::string& out_activation,
@@ -292,13 +296,12 @@ Three depthwise_forward(const Tensor& x, const Tensor& weight, const Optional& b
     cuda::DepthwiseForward p{};
     p.dtype = kernel_dtype(x);
     p.activation = activation_of(activation), p.out_activation = activation_of(out_activation);
-    // Contiguous images are read as they are where a kernel does, or else through a copy.
-    p.shape = depthwise_shape(sizes_of(x), weight, stride, padding, is_dense_nhwc(x) || !x.is_contiguous());
+    p.shape = depthwise_shape(sizes_of(x), weight, stride, padding, is_better_nhwc(x));
     p.norm = norm.has_value() ? later : nullptr, p.gate = gate.has_value() ? later : nullptr;
     p.out_norm = out_norm.has_value() ? later : nullptr, p.grad = grad.has_value() ? later : nullptr;
     p.bias = bias.has_value() ? later : nullptr;
     p.pool = pool ? later : nullptr, p.statistics = statistics ? later : nullptr;
-    if (!p.shape.channels_last && cuda::why_not(p, here.device) != nullptr) p.shape.channels_last = true;
+    if (!p.shape.channels_last && cuda::wants_copies(p, here.device)) p.shape.channels_last = true;
     check_covered(p, here.device, "depthwise_forward");
 
     const cuda::DepthwiseShape& s = p.shape;
@@ -334,13 +337,13 @@ Four depthwise_backward(const Tensor& grad, const Optional& x, const Tensor& wei
     cuda::DepthwiseBackward p{};
     p.dtype = kernel_dtype(grad);
     p.a_activation = activation_of(a_activation), p.activation = activation_of(activation);
-    p.shape = depthwise_shape(sizes_of(like), weight, stride, padding, is_dense_nhwc(like) || !like.is_contiguous());
+    p.shape = depthwise_shape(sizes_of(like), weight, stride, padding, is_better_nhwc(like));
     p.a = present(a), p.x = present(x), p.a_norm = present(a_norm), p.coefficients = present(coefficients);
     p.gate = present(gate), p.pooled = present(pooled), p.norm = present(norm), p.residual = present(residual);
     const bool wants_sums = needs[0] && norm.has_value();
     p.dx = needs[0] ? later : nullptr, p.dw = needs[1] ? later : nullptr;
     p.db = needs[2] && bias.has_value() ? later : nullptr, p.sums = wants_sums ? later : nullptr;
-    if (!p.shape.channels_last && cuda::why_not(p, here.device) != nullptr) p.shape.channels_last = true;
+    if (!p.shape.channels_last && cuda::wants_copies(p, here.device)) p.shape.channels_last = true;
     check_covered(p, here.device, "depthwise_backward");
 
     const cuda::DepthwiseShape& s = p.shape;

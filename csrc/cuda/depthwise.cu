@@ -1,19 +1,69 @@
-// The entry points of depthwise convolution, by dtype.
+// The entry points of depthwise convolution, by dtype and layout.
 #include "depthwise_launch.h"
 #include "reduction.cuh"
 
 namespace effnet::cuda {
 
-const char* why_not(const DepthwiseForward& problem, const Device& device) { return why_not(problem.shape, device); }
+namespace {
+
+template <class Problem>
+const char* uncovered(const Problem& problem, const Device& device) {
+    const char* const reason = why_not(problem.shape, device);
+    if (reason != nullptr || problem.shape.channels_last || problem.shape.batch == 0) return reason;
+    return plan(problem, device).threads == 0 ? "a row of contiguous images is too wide" : nullptr;
+}
+
+// Elements of one image's channel, of all the activations that are read, and of those that are written.
+struct Elements {
+    int64_t read, written;
+};
+
+Elements elements_of(const DepthwiseForward& problem) {
+    const DepthwiseShape& shape = problem.shape;
+    const int64_t x = shape.height * shape.width, y = shape.out_height * shape.out_width;
+    return {x + (problem.grad ? y : 0), y};
+}
+
+Elements elements_of(const DepthwiseBackward& problem) {
+    const DepthwiseShape& shape = problem.shape;
+    const int64_t x = shape.height * shape.width, y = shape.out_height * shape.out_width;
+    return {y * (problem.a ? 2 : 1) + x * ((problem.x != nullptr) + (problem.residual != nullptr)), problem.dx ? x : 0};
+}
+
+// A copy reads and writes each activation once, beside what the kernel reads and writes then. What no kernel of either
+// layout covers is not copied.
+template <class Problem>
+bool copies_are_better(const Problem& problem, const Device& device) {
+    const DepthwiseShape& shape = problem.shape;
+    if (shape.batch == 0 || why_not(shape, device) != nullptr) return false;
+    const Plan direct = plan(problem, device);
+    const Elements elements = elements_of(problem);
+    const int64_t planes = shape.batch * shape.channels, bytes = problem.dtype == DType::f32 ? 4 : 2;
+    return direct.threads == 0 || direct.read_bytes > planes * bytes * (3 * elements.read + 2 * elements.written);
+}
+
+}  // namespace
+
+const char* why_not(const DepthwiseForward& problem, const Device& device) { return uncovered(problem, device); }
+
+bool wants_copies(const DepthwiseForward& problem, const Device& device) { return copies_are_better(problem, device); }
+
+bool wants_copies(const DepthwiseBackward& problem, const Device& device) { return copies_are_better(problem, device); }
 
 Plan plan(const DepthwiseForward& problem, const Device& device) {
     if (problem.shape.batch == 0) return {1, 0, 0, 0, 0, 0, 0};
-    return with_type(problem.dtype, [&](auto type) { return plan_forward<decltype(type)>(problem, device); });
+    return with_type(problem.dtype, [&](auto type) {
+        using T = decltype(type);
+        return problem.shape.channels_last ? plan_forward<T>(problem, device) : plan_planes<T>(problem, device);
+    });
 }
 
 cudaError_t run(const DepthwiseForward& problem, const Device& device) {
     if (problem.shape.batch == 0) return cudaSuccess;
-    return with_type(problem.dtype, [&](auto type) { return run_forward<decltype(type)>(problem, device); });
+    return with_type(problem.dtype, [&](auto type) {
+        using T = decltype(type);
+        return problem.shape.channels_last ? run_forward<T>(problem, device) : run_planes<T>(problem, device);
+    });
 }
 
 const char* why_not(const DepthwiseBackward& problem, const Device& device) {
@@ -21,18 +71,24 @@ const char* why_not(const DepthwiseBackward& problem, const Device& device) {
     if (problem.shape.batch > 0 && problem.x == nullptr &&
         (problem.dw || problem.norm || problem.activation != Activation::none))
         return "x is missing";
-    return why_not(problem.shape, device);
+    return uncovered(problem, device);
 }
 
 Plan plan(const DepthwiseBackward& problem, const Device& device) {
     if (problem.shape.batch == 0) return {1, 0, 0, 0, 0, 0, 0};
-    return with_type(problem.dtype, [&](auto type) { return plan_backward<decltype(type)>(problem, device); });
+    return with_type(problem.dtype, [&](auto type) {
+        using T = decltype(type);
+        return problem.shape.channels_last ? plan_backward<T>(problem, device) : plan_planes<T>(problem, device);
+    });
 }
 
 cudaError_t run(const DepthwiseBackward& problem, const Device& device) {
     const DepthwiseShape& shape = problem.shape;
     if (shape.batch > 0)
-        return with_type(problem.dtype, [&](auto type) { return run_backward<decltype(type)>(problem, device); });
+        return with_type(problem.dtype, [&](auto type) {
+            using T = decltype(type);
+            return shape.channels_last ? run_backward<T>(problem, device) : run_planes<T>(problem, device);
+        });
     cudaError_t error = clear(problem.dw, shape.channels * shape.kernel * shape.kernel, device);
     if (error == cudaSuccess) error = clear(problem.db, shape.channels, device);
     if (error == cudaSuccess) error = clear(problem.sums, 2 * shape.channels, device);

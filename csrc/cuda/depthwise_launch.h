@@ -13,7 +13,6 @@ inline const char* why_not(const DepthwiseShape& shape, const Device& device) {
     if (device.major < 8) return "the kernels need compute capability 8.0 or higher";
     if (shape.kernel != 3 && shape.kernel != 5 && shape.kernel != 7) return "kernels are 3x3, 5x5 or 7x7";
     if (shape.stride != 1 && shape.stride != 2) return "strides are 1 or 2";
-    if (!shape.channels_last) return "activations are channels_last";
     constexpr int64_t most = int64_t(1) << 31;
     const int64_t bordered_rows = std::max(shape.height, shape.out_height * shape.stride) + 2 * shape.kernel;
     const int64_t bordered_columns = std::max(shape.width, shape.out_width * shape.stride) + 64 * shape.kernel;
@@ -54,6 +53,16 @@ template <class T>
 Plan plan_backward(const DepthwiseBackward&, const Device&);
 template <class T>
 cudaError_t run_backward(const DepthwiseBackward&, const Device&);
+
+// The same for contiguous activations.
+template <class T>
+Plan plan_planes(const DepthwiseForward&, const Device&);
+template <class T>
+Plan plan_planes(const DepthwiseBackward&, const Device&);
+template <class T>
+cudaError_t run_planes(const DepthwiseForward&, const Device&);
+template <class T>
+cudaError_t run_planes(const DepthwiseBackward&, const Device&);
 
 // Rows of a walker's partial sums.
 inline int partial_rows(const DepthwiseBackward& problem) {

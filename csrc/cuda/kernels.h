@@ -143,6 +143,12 @@ const char* why_not(const DepthwiseBackward&, const Device&);
 const char* why_not(const SqueezeExciteForward&, const Device&);
 const char* why_not(const SqueezeExciteBackward&, const Device&);
 
+// Whether contiguous activations (not channels_last) are better copied to channels_last, and results back: where only
+// then a kernel covers them, or where the one that covers them reads more bytes, for the halos of strips, than copies
+// cost.
+bool wants_copies(const DepthwiseForward&, const Device&);
+bool wants_copies(const DepthwiseBackward&, const Device&);
+
 Plan plan(const DepthwiseForward&, const Device&);
 Plan plan(const DepthwiseBackward&, const Device&);
 Plan plan(const SqueezeExciteForward&, const Device&);

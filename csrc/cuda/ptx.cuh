@@ -13,6 +13,12 @@ __device__ inline void copy_async_16(void* shared, const void* global, bool insi
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
 }
 
+// Copies the first `bytes` of 16 in the same way, and zeros behind them.
+__device__ inline void copy_async_some(void* shared, const void* global, int bytes) {
+    const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
+}
+
 // Closes a group of this thread's copies; it may be empty.
 __device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

@@ -2,7 +2,8 @@
 
 A request is honoured where the requested backend has a kernel. Where both backends have one, `gpu_choice.json` decides,
 by operator and shape: data with an origin, either "measured on <GPU>" or "byte model", which
-`benchmarks/gpu/choice.py` writes.
+`benchmarks/gpu/choice.py` writes. It is of channels_last tensors: depthwise convolutions of contiguous ones run on
+`cuda`, which reads and writes them as they are, where Triton's kernels need copies (docs/layouts.md).
 """
 
 from __future__ import annotations
@@ -43,8 +44,16 @@ def bucket(x: Sequence[int], kernel: int | None, stride: int | None, element_siz
     return f"batch={batch},channels={x[1]},height={x[2]},width={x[3]}{window},element_size={element_size}"
 
 
+def has_planes(x: Tensor) -> bool:
+    """Whether an operator's result for x (N, C, H, W) is contiguous, with several channels of several pixels."""
+    several = len(x.shape) == 4 and x.shape[1] > 1 and x.shape[2] * x.shape[3] > 1
+    return several and _library.memory_format(x) == torch.contiguous_format
+
+
 def preferred(operator: str, x: Tensor, window: backends.Window | None) -> tuple[str, str]:
-    """The backend that the table names for a shape that both have kernels for, and its origin."""
+    """The backend for a call that both have kernels for, and the origin of the choice: mostly the table's."""
+    if window is not None and has_planes(x):
+        return "cuda", "byte model, contiguous"
     entry = table()[operator]
     sizes = (None, None) if window is None else (window.kernel[0], window.stride[0])
     found = entry["shapes"].get(bucket(x.shape, *sizes, x.element_size()))
@@ -79,7 +88,8 @@ def _announce(operator: str, backend: str, origin: str) -> None:
 
 
 def _implementation(operator: str, x: Tensor, window: backends.Window | None) -> Callable[..., Any]:
-    key = (operator, backends.requested(), x.device, x.dtype, x.shape, *(() if window is None else map(tuple, window)))
+    place = () if window is None else (has_planes(x), *map(tuple, window))
+    key = (operator, backends.requested(), x.device, x.dtype, x.shape, *place)
     found = _chosen.get(key)
     if found is None:
         name = choose(operator, x, window)

@@ -17,5 +17,12 @@ EMULATION_BINDINGS(DepthwiseBackward)
 EMULATION_BINDINGS(SqueezeExciteForward)
 EMULATION_BINDINGS(SqueezeExciteBackward)
 
+extern "C" bool wants_copies_DepthwiseForward(const DepthwiseForward* problem, const Device* device) {
+    return wants_copies(*problem, *device);
+}
+extern "C" bool wants_copies_DepthwiseBackward(const DepthwiseBackward* problem, const Device* device) {
+    return wants_copies(*problem, *device);
+}
+
 extern "C" size_t sizeof_Device() { return sizeof(Device); }
 extern "C" size_t sizeof_Plan() { return sizeof(Plan); }

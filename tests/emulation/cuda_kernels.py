@@ -86,6 +86,11 @@ class Kernels(Machine):
         reason = self.call(f"why_not_{name}", ctypes.byref(problem), ctypes.byref(device), result=ctypes.c_char_p)
         return None if reason is None else reason.decode()
 
+    def wants_copies(self, name: str, **values: Any) -> bool:
+        """Whether contiguous activations of a depthwise problem are better copied to channels_last."""
+        problem, device = structure(name, values), self._device()
+        return self.call(f"wants_copies_{name}", ctypes.byref(problem), ctypes.byref(device), result=ctypes.c_bool)
+
     def plan(self, name: str, **values: Any) -> ctypes.Structure:
         problem, device, found = structure(name, values), self._device(), structure("Plan", {})
         arguments = (ctypes.byref(item) for item in (problem, device, found))

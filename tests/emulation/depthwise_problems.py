@@ -43,11 +43,6 @@ def vectors(channels: int) -> Tensor:
     return torch.stack(rows).float()
 
 
-def images(x: Tensor) -> Tensor:
-    """(N, H, W, C) as (N, C, H, W) in fp64."""
-    return x.double().permute(0, 3, 1, 2)
-
-
 def normalise(x: Tensor, norm: Tensor | None) -> Tensor:
     if norm is None:
         return x
@@ -67,7 +62,7 @@ def covered(case: DepthwiseCase) -> bool:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes of a convolution of (N, H, W, C) tensors."""
+    """Sizes of a convolution of (N, H, W, C) tensors, or if not ``channels_last`` of (N, C, H, W) ones."""
 
     batch: int
     channels: int
@@ -76,29 +71,43 @@ class Geometry:
     kernel: int
     stride: int
     padding: tuple[int, ...]  # top, bottom, left, right
+    channels_last: bool = True
 
     @classmethod
-    def of(cls, case: DepthwiseCase) -> Geometry:
+    def of(cls, case: DepthwiseCase, channels_last: bool = True) -> Geometry:
         batch, channels, *size = case.shape
         stride = (case.stride,) * 2 if isinstance(case.stride, int) else case.stride
         sides = resolve_padding(padding_sides(case.padding), size, case.kernel, stride, (1, 1))
         out_size = output_size(size, case.kernel, stride, sides, (1, 1))
-        return cls(batch, channels, tuple(size), tuple(out_size), case.kernel[0], stride[0], tuple(sides))
+        return cls(
+            batch, channels, tuple(size), tuple(out_size), case.kernel[0], stride[0], tuple(sides), channels_last
+        )
+
+    def _shape(self, size: tuple[int, int]) -> tuple[int, ...]:
+        return (self.batch, *size, self.channels) if self.channels_last else (self.batch, self.channels, *size)
+
+    def images(self, x: Tensor) -> Tensor:
+        """A tensor in this layout as (N, C, H, W) in fp64."""
+        return x.double().permute(0, 3, 1, 2) if self.channels_last else x.double()
+
+    def per_channel(self, v: Tensor) -> Tensor:
+        """A vector (C) that broadcasts over a tensor in this layout."""
+        return v if self.channels_last else v[:, None, None]
 
     @property
     def x_shape(self) -> tuple[int, ...]:
-        return (self.batch, *self.size, self.channels)
+        return self._shape(self.size)
 
     @property
     def y_shape(self) -> tuple[int, ...]:
-        return (self.batch, *self.out_size, self.channels)
+        return self._shape(self.out_size)
 
     @property
     def struct(self) -> dict[str, Any]:
         return {
             "batch": self.batch, "channels": self.channels, "height": self.size[0], "width": self.size[1],
             "out_height": self.out_size[0], "out_width": self.out_size[1], "kernel": self.kernel, "stride": self.stride,
-            "pad_top": self.padding[0], "pad_left": self.padding[2], "channels_last": True,
+            "pad_top": self.padding[0], "pad_left": self.padding[2], "channels_last": self.channels_last,
         }  # fmt: skip
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -115,7 +124,7 @@ def run_forward(
     """Operands and results of a forward by the names of kernels.h. ``bias`` is what biases vary around."""
     batch, channels = geometry.batch, geometry.channels
     norm = vectors(channels) if fusion.norm else None
-    x = normal(*geometry.x_shape) + (norm[0].double() if fusion.norm else 0.0)
+    x = normal(*geometry.x_shape) + (geometry.per_channel(norm[0].double()) if fusion.norm else 0.0)
     given = {
         "x": x.to(dtype),
         "weight": normal(channels, geometry.kernel**2).float(),
@@ -144,14 +153,14 @@ def run_forward(
 
 def exact_forward(geometry: Geometry, fusion: Fusion, given: dict[str, Tensor]) -> Tensor:
     """(N, C, H, W) in fp64."""
-    seen = activate(normalise(images(given["x"]), given.get("norm")), fusion.activation)
+    seen = activate(normalise(geometry.images(given["x"]), given.get("norm")), fusion.activation)
     seen = seen * per_image(given.get("gate"), 1.0)
     y = normalise(geometry.convolve(seen, given["weight"], given.get("bias")), given.get("out_norm"))
     if not fusion.grad:
         return activate(y, fusion.out_activation)
     y.requires_grad_()
     (slope,) = torch.autograd.grad(activate(y, fusion.out_activation).sum(), y)
-    return images(given["grad"]) * slope
+    return geometry.images(given["grad"]) * slope
 
 
 @dataclass(frozen=True)
@@ -181,8 +190,8 @@ def backward_operands(geometry: Geometry, fusion: BackwardFusion, dtype: torch.d
     batch, channels = geometry.batch, geometry.channels
     norm = vectors(channels) if fusion.norm else None
     a_norm = vectors(channels) if fusion.after else None
-    x = normal(*geometry.x_shape) + (norm[0].double() if fusion.norm else 0.0)
-    a = normal(*geometry.y_shape) + (a_norm[0].double() if fusion.after else 0.0)
+    x = normal(*geometry.x_shape) + (geometry.per_channel(norm[0].double()) if fusion.norm else 0.0)
+    a = normal(*geometry.y_shape) + (geometry.per_channel(a_norm[0].double()) if fusion.after else 0.0)
     coefficients = None
     if fusion.statistics:
         coefficients = torch.stack([a_norm[0], *(normal(channels).float() for _ in range(3))])
@@ -225,22 +234,26 @@ def run_backward(
 
 def exact_backward(geometry: Geometry, fusion: BackwardFusion, given: dict[str, Tensor]) -> dict[str, Tensor]:
     """dx (N, C, H, W), dw, db, and the sums over the batch (2, C), in fp64."""
-    y_grad = images(given["grad"])
+    y_grad = geometry.images(given["grad"])
     if fusion.after:
-        a, a_norm = images(given["a"]), given["a_norm"]
+        a, a_norm = geometry.images(given["a"]), given["a_norm"]
         normalised = normalise(a, a_norm).requires_grad_()
         (slope,) = torch.autograd.grad(activate(normalised, fusion.a_activation).sum(), normalised)
         y_grad = (y_grad * per_image(given.get("gate"), 1.0) + per_image(given.get("pooled"), 0.0)) * slope
         if fusion.statistics:
             _, of_grad, of_a, constant = given["coefficients"].double()[:, :, None, None]
             y_grad = of_grad * y_grad + of_a * (a - a_norm[0].double()[:, None, None]) + constant
-    x = images(given["x"]) if "x" in given else y_grad.new_zeros(geometry.batch, geometry.channels, *geometry.size)
+    x = (
+        geometry.images(given["x"])
+        if "x" in given
+        else y_grad.new_zeros(geometry.batch, geometry.channels, *geometry.size)
+    )
     inner = normalise(x, given.get("norm")).requires_grad_()
     weight = given["weight"].double().requires_grad_()
     y = geometry.convolve(activate(inner, fusion.activation), weight)
     dx, dw = torch.autograd.grad(y, (inner, weight), y_grad)
     if fusion.residual:
-        dx = dx + images(given["residual"])
+        dx = dx + geometry.images(given["residual"])
     exact = {"dx": dx, "dw": dw, "db": y_grad.sum((0, 2, 3))}
     if fusion.norm:
         centred = x - given["norm"][0].double()[:, None, None]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,18 @@ from cases import DEPTHWISE, SQUEEZE_EXCITE, DepthwiseCase
 from cases import SqueezeExciteCase as SECase
 from cuda_kernels import Kernels
 from fused_depthwise import CASES, Fused, check_backward, check_forward
-from helpers import HALF, LAYOUTS, Function, Tensors, check, gate_tolerance, names
+from helpers import (
+    FORWARD_TOLERANCE,
+    HALF,
+    LAYOUTS,
+    Function,
+    Tensors,
+    check,
+    expected_strides,
+    gate_tolerance,
+    names,
+    relative_error,
+)
 from torch import Tensor
 
 from effnet_ops import backends, checks
@@ -133,6 +145,48 @@ def test_layouts(layout: str) -> None:
     check(*squeeze_excite(SQUEEZE_EXCITE[0]), torch.bfloat16, layout, parameter_dtype=torch.bfloat16)
 
 
+def operations(run: Callable[[], object]) -> set[str]:
+    """The names of all operators that a call runs, down to the last."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
+        run()
+    return {event.name for event in profile.events()}
+
+
+COPIES = {"aten::clone", "aten::copy_", "aten::_to_copy"}
+
+
+@pytest.mark.usefixtures("bindings", "poison")
+@pytest.mark.parametrize("format_", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("shape", [(2, 12, 9, 7), (3, 1, 6, 5)], ids=["several channels", "one channel"])
+def test_no_layout_is_copied(shape: tuple[int, ...], format_: torch.memory_format) -> None:
+    """Contiguous and channels_last tensors are read and written as they are, the gradient of an activation, too."""
+    x, weight = torch.randn(shape).contiguous(memory_format=format_), torch.randn(shape[1], 1, 3, 3)
+    config = ((1, 1), (1, 1, 1, 1), (1, 1), "silu")
+    results: list[Tensor] = []
+
+    def run(grad: Tensor) -> None:
+        y = cuda.implementation("depthwise_conv2d")(x, weight, None, *config)
+        dx, _, _ = cuda.implementation("depthwise_conv2d_backward")(grad, x, weight, None, *config, [True, True, False])
+        results.extend((y, dx))
+
+    assert operations(lambda: run(torch.randn_like(x))) & COPIES == set()
+    assert [result.stride() for result in results] == [expected_strides(x, x.shape)] * 2
+    # A gradient that has no layout of its own has to be copied.
+    assert operations(lambda: run(torch.ones(()).expand(shape))) & COPIES != set()
+
+
+@pytest.mark.usefixtures("bindings", "poison")
+def test_rows_too_wide_for_the_kernels_go_through_copies() -> None:
+    """And results are contiguous all the same."""
+    x, weight = torch.randn(1, 2, 2, 900), torch.randn(2, 1, 3, 3)
+    results: list[Tensor] = []
+    run = cuda.implementation("depthwise_conv2d")
+    seen = operations(lambda: results.append(run(x, weight, None, (1, 1), (1, 1, 1, 1), (1, 1), "none")))
+    assert "aten::clone" in seen and results[0].is_contiguous()
+    exact = torch.nn.functional.conv2d(x.double(), weight.double(), padding=1, groups=2)
+    assert relative_error(results[0], exact) <= FORWARD_TOLERANCE[torch.float32]
+
+
 @pytest.mark.usefixtures("bindings", "poison")
 @pytest.mark.parametrize(("case", "layout"), laid_out(SQUEEZE_EXCITE), ids=names(SQUEEZE_EXCITE))
 def test_squeeze_excite(case: SECase, layout: str) -> None:
@@ -148,9 +202,10 @@ def test_squeeze_excite_half(dtype: torch.dtype) -> None:
 @pytest.mark.usefixtures("bindings", "poison")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
 @pytest.mark.parametrize("check", [check_forward, check_backward])
-def test_prologues_and_epilogues(check: Any, case: Fused, dtype: torch.dtype) -> None:
-    check(case, dtype, "cpu", torch.channels_last)
+def test_prologues_and_epilogues(check: Any, layout: torch.memory_format, case: Fused, dtype: torch.dtype) -> None:
+    check(case, dtype, "cpu", layout)
 
 
 @pytest.mark.usefixtures("bindings")

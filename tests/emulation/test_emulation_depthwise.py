@@ -13,7 +13,6 @@ from depthwise_problems import (
     covered,
     exact_backward,
     exact_forward,
-    images,
     run_backward,
     run_forward,
 )
@@ -57,12 +56,14 @@ MIXED_BACKWARD = [
 ]
 
 
-def check_forward(kernels: Kernels, case: DepthwiseCase, fusion: Fusion, dtype: torch.dtype) -> None:
-    geometry = Geometry.of(case)
+def check_forward(
+    kernels: Kernels, case: DepthwiseCase, fusion: Fusion, dtype: torch.dtype, channels_last: bool = True
+) -> None:
+    geometry = Geometry.of(case, channels_last)
     found = run_forward(kernels, geometry, fusion, dtype)
     exact = exact_forward(geometry, fusion, found)
     bound = FORWARD_TOLERANCE[dtype]
-    y = images(found["y"])
+    y = geometry.images(found["y"])
     assert relative_error(y, exact) <= bound
     if fusion.pool:
         assert relative_error(found["pool"].double().sum(1), exact.sum((2, 3))) <= bound
@@ -84,13 +85,15 @@ def check_statistics(partials: Tensor, stored: Tensor) -> None:
     assert relative_error((squares + count * (mean - total) ** 2).sum(0) / count.sum(0), variance) <= 5e-6
 
 
-def check_backward(kernels: Kernels, case: DepthwiseCase, fusion: BackwardFusion, dtype: torch.dtype) -> None:
-    geometry = Geometry.of(case)
+def check_backward(
+    kernels: Kernels, case: DepthwiseCase, fusion: BackwardFusion, dtype: torch.dtype, channels_last: bool = True
+) -> None:
+    geometry = Geometry.of(case, channels_last)
     given, found = run_backward(kernels, geometry, fusion, dtype)
     exact = exact_backward(geometry, fusion, given)
     errors = {}
     for name, value in found.items():
-        value = images(value) if name == "dx" else value.double().sum(0) if name == "sums" else value
+        value = geometry.images(value) if name == "dx" else value.double().sum(0) if name == "sums" else value
         errors[name] = relative_error(value, exact[name])
     assert all(error <= GRADIENT_TOLERANCE[dtype] for error in errors.values()), errors
 
@@ -146,7 +149,7 @@ def test_statistics_do_not_cancel(kernels: Kernels) -> None:
     geometry = Geometry.of(DepthwiseCase("large_mean", (2, 16, 9, 9), padding=0))
     fusion = Fusion(statistics=True, norm=True, bias=True)
     found = run_forward(kernels, geometry, fusion, torch.float32, bias=1e4)
-    stored = images(found["y"])
+    stored = geometry.images(found["y"])
     count, mean, squares = found["statistics"].double().unbind(1)
     total = (count * mean).sum(0) / count.sum(0)
     variance = (squares + count * (mean - total) ** 2).sum(0) / count.sum(0)
@@ -187,8 +190,10 @@ def test_offsets_between_images_have_64_bits(kernels: Kernels) -> None:
     weight = kernels.upload("weight", torch.randn(8192, 9))
     kernels.run("DepthwiseForward", **settings, x=x, weight=weight, y=y)
     last = Geometry.of(DepthwiseCase("last", (1, 8, 8, 64)))
-    exact = last.convolve(images(x[-1:, -8:, :, -8:]), weight[-8:])
-    assert relative_error(images(y[-1:, -1:, -7:, -8:]), exact[:, :, -1:, -7:]) <= FORWARD_TOLERANCE[torch.bfloat16]
+    exact = last.convolve(last.images(x[-1:, -8:, :, -8:]), weight[-8:])
+    assert (
+        relative_error(last.images(y[-1:, -1:, -7:, -8:]), exact[:, :, -1:, -7:]) <= FORWARD_TOLERANCE[torch.bfloat16]
+    )
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from helpers import relative_error
@@ -85,6 +87,28 @@ def test_every_run_gives_the_same_bits(gpu_backend: str, dtype: torch.dtype) -> 
     first = layers.step(x)
     for _ in range(5):
         assert equal(layers.step(x), first)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_depthwise_copies_no_layout(layout: torch.memory_format) -> None:
+    """Beside its results, and the gradient of the activation, a convolution needs a fraction of x."""
+    if reason := effnet_ops.available_backends()["cuda"]:
+        pytest.skip(f"backend cuda: {reason}")
+    x = image(batch=256).contiguous(memory_format=layout).requires_grad_()
+    weight = torch.randn(48, 1, 3, 3, device="cuda", requires_grad=True)
+
+    def peak(run: Callable[[], object]) -> float:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        results = run()
+        assert results is not None
+        return (torch.cuda.max_memory_allocated() - before) / (x.numel() * x.element_size())
+
+    with effnet_ops.use_backend("cuda"):
+        y = effnet_ops.depthwise_conv2d(x, weight, padding=1, activation="silu")
+        grad = torch.randn_like(y)
+        assert peak(lambda: effnet_ops.depthwise_conv2d(x, weight, padding=1, activation="silu")) < 1.2
+        assert peak(lambda: torch.autograd.grad(y, (x, weight), grad)) < 2.2
 
 
 def test_second_device_is_used(gpu_backend: str) -> None:

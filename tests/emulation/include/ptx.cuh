@@ -9,6 +9,10 @@ inline void copy_async_16(void* shared, const void* global, bool inside) {
     emulation::copy_async(shared, global, 16, inside ? 16 : 0);
 }
 
+inline void copy_async_some(void* shared, const void* global, int bytes) {
+    emulation::copy_async(shared, global, 16, bytes);
+}
+
 inline void copy_async_commit() { emulation::commit_copies(); }
 
 template <int open>
