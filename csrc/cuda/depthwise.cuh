@@ -709,8 +709,9 @@ struct BackwardTraits : Window<kernel_, stride_> {
     static constexpr int columns = kernel_ == 7 ? stride_ : kind_ == BackwardKind::any || stride_ == 2 ? 4 : 7;
     static constexpr int grads = columns + Base::reach;  // output gradients of a row that these meet
     // At most so many threads a block, and so many blocks a multiprocessor: 168 or 255 registers a thread.
-    static constexpr bool heavy =
-        kind_ == BackwardKind::any || (kind_ == BackwardKind::fused && (stride_ == 1 || sizeof(T) == 4));
+    static constexpr bool heavy = kind_ == BackwardKind::any ||
+                                  (kind_ == BackwardKind::fused && (stride_ == 1 || sizeof(T) == 4)) ||
+                                  (kernel_ == 5 && stride_ == 1);
     static constexpr int threads = heavy ? 128 : 192, blocks = 2, stages = 4;
     static constexpr int values = Base::taps + 3;  // sums a thread's channel: dw, db, and two of dx
 

@@ -68,10 +68,10 @@ __device__ inline void widen_pack(const Pack<T, n>& pack, float (&to)[n]) {
 #pragma unroll
         for (int i = 0; i < n; ++i) halves[i] = i % 2 == 0 ? pairs[i / 2] << 16 : pairs[i / 2] & 0xffff0000u;
         memcpy(to, halves, sizeof(halves));
-        return;
-    }
+    } else {
 #pragma unroll
-    for (int i = 0; i < n; ++i) to[i] = widen(pack.value[i]);
+        for (int i = 0; i < n; ++i) to[i] = widen(pack.value[i]);
+    }
 }
 
 template <class T, int n>
