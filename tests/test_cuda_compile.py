@@ -1,6 +1,7 @@
 """The CUDA kernels compiled for sm_80 and sm_90a, without a GPU: no spills, and the budgets of csrc/cuda/budgets.json.
 
-`make test` compiles what is for bf16 or for every type, `make test-all` the rest too. The figures are ptxas's own.
+`make test` compiles what is for bf16 or for every type, `make test-all` the rest too, and all of it for the other
+architectures that are built. The figures are ptxas's own.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,8 +69,16 @@ def toolkit() -> setup_cuda.Toolkit:
         pytest.skip(str(reason))
 
 
-def compiled(source: Path, folder: Path) -> list[Usage]:
-    flags = [flag for architecture in ARCHITECTURES for flag in architecture.flags]
+def others() -> list[setup_cuda.Architecture]:
+    """What else is built, without PTX."""
+    built, _ = setup_cuda.architectures(toolkit(), " ".join(setup_cuda.DEFAULT))
+    return [setup_cuda.Architecture(found.name) for found in built if found.name not in {a.name for a in ARCHITECTURES}]
+
+
+def compiled(
+    source: Path, folder: Path, architectures: Sequence[setup_cuda.Architecture] = ARCHITECTURES
+) -> list[Usage]:
+    flags = [flag for architecture in architectures for flag in architecture.flags]
     command = toolkit().command(*flags, "-Xptxas", "-v", "-c", str(source), "-o", str(folder / "kernels.o"))
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -101,6 +111,15 @@ def test_kernels_keep_to_their_budgets(source: Path, tmp_path: Path) -> None:
     found = compiled(source, tmp_path)
     architectures = {usage.architecture for usage in found}
     assert architectures in (set(), {architecture.name for architecture in ARCHITECTURES})
+    assert problems(found) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", SOURCES, ids=[path.stem for path in SOURCES])
+def test_kernels_keep_to_their_budgets_on_all_architectures(source: Path, tmp_path: Path) -> None:
+    assert len(others()) >= 3
+    found = compiled(source, tmp_path, others())
+    assert {usage.architecture for usage in found} in (set(), {architecture.name for architecture in others()})
     assert problems(found) == []
 
 

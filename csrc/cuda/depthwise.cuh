@@ -1,12 +1,16 @@
 // Depthwise convolution of (N, H, W, C): forward, and one kernel for the gradients of input and weight.
 //
 // A block owns a slab of channels and walks down strips of images, one vertical stride of rows a step. Rows stand in a
-// ring in shared memory, into which asynchronous copies run `stages` - 1 steps ahead, also from one strip to the next.
+// ring in shared memory, into which asynchronous copies run `stages` - 1 steps ahead, also from one strip to the next:
+// 16 bytes at a time by all threads, or all at once by the bulk tensor copy engine.
 // A thread owns a few neighbouring channels and columns, with their weights and open sums in registers: it reads an
 // element of its columns from the ring once, normalises and activates it once, and adds it to all sums that it meets.
 #pragma once
 
 #include <cuda_runtime.h>
+
+#include <cstdint>
+#include <type_traits>
 
 #include <launch.cuh>
 #include <ptx.cuh>
@@ -74,6 +78,13 @@ struct Lane {
     }
 };
 
+// A tensor that threads copy from; null where there is none.
+template <class T>
+struct Source {
+    const T* data;
+    int height, width;
+};
+
 // What a thread copies into the ring: the same channels of every so-manieth pixel of a row.
 template <class T, int width, bool aligned>
 struct Copier {
@@ -113,6 +124,83 @@ struct Copier {
         }
     }
 };
+
+// Rows come into the ring by copies that each thread makes and waits for.
+template <class T, int width, bool aligned, int stages>
+struct ThreadCopies {
+    const Copier<T, width, aligned> copier;
+
+    __device__ inline ThreadCopies(const DepthwiseTile& tile, int slab, int channels, uint64_t*)
+        : copier(tile, slab, channels) {}
+
+    // Whether this thread takes part in copying.
+    __device__ inline bool works() const { return true; }
+    __device__ inline void expect(int, int) const {}
+
+    // Copies `rows` rows of `pixels` pixels, zeros where they lie outside the image.
+    template <int rows>
+    __device__ inline void fetch(int, T* to, const Source<T>& from, int64_t image, int row, int column,
+                                 int pixels) const {
+        const T* const first = from.data + image * (int64_t(from.height) * from.width * copier.channels);
+#pragma unroll
+        for (int j = 0; j < rows; ++j)
+            copier.row(to + j * pixels * copier.tile.pitch, first, row + j, column, pixels, from.height, from.width);
+    }
+
+    // What this step needs has been asked for.
+    __device__ inline void close() const { copy_async_commit(); }
+    // Until this thread's copies into a place of the ring are there, the oldest that is open.
+    __device__ inline void wait(int) { copy_async_wait<stages - 2>(); }
+    __device__ inline void finish() const { copy_async_wait<0>(); }
+};
+
+// Rows come into the ring by the bulk tensor copy engine, which one thread asks and a barrier a place tells of.
+template <class T, int stages>
+struct BulkCopies {
+    uint64_t* const landed;
+    const int channel;
+    unsigned parity = 0;
+
+    __device__ inline BulkCopies(const DepthwiseTile& tile, int slab, int, uint64_t* barriers)
+        : landed(barriers), channel(slab * tile.slab) {
+        if (works()) {
+#pragma unroll
+            for (int i = 0; i < stages; ++i) mbarrier_init(landed + i, 1);
+            fence_mbarriers();
+        }
+        __syncthreads();
+    }
+
+    __device__ inline bool works() const { return threadIdx.x == 0; }
+    // So many bytes will be copied to a place.
+    __device__ inline void expect(int slot, int bytes) const { mbarrier_arrive_expect(landed + slot, bytes); }
+
+    template <int>
+    __device__ inline void fetch(int slot, T* to, const TensorMap& from, int64_t image, int row, int column,
+                                 int) const {
+        copy_tensor_async(to, &from, channel, column, row, static_cast<int>(image), landed + slot);
+    }
+
+    __device__ inline void close() const {}
+    // Places are waited for in turn.
+    __device__ inline void wait(int slot) {
+        mbarrier_wait(landed + slot, parity);
+        if (slot == stages - 1) parity ^= 1;
+    }
+    __device__ inline void finish() const {}
+};
+
+// The place of a step in the ring, or of what a copy brings to it, in elements: bulk copies begin at multiples of 128
+// bytes.
+template <class T, bool bulk>
+__host__ __device__ constexpr int place_elements(int elements) {
+    constexpr int granule = 128 / static_cast<int>(sizeof(T));
+    return bulk ? (elements + granule - 1) / granule * granule : elements;
+}
+
+// What the barriers of a ring take in front of it.
+template <bool bulk>
+inline constexpr int barrier_bytes = bulk ? 128 : 0;
 
 // Which of `n` columns from `first` on the image has, as bits.
 template <int n>
@@ -205,7 +293,6 @@ template <class T>
 struct ForwardArguments {
     DepthwiseSizes size;
     DepthwiseTile tile;
-    const T* x;
     const float *weight, *bias, *norm, *gate, *out_norm;
     const T* grad;
     Activation activation, out_activation;
@@ -213,30 +300,46 @@ struct ForwardArguments {
     float *pool, *statistics;
 };
 
-template <class T, int kernel_, int stride_, ForwardKind kind_>
+template <class Tensor>
+struct ForwardSources {
+    Tensor x;
+};
+
+template <class T, int kernel_, int stride_, ForwardKind kind_, bool bulk_ = false>
 struct ForwardTraits : Window<kernel_, stride_> {
     using Base = Window<kernel_, stride_>;
     using Element = T;
     static constexpr ForwardKind kind = kind_;
+    static constexpr bool bulk = bulk_;                // rows come by the bulk tensor copy engine
     static constexpr int width = kernel_ < 7 ? 2 : 1;  // channels a thread
     // Outputs of a row a thread, as many as there are registers for: 7 divides B0's 112, 56, 28, 14 and 7.
-    static constexpr int columns = kernel_ == 3 && kind_ != ForwardKind::any ? 7 : 4;
+    static constexpr bool wide = kind_ != ForwardKind::any && (kernel_ == 3 || (kernel_ == 5 && stride_ == 1));
+    static constexpr int columns = wide ? 7 : 4;
     static constexpr bool aligned = kind_ != ForwardKind::any;  // 16 bytes are copied at a time
     static constexpr int inputs = (columns - 1) * stride_ + kernel_;
     // At most so many threads a block, and so many blocks a multiprocessor: 128, 168 or 255 registers a thread.
     static constexpr bool light = kernel_ == 3 && stride_ == 1 && kind_ != ForwardKind::any;
-    static constexpr bool heavy = kernel_ > 3 && kind_ == ForwardKind::any;
+    static constexpr bool heavy = kernel_ > 3 && (wide || kind_ == ForwardKind::any);
     static constexpr int threads = light ? 256 : heavy ? 128 : 192, blocks = 2, stages = 4;
+
+    using Bulk = ForwardTraits<T, kernel_, stride_, kind_, true>;
+    using Sources = ForwardSources<std::conditional_t<bulk, TensorMap, Source<T>>>;
+    using Copies = std::conditional_t<bulk, BulkCopies<T, stages>, ThreadCopies<T, width, aligned, stages>>;
 
     static __host__ __device__ constexpr int row_pixels(int groups) {
         return (groups * columns - 1) * stride_ + kernel_;
     }
+    // From the rows of a step to those of the next.
+    static __host__ __device__ constexpr int slot_elements(int groups, int pitch) {
+        return place_elements<T, bulk>(stride_ * row_pixels(groups) * pitch);
+    }
     static __host__ __device__ constexpr int ring_bytes(int groups, int pitch) {
-        return stages * stride_ * row_pixels(groups) * pitch * static_cast<int>(sizeof(T));
+        return stages * slot_elements(groups, pitch) * static_cast<int>(sizeof(T));
     }
     // The sums of a strip, 3 values a thread's channel, stand behind the ring.
     static constexpr int shared_bytes(int groups, int pitch, int slab, bool sums) {
-        return ring_bytes(groups, pitch) + (sums ? 3 * groups * slab * static_cast<int>(sizeof(float)) : 0);
+        return barrier_bytes<bulk> + ring_bytes(groups, pitch) +
+               (sums ? 3 * groups * slab * static_cast<int>(sizeof(float)) : 0);
     }
 };
 
@@ -442,9 +545,11 @@ struct ForwardThread {
         }
         if (kind != ForwardKind::inference && arguments.statistics != nullptr) {
             // Of the values as stored, since those are what the normalisation will see.
+            float stored[columns * width];
+            round_as<T>(y, stored);
 #pragma unroll
             for (int i = 0; i < columns * width; ++i)
-                if (i / width < made) sums.add(widen(narrow<T>(y[i])), i % width, first_row && i < width);
+                if (i / width < made) sums.add(stored[i], i % width, first_row && i < width);
         }
     }
 
@@ -496,7 +601,8 @@ struct ForwardThread {
 // y = epilogue(conv(prologue(x))). gridDim.x = slabs * walkers.
 template <class Traits>
 __global__ __launch_bounds__(Traits::threads, Traits::blocks) void depthwise_forward_kernel(
-    const ForwardArguments<typename Traits::Element> arguments) {
+    const ForwardArguments<typename Traits::Element> arguments,
+    const __grid_constant__ typename Traits::Sources sources) {
     using T = typename Traits::Element;
     constexpr int stride = Traits::stride, before = Traits::open - 1, stages = Traits::stages;
     const DepthwiseSizes& size = arguments.size;
@@ -507,36 +613,34 @@ __global__ __launch_bounds__(Traits::threads, Traits::blocks) void depthwise_for
     const Lane& lane = thread.lane;
 
     const int row_pixels = Traits::row_pixels(tile.groups), row_elements = row_pixels * tile.pitch;
-    T* const ring = shared_memory<T>();
-    float* const sums =
-        reinterpret_cast<float*>(shared_memory<unsigned char>() + Traits::ring_bytes(tile.groups, tile.pitch));
+    const int slot_elements = Traits::slot_elements(tile.groups, tile.pitch);
+    unsigned char* const shared = shared_memory<unsigned char>() + barrier_bytes<Traits::bulk>;
+    T* const ring = reinterpret_cast<T*>(shared);
+    float* const sums = reinterpret_cast<float*>(shared + Traits::ring_bytes(tile.groups, tile.pitch));
     const T* const mine = ring + lane.group * Traits::columns * stride * tile.pitch + lane.vector * Traits::width;
-    const Copier<T, Traits::width, Traits::aligned> copier(tile, slab, size.channels);
+    typename Traits::Copies copies(tile, slab, size.channels, shared_memory<uint64_t>());
     const int steps = tile.strip_rows + before;
     Cursor ahead(walker, tile, Traits::columns, size.out_height);
-    const int64_t image_elements = int64_t(size.height) * size.width * size.channels;
     const auto copy = [&] {
+        if (!copies.works()) return;
         if (ahead.item < tile.items) {
-            const T* image = arguments.x + ahead.strip.image * image_elements;
-            const int h = (ahead.strip.row + ahead.step) * stride - size.top;
-            const int w = ahead.strip.column * stride - size.left;
-#pragma unroll
-            for (int j = 0; j < stride; ++j)
-                copier.row(ring + (ahead.slot * stride + j) * row_elements, image, h + j, w, row_pixels, size.height,
-                           size.width);
+            copies.expect(ahead.slot, stride * row_elements * static_cast<int>(sizeof(T)));
+            copies.template fetch<stride>(ahead.slot, ring + ahead.slot * slot_elements, sources.x, ahead.strip.image,
+                                          (ahead.strip.row + ahead.step) * stride - size.top,
+                                          ahead.strip.column * stride - size.left, row_pixels);
         }
-        copy_async_commit();
+        copies.close();
         ahead.advance(steps, stages, tile, Traits::columns, size.out_height);
     };
     for (int i = 0; i < stages - 1; ++i) copy();
     int slot = 0;
     // Waits for a step's rows, sends for those of a later one, and returns where this thread's begin.
     const auto next = [&] {
-        copy_async_wait<stages - 2>();
+        copies.wait(slot);
         // Everybody's copies of this step are there, and the slot that is filled next has been read by all.
         __syncthreads();
         copy();
-        const T* const rows = mine + slot * stride * row_elements;
+        const T* const rows = mine + slot * slot_elements;
         slot = slot + 1 == stages ? 0 : slot + 1;
         return rows;
     };
@@ -580,42 +684,56 @@ template <class T>
 struct BackwardArguments {
     DepthwiseSizes size;
     DepthwiseTile tile;
-    const T *grad, *a, *x;
     const float *weight, *a_norm, *coefficients, *gate, *pooled, *norm;
     const T* residual;
     Activation a_activation, activation;
     T* dx;
     float *partials, *sums;  // (walkers, rows, C): one row a tap where dw is wanted, then one for db; (walkers, 2, C)
-    bool dw, db;
+    bool a, x, dw, db;       // which there are, and which are wanted
 };
 
-template <class T, int kernel_, int stride_, BackwardKind kind_>
+template <class Tensor>
+struct BackwardSources {
+    Tensor grad, a, x;
+};
+
+template <class T, int kernel_, int stride_, BackwardKind kind_, bool bulk_ = false>
 struct BackwardTraits : Window<kernel_, stride_> {
     using Base = Window<kernel_, stride_>;
     using Element = T;
     static constexpr BackwardKind kind = kind_;
+    static constexpr bool bulk = bulk_;                          // rows come by the bulk tensor copy engine
     static constexpr bool aligned = kind_ != BackwardKind::any;  // 16 bytes are copied at a time
     static constexpr int width = kernel_ == 3 ? 2 : 1;           // channels a thread
     // Strides of input columns a thread, as many as there are registers for.
     static constexpr int columns = kernel_ == 7 ? stride_ : kind_ == BackwardKind::any || stride_ == 2 ? 4 : 7;
     static constexpr int grads = columns + Base::reach;  // output gradients of a row that these meet
     // At most so many threads a block, and so many blocks a multiprocessor: 168 or 255 registers a thread.
-    static constexpr bool heavy =
-        kind_ == BackwardKind::any || (kind_ == BackwardKind::fused && (stride_ == 1 || sizeof(T) == 4));
+    static constexpr bool heavy = kind_ == BackwardKind::any ||
+                                  (kind_ == BackwardKind::fused && (stride_ == 1 || sizeof(T) == 4)) ||
+                                  (kernel_ == 5 && stride_ == 1);
     static constexpr int threads = heavy ? 128 : 192, blocks = 2, stages = 4;
     static constexpr int values = Base::taps + 3;  // sums a thread's channel: dw, db, and two of dx
 
-    // A place in the ring: a row of gradients, one of a, and the rows of x of one stride.
+    using Bulk = BackwardTraits<T, kernel_, stride_, kind_, true>;
+    using Sources = BackwardSources<std::conditional_t<bulk, TensorMap, Source<T>>>;
+    using Copies = std::conditional_t<bulk, BulkCopies<T, stages>, ThreadCopies<T, width, aligned, stages>>;
+
     static __host__ __device__ constexpr int grad_pixels(int groups) { return groups * columns + Base::reach; }
     static __host__ __device__ constexpr int row_pixels(int groups) { return groups * columns * stride_; }
-    static __host__ __device__ constexpr int slot_pixels(int groups, bool a, bool x) {
-        return grad_pixels(groups) * (a ? 2 : 1) + (x ? row_pixels(groups) * stride_ : 0);
+    // A place in the ring: a row of gradients, one of a, and the rows of x of one stride.
+    static __host__ __device__ constexpr int grad_elements(int groups, int pitch) {
+        return place_elements<T, bulk>(grad_pixels(groups) * pitch);
+    }
+    static __host__ __device__ constexpr int slot_elements(int groups, int pitch, bool a, bool x) {
+        return grad_elements(groups, pitch) * (a ? 2 : 1) +
+               (x ? place_elements<T, bulk>(row_pixels(groups) * stride_ * pitch) : 0);
     }
     // In the end, the threads' sums take the ring's place.
     static constexpr int shared_bytes(int groups, int pitch, int slab, bool a, bool x) {
-        const int ring = stages * slot_pixels(groups, a, x) * pitch * static_cast<int>(sizeof(T));
+        const int ring = stages * slot_elements(groups, pitch, a, x) * static_cast<int>(sizeof(T));
         const int sums = values * groups * slab * static_cast<int>(sizeof(float));
-        return ring > sums ? ring : sums;
+        return barrier_bytes<bulk> + (ring > sums ? ring : sums);
     }
 };
 
@@ -667,8 +785,9 @@ struct BackwardThread {
 
     __device__ inline bool together() const { return Traits::aligned || arguments.tile.together; }
     __device__ inline bool has_a() const {
-        return kind == BackwardKind::fused || (kind == BackwardKind::any && arguments.a != nullptr);
+        return kind == BackwardKind::fused || (kind == BackwardKind::any && arguments.a);
     }
+    __device__ inline bool has_x() const { return kind != BackwardKind::any || arguments.x; }
 
     __device__ inline void begin(const Strip& strip) {
         const DepthwiseSizes& size = arguments.size;
@@ -745,7 +864,7 @@ struct BackwardThread {
         for (int b = 0; b < columns * stride; ++b) {
             const bool exists = inside >> b & 1;
             float centred[width], n[width], u[width], derivative[width], dx[width];
-            if (kind != BackwardKind::any || arguments.x != nullptr) {
+            if (has_x()) {
                 load(row + b * arguments.tile.pitch, u);
             } else {
 #pragma unroll
@@ -845,7 +964,8 @@ __device__ inline void store_sums(const float* sums, float* partials, float* of_
 // but their share of the bias: steps go on until they are read.
 template <class Traits>
 __global__ __launch_bounds__(Traits::threads, Traits::blocks) void depthwise_backward_kernel(
-    const BackwardArguments<typename Traits::Element> arguments) {
+    const BackwardArguments<typename Traits::Element> arguments,
+    const __grid_constant__ typename Traits::Sources sources) {
     using T = typename Traits::Element;
     constexpr int stride = Traits::stride, before = Traits::open - 1, stages = Traits::stages;
     constexpr int columns = Traits::columns, width = Traits::width;
@@ -856,35 +976,34 @@ __global__ __launch_bounds__(Traits::threads, Traits::blocks) void depthwise_bac
     BackwardThread<Traits> thread(arguments, slab);
     const Lane& lane = thread.lane;
 
-    const bool has_a = thread.has_a(), has_x = arguments.x != nullptr;
+    const bool has_a = thread.has_a(), has_x = thread.has_x();
     const int grad_pixels = Traits::grad_pixels(tile.groups), row_pixels = Traits::row_pixels(tile.groups);
-    const int slot_elements = Traits::slot_pixels(tile.groups, has_a, has_x) * tile.pitch;
-    const int a_at = grad_pixels * tile.pitch, x_at = a_at * (has_a ? 2 : 1), row_elements = row_pixels * tile.pitch;
+    const int slot_elements = Traits::slot_elements(tile.groups, tile.pitch, has_a, has_x);
+    const int a_at = Traits::grad_elements(tile.groups, tile.pitch), x_at = a_at * (has_a ? 2 : 1);
+    const int row_elements = row_pixels * tile.pitch;
     const int all_rows = max((size.height + size.top + stride - 1) / stride, size.out_height) - tile.first_row;
-    T* const ring = shared_memory<T>();
-    const Copier<T, width, Traits::aligned> copier(tile, slab, size.channels);
+    T* const ring = reinterpret_cast<T*>(shared_memory<unsigned char>() + barrier_bytes<Traits::bulk>);
+    typename Traits::Copies copies(tile, slab, size.channels, shared_memory<uint64_t>());
     const int steps = tile.strip_rows + before;
     Cursor ahead(walker, tile, columns, all_rows);
-    const int64_t grad_elements = int64_t(size.out_height) * size.out_width * size.channels;
-    const int64_t image_elements = int64_t(size.height) * size.width * size.channels;
     const auto copy = [&] {
+        if (!copies.works()) return;
         if (ahead.item < tile.items) {
             T* const to = ring + ahead.slot * slot_elements;
             const int out_row = ahead.strip.row + ahead.step - before, column = ahead.strip.column;
-            const int64_t of_grad = ahead.strip.image * grad_elements, of_x = ahead.strip.image * image_elements;
-            copier.row(to, arguments.grad + of_grad, out_row, column - Traits::reach, grad_pixels, size.out_height,
-                       size.out_width);
+            const int64_t image = ahead.strip.image;
+            const bool fetches_x = has_x && ahead.step >= before;
+            const int pixels = grad_pixels * (has_a ? 2 : 1) + (fetches_x ? stride * row_pixels : 0);
+            copies.expect(ahead.slot, pixels * tile.pitch * static_cast<int>(sizeof(T)));
+            copies.template fetch<1>(ahead.slot, to, sources.grad, image, out_row, column - Traits::reach, grad_pixels);
             if (has_a)
-                copier.row(to + a_at, arguments.a + of_grad, out_row, column - Traits::reach, grad_pixels,
-                           size.out_height, size.out_width);
-            if (has_x && ahead.step >= before) {
-#pragma unroll
-                for (int j = 0; j < stride; ++j)
-                    copier.row(to + x_at + j * row_elements, arguments.x + of_x, out_row * stride - size.top + j,
-                               column * stride - size.left, row_pixels, size.height, size.width);
-            }
+                copies.template fetch<1>(ahead.slot, to + a_at, sources.a, image, out_row, column - Traits::reach,
+                                         grad_pixels);
+            if (fetches_x)
+                copies.template fetch<stride>(ahead.slot, to + x_at, sources.x, image, out_row * stride - size.top,
+                                              column * stride - size.left, row_pixels);
         }
-        copy_async_commit();
+        copies.close();
         ahead.advance(steps, stages, tile, columns, all_rows);
     };
     for (int i = 0; i < stages - 1; ++i) copy();
@@ -893,7 +1012,7 @@ __global__ __launch_bounds__(Traits::threads, Traits::blocks) void depthwise_bac
         const Strip strip(item, tile, columns, all_rows);
         thread.begin(strip);
         for (int step = 0; step < steps; ++step) {
-            copy_async_wait<stages - 2>();
+            copies.wait(slot);
             // Everybody's copies of this step are there, and the slot that is filled next has been read by all.
             __syncthreads();
             copy();
@@ -916,9 +1035,9 @@ __global__ __launch_bounds__(Traits::threads, Traits::blocks) void depthwise_bac
         }
     }
     // Copies of steps that nobody asked for are empty, but the ring is still being read.
-    copy_async_wait<0>();
+    copies.finish();
     __syncthreads();
-    float* const sums = shared_memory<float>();
+    float* const sums = reinterpret_cast<float*>(ring);
     thread.leave(sums);
     __syncthreads();
     const int rows = (arguments.dw ? Traits::taps : 0) + (arguments.db ? 1 : 0);

@@ -35,12 +35,15 @@ CutTile cut_backward(const DepthwiseBackward& problem, const Device& device) {
     const int64_t rows = std::max(ceil_div(shape.height + shape.pad_top, shape.stride), shape.out_height) - first_row;
     const int64_t columns =
         std::max(ceil_div(shape.width + shape.pad_left, shape.stride), shape.out_width) - first_column;
-    const Cut cut{shape.batch,     shape.channels,   rows,           columns,
-                  int(sizeof(T)),  Traits::open - 1, Traits::width,  Traits::columns,
-                  Traits::threads, Traits::blocks,   Traits::stride, Traits::reach,
-                  first_row,       first_column};
+    const bool bulk = wants_bulk_copies<Traits>(device);
+    const Cut cut{shape.batch,      shape.channels,   rows,           columns,
+                  int(sizeof(T)),   Traits::open - 1, Traits::width,  Traits::columns,
+                  Traits::threads,  Traits::blocks,   Traits::stride, Traits::reach,
+                  side_limit(bulk), first_row,        first_column};
+    const bool a = problem.a != nullptr, x = problem.x != nullptr;
     return cut_problem(cut, in_chunks<T>(shape), device, [&](int groups, int pitch, int slab) {
-        return Traits::shared_bytes(groups, pitch, slab, problem.a != nullptr, problem.x != nullptr);
+        return bulk ? Traits::Bulk::shared_bytes(groups, pitch, slab, a, x)
+                    : Traits::shared_bytes(groups, pitch, slab, a, x);
     });
 }
 
@@ -72,34 +75,64 @@ Plan plan_backward(const DepthwiseBackward& problem, const Device& device) {
     });
 }
 
+template <class Traits>
+cudaError_t launch_backward(const DepthwiseBackward& problem, const CutTile& found, const Device& device,
+                            const typename Traits::Sources& sources) {
+    using T = typename Traits::Element;
+    const BackwardArguments<T> arguments{sizes_of(problem.shape),
+                                         found.tile,
+                                         problem.weight,
+                                         problem.a_norm,
+                                         problem.coefficients,
+                                         problem.gate,
+                                         problem.pooled,
+                                         problem.norm,
+                                         static_cast<const T*>(problem.residual),
+                                         problem.a_activation,
+                                         problem.activation,
+                                         static_cast<T*>(problem.dx),
+                                         static_cast<float*>(problem.workspace),
+                                         problem.sums,
+                                         problem.a != nullptr,
+                                         problem.x != nullptr,
+                                         problem.dw != nullptr,
+                                         problem.db != nullptr};
+    const cudaError_t error =
+        launch<depthwise_backward_kernel<Traits>>(dim3(found.tile.slabs * found.tile.walkers), found.threads,
+                                                  found.shared_bytes, device.stream, arguments, sources);
+    if (error != cudaSuccess || partial_rows(problem) == 0) return error;
+    return sum_partials(problem, found.tile.walkers, device);
+}
+
+template <class Bulk>
+bool map_backward(typename Bulk::Sources& maps, const DepthwiseBackward& problem, const DepthwiseTile& tile) {
+    const DepthwiseShape& shape = problem.shape;
+    const auto map_grad = [&](TensorMap& map, const void* data) {
+        return map_pixels(map, problem.dtype, data, shape.batch, shape.out_height, shape.out_width, shape.channels,
+                          tile, Bulk::grad_pixels(tile.groups), 1);
+    };
+    return map_grad(maps.grad, problem.grad) && (problem.a == nullptr || map_grad(maps.a, problem.a)) &&
+           map_pixels(maps.x, problem.dtype, problem.x, shape.batch, shape.height, shape.width, shape.channels, tile,
+                      Bulk::row_pixels(tile.groups), Bulk::stride);
+}
+
 template <class T>
 cudaError_t run_backward(const DepthwiseBackward& problem, const Device& device) {
     return with_backward_traits<T>(problem, [&](auto traits) {
         using Traits = decltype(traits);
         const CutTile found = cut_backward<Traits>(problem, device);
-        const BackwardArguments<T> arguments{sizes_of(problem.shape),
-                                             found.tile,
-                                             static_cast<const T*>(problem.grad),
-                                             static_cast<const T*>(problem.a),
-                                             static_cast<const T*>(problem.x),
-                                             problem.weight,
-                                             problem.a_norm,
-                                             problem.coefficients,
-                                             problem.gate,
-                                             problem.pooled,
-                                             problem.norm,
-                                             static_cast<const T*>(problem.residual),
-                                             problem.a_activation,
-                                             problem.activation,
-                                             static_cast<T*>(problem.dx),
-                                             static_cast<float*>(problem.workspace),
-                                             problem.sums,
-                                             problem.dw != nullptr,
-                                             problem.db != nullptr};
-        const cudaError_t error = launch<depthwise_backward_kernel<Traits>>(
-            dim3(found.tile.slabs * found.tile.walkers), found.threads, found.shared_bytes, device.stream, arguments);
-        if (error != cudaSuccess || partial_rows(problem) == 0) return error;
-        return sum_partials(problem, found.tile.walkers, device);
+        const DepthwiseShape& shape = problem.shape;
+        if constexpr (Traits::aligned) {
+            using Bulk = typename Traits::Bulk;
+            typename Bulk::Sources maps{};
+            if (wants_bulk_copies<Traits>(device) && compiled_for<depthwise_backward_kernel<Bulk>>(bulk_copies_since) &&
+                map_backward<Bulk>(maps, problem, found.tile))
+                return launch_backward<Bulk>(problem, found, device, maps);
+        }
+        return launch_backward<Traits>(
+            problem, found, device,
+            {source<T>(problem.grad, shape.out_height, shape.out_width),
+             source<T>(problem.a, shape.out_height, shape.out_width), source<T>(problem.x, shape.height, shape.width)});
     });
 }
 

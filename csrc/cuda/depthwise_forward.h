@@ -28,12 +28,15 @@ template <class Traits>
 CutTile cut_forward(const DepthwiseForward& problem, const Device& device) {
     using T = typename Traits::Element;
     const DepthwiseShape& shape = problem.shape;
+    const bool bulk = wants_bulk_copies<Traits>(device);
     const Cut cut{shape.batch,     shape.channels,   shape.out_height, shape.out_width,
                   int(sizeof(T)),  Traits::open - 1, Traits::width,    Traits::columns,
-                  Traits::threads, Traits::blocks,   Traits::stride,   Traits::kernel - Traits::stride};
+                  Traits::threads, Traits::blocks,   Traits::stride,   Traits::kernel - Traits::stride,
+                  side_limit(bulk)};
     const bool sums = problem.pool != nullptr || problem.statistics != nullptr;
     return cut_problem(cut, in_chunks<T>(shape), device, [&](int groups, int pitch, int slab) {
-        return Traits::shared_bytes(groups, pitch, slab, sums);
+        return bulk ? Traits::Bulk::shared_bytes(groups, pitch, slab, sums)
+                    : Traits::shared_bytes(groups, pitch, slab, sums);
     });
 }
 
@@ -65,27 +68,42 @@ Plan plan_forward(const DepthwiseForward& problem, const Device& device) {
     });
 }
 
+template <class Traits>
+cudaError_t launch_forward(const DepthwiseForward& problem, const CutTile& found, const Device& device,
+                           const typename Traits::Sources& sources) {
+    using T = typename Traits::Element;
+    const ForwardArguments<T> arguments{sizes_of(problem.shape),
+                                        found.tile,
+                                        problem.weight,
+                                        problem.bias,
+                                        problem.norm,
+                                        problem.gate,
+                                        problem.out_norm,
+                                        static_cast<const T*>(problem.grad),
+                                        problem.activation,
+                                        problem.out_activation,
+                                        static_cast<T*>(problem.y),
+                                        problem.pool,
+                                        problem.statistics};
+    return launch<depthwise_forward_kernel<Traits>>(dim3(found.tile.slabs * found.tile.walkers), found.threads,
+                                                    found.shared_bytes, device.stream, arguments, sources);
+}
+
 template <class T>
 cudaError_t run_forward(const DepthwiseForward& problem, const Device& device) {
     return with_forward_traits<T>(problem, [&](auto traits) {
         using Traits = decltype(traits);
         const CutTile found = cut_forward<Traits>(problem, device);
-        const ForwardArguments<T> arguments{sizes_of(problem.shape),
-                                            found.tile,
-                                            static_cast<const T*>(problem.x),
-                                            problem.weight,
-                                            problem.bias,
-                                            problem.norm,
-                                            problem.gate,
-                                            problem.out_norm,
-                                            static_cast<const T*>(problem.grad),
-                                            problem.activation,
-                                            problem.out_activation,
-                                            static_cast<T*>(problem.y),
-                                            problem.pool,
-                                            problem.statistics};
-        return launch<depthwise_forward_kernel<Traits>>(dim3(found.tile.slabs * found.tile.walkers), found.threads,
-                                                        found.shared_bytes, device.stream, arguments);
+        const DepthwiseShape& shape = problem.shape;
+        if constexpr (Traits::aligned) {
+            using Bulk = typename Traits::Bulk;
+            typename Bulk::Sources maps;
+            if (wants_bulk_copies<Traits>(device) && compiled_for<depthwise_forward_kernel<Bulk>>(bulk_copies_since) &&
+                map_pixels(maps.x, problem.dtype, problem.x, shape.batch, shape.height, shape.width, shape.channels,
+                           found.tile, Traits::row_pixels(found.tile.groups), Traits::stride))
+                return launch_forward<Bulk>(problem, found, device, maps);
+        }
+        return launch_forward<Traits>(problem, found, device, {source<T>(problem.x, shape.height, shape.width)});
     });
 }
 

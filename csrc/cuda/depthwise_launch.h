@@ -33,6 +33,27 @@ bool in_chunks(const DepthwiseShape& shape) {
     return shape.channels % (16 / sizeof(T)) == 0;
 }
 
+// From this compute capability on, times ten, there are bulk copies. They are the default wherever pixels begin at
+// multiples of 16 bytes: by count, they take fewer instructions an output (docs/cuda.md); never run on a GPU.
+inline constexpr int bulk_copies_since = 90;
+
+template <class Traits>
+bool wants_bulk_copies(const Device& device) {
+    return Traits::aligned && 10 * device.major + device.minor >= bulk_copies_since;
+}
+
+// Describes a (batch, height, width, C) tensor of which a copy brings rows x pixels of a block's channels. False where
+// that cannot be.
+inline bool map_pixels(TensorMap& map, DType dtype, const void* data, int64_t batch, int64_t height, int64_t width,
+                       int64_t channels, const DepthwiseTile& tile, int pixels, int rows) {
+    return encode_tensor_map(map, dtype, data, {channels, width, height, batch}, {tile.slab, pixels, rows, 1});
+}
+
+template <class T>
+Source<T> source(const void* data, int64_t height, int64_t width) {
+    return {static_cast<const T*>(data), int(height), int(width)};
+}
+
 // Calls f with the kernel size and stride as types.
 template <class F>
 auto with_window(const DepthwiseShape& shape, const F& f) {

@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 
 #include "depthwise.cuh"
 #include "host.h"
@@ -23,8 +24,12 @@ struct Cut {
     int element_bytes, warm_up;
     int width, thread_columns, threads, blocks;  // of the kernel's traits
     int stride, halo;                            // pixels that a row of n columns reads: n * stride + halo
+    int most_side;                               // of a slab and of such a row, in elements and pixels
     int first_row = 0, first_column = 0;         // number of the first step
 };
+
+// A bulk copy brings boxes of at most so many elements a side.
+inline int side_limit(bool bulk) { return bulk ? 256 : std::numeric_limits<int>::max(); }
 
 struct CutTile {
     DepthwiseTile tile;
@@ -76,7 +81,7 @@ CutTile choose_tile(const Cut& cut, int most_threads, bool chunks, const Device&
     double best_score = -1;
     for (int64_t n = 1, last = 0; n <= ceil_div(all_vectors, granule); ++n) {
         const int64_t vectors = round_up(ceil_div(all_vectors, n), granule);
-        if (vectors > most_threads || vectors == last) continue;
+        if (vectors > most_threads || vectors * cut.width > cut.most_side || vectors == last) continue;
         last = vectors;
         CutTile found{};
         DepthwiseTile& tile = found.tile;
@@ -88,7 +93,8 @@ CutTile choose_tile(const Cut& cut, int most_threads, bool chunks, const Device&
         tile.slab = int(vectors * cut.width);
         tile.slabs = int(ceil_div(all_vectors, vectors));
         tile.pitch = int(round_up(tile.slab, chunk));
-        for (int64_t most = std::min(all_groups, most_threads / vectors);; --most) {
+        const int64_t in_row = (cut.most_side - cut.halo) / (cut.thread_columns * cut.stride);
+        for (int64_t most = std::min({all_groups, most_threads / vectors, in_row});; --most) {
             tile.tiles = int(ceil_div(all_groups, most));
             tile.groups = int(ceil_div(all_groups, tile.tiles));
             found.threads = int(round_up(vectors * tile.groups, 32));

@@ -40,6 +40,16 @@ cudaError_t launch(bool cooperative, dim3 grid, int threads, int shared_bytes, c
 
 }  // namespace detail
 
+// Whether the code that this device would run was compiled for compute capability version / 10 or later: PTX for older
+// devices runs on newer ones, too.
+template <auto kernel>
+bool compiled_for(int version) {
+    cudaFuncAttributes attributes{};
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+    if (error != cudaSuccess) cudaGetLastError();
+    return error == cudaSuccess && attributes.ptxVersion >= version;
+}
+
 // Launches kernel<<<grid, threads, shared_bytes, stream>>>(args...) and returns the launch's error.
 template <auto kernel, class... A>
 cudaError_t launch(dim3 grid, int threads, int shared_bytes, cudaStream_t stream, A... args) {

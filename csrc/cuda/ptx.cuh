@@ -3,14 +3,35 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
+
+#include <tensor_map.h>
+
 namespace effnet::cuda {
+
+namespace detail {
+
+__device__ inline unsigned shared_address(const void* shared) {
+    return static_cast<unsigned>(__cvta_generic_to_shared(shared));
+}
+
+// Bulk copies and their barriers exist from sm_90 on; older code that comes to one stops.
+__device__ inline void only_since_sm_90() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+    __trap();
+    __builtin_unreachable();
+#endif
+}
+
+}  // namespace detail
 
 // Copies 16 bytes from global to shared memory behind the thread's back; zeros where not inside, and then reads
 // nothing.
 __device__ inline void copy_async_16(void* shared, const void* global, bool inside) {
-    const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
     const int bytes = inside ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(detail::shared_address(shared)), "l"(global),
+                 "r"(bytes)
+                 : "memory");
 }
 
 // Copies the first `bytes` of 16 in the same way, and zeros behind them.
@@ -26,6 +47,54 @@ __device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group
 template <int open>
 __device__ inline void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(open) : "memory");
+}
+
+// A barrier in shared memory, whose phase is complete when `arrivals` threads have arrived and all bytes that they
+// expect have been copied. One thread makes barriers, then fences them, and others know them behind a __syncthreads.
+__device__ inline void mbarrier_init(uint64_t* barrier, unsigned arrivals) {
+    detail::only_since_sm_90();
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(detail::shared_address(barrier)), "r"(arrivals)
+                 : "memory");
+}
+
+// Shows the copy engine the barriers that this thread has made.
+__device__ inline void fence_mbarriers() {
+    detail::only_since_sm_90();
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// Arrives, and adds to the bytes that the phase waits for.
+__device__ inline void mbarrier_arrive_expect(uint64_t* barrier, unsigned bytes) {
+    detail::only_since_sm_90();
+    const unsigned at = detail::shared_address(barrier);
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
+}
+
+// Waits until the phase of this parity is complete; the first one has parity 0. What was copied is then seen by this
+// thread, and by all behind the next __syncthreads.
+__device__ inline void mbarrier_wait(uint64_t* barrier, unsigned parity) {
+    detail::only_since_sm_90();
+    const unsigned at = detail::shared_address(barrier);
+    unsigned complete;
+    do {
+        asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                     : "=r"(complete)
+                     : "r"(at), "r"(parity)
+                     : "memory");
+    } while (!complete);
+}
+
+// The copy engine fetches the map's box from these coordinates on, zeros where the tensor ends, and tells the barrier.
+// `shared` is a multiple of 128; the map lies among the kernel's parameters.
+__device__ inline void copy_tensor_async(void* shared, const TensorMap* map, int c, int w, int h, int n,
+                                         uint64_t* barrier) {
+    detail::only_since_sm_90();
+    const unsigned to = detail::shared_address(shared), told = detail::shared_address(barrier);
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, "
+        "%5}], [%6];" ::"r"(to),
+        "l"(map), "r"(c), "r"(w), "r"(h), "r"(n), "r"(told)
+        : "memory");
 }
 
 // One call of the special-function unit, with a relative error of 2^-11.

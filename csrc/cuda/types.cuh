@@ -46,9 +46,21 @@ inline constexpr bool coarse = false;
 template <>
 inline constexpr bool coarse<__nv_bfloat16> = true;
 
+// Two neighbours at once.
+template <class T>
+__device__ inline Pack<T, 2> narrow(float x, float y) {
+    return {narrow<T>(x), narrow<T>(y)};
+}
+template <>
+__device__ inline Pack<__nv_bfloat16, 2> narrow<__nv_bfloat16>(float x, float y) {
+    Pack<__nv_bfloat16, 2> pack;
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
+    memcpy(&pack, &pair, sizeof(pack));
+    return pack;
+}
+
 template <class T, int n>
-__device__ inline void load(const T* from, float (&to)[n]) {
-    const Pack<T, n> pack = *reinterpret_cast<const Pack<T, n>*>(from);
+__device__ inline void widen_pack(const Pack<T, n>& pack, float (&to)[n]) {
     if constexpr (sizeof(T) == 2 && coarse<T> && n % 2 == 0) {
         // A bfloat16 is the upper half of a float.
         uint32_t pairs[n / 2], halves[n];
@@ -56,10 +68,16 @@ __device__ inline void load(const T* from, float (&to)[n]) {
 #pragma unroll
         for (int i = 0; i < n; ++i) halves[i] = i % 2 == 0 ? pairs[i / 2] << 16 : pairs[i / 2] & 0xffff0000u;
         memcpy(to, halves, sizeof(halves));
-        return;
-    }
+    } else {
 #pragma unroll
-    for (int i = 0; i < n; ++i) to[i] = widen(pack.value[i]);
+        for (int i = 0; i < n; ++i) to[i] = widen(pack.value[i]);
+    }
+}
+
+template <class T, int n>
+__device__ inline void load(const T* from, float (&to)[n]) {
+    const Pack<T, n> pack = *reinterpret_cast<const Pack<T, n>*>(from);
+    widen_pack(pack, to);
 }
 
 template <class T, int n>
@@ -68,6 +86,19 @@ __device__ inline void store(T* to, const float (&from)[n]) {
 #pragma unroll
     for (int i = 0; i < n; ++i) pack.value[i] = narrow<T>(from[i]);
     *reinterpret_cast<Pack<T, n>*>(to) = pack;
+}
+
+// What a store of these values and a load would make of them.
+template <class T, int n>
+__device__ inline void round_as(const float (&from)[n], float (&to)[n]) {
+#pragma unroll
+    for (int i = 0; i < n; i += 2) {
+        const Pack<T, 2> pair = narrow<T>(from[i], from[i + 1]);
+        float rounded[2];
+        widen_pack(pair, rounded);
+        to[i] = rounded[0];
+        to[i + 1] = rounded[1];
+    }
 }
 
 // The first `count` of n neighbouring values, zeros behind them; at once where `together`, which asks for alignment.

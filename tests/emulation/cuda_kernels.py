@@ -70,14 +70,17 @@ class Kernels(Machine):
         super().__init__("kernels", [HERE / "bindings.cpp", *sorted(CUDA.glob("*.cu"))])
         self.multiprocessors = 4
         self.shared_limit = 227 * 1024
+        self.major = 9
 
-    def reset(self, seed: int = 0, **options: Any) -> None:
+    def reset(self, seed: int = 0, *, major: int = 9, **options: Any) -> None:
+        """``major`` is that of the compute capability: from 9 on, rows may come by bulk copies."""
         super().reset(seed, **options)
+        self.major = major
         self.multiprocessors = options.get("multiprocessors", 4)
         self.shared_limit = options.get("shared_limit", 227 * 1024)
 
     def _device(self) -> ctypes.Structure:
-        values = {"multiprocessors": self.multiprocessors, "major": 9, "max_shared_bytes": self.shared_limit}
+        values = {"multiprocessors": self.multiprocessors, "major": self.major, "max_shared_bytes": self.shared_limit}
         return structure("Device", values)
 
     def why_not(self, name: str, **values: Any) -> str | None:

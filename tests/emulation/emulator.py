@@ -166,14 +166,17 @@ class Machine:
         """
         self.library.emulation_reset(seed, multiprocessors, shared_limit, *blocks)
 
-    def sabotage(self, file: str = "", line: int = 0, *, late_groups: int = 0) -> None:
+    def sabotage(
+        self, file: str = "", line: int = 0, *, late_groups: int = 0, without_tensor_maps: bool = False
+    ) -> None:
         """Break the kernels until the next reset, to see that it is noticed.
 
         Args:
             file, line: barriers there do nothing; ``file`` is the end of its path.
             late_groups: waits for asynchronous copies leave so many groups more open.
+            without_tensor_maps: no tensor can be mapped, as with an old driver.
         """
-        self.library.emulation_break(file.encode(), line, late_groups)
+        self.library.emulation_break(file.encode(), line, late_groups, without_tensor_maps)
 
     @property
     def accesses(self) -> int:

@@ -98,18 +98,56 @@ def check_backward(
     assert all(error <= GRADIENT_TOLERANCE[dtype] for error in errors.values()), errors
 
 
-def ids(problems: list[tuple[DepthwiseCase, str, torch.dtype]]) -> list[str]:
-    return [f"{case.name}-{kind}-{str(dtype).removeprefix('torch.')}" for case, kind, dtype in problems]
+def ids(problems: list[tuple[DepthwiseCase, str, torch.dtype, int]]) -> list[str]:
+    return [f"{case.name}-{kind}-{str(dtype).removeprefix('torch.')}-{major}0" for case, kind, dtype, major in problems]
 
 
-@pytest.mark.parametrize(("case", "kind", "dtype"), MIXED_FORWARD, ids=ids(MIXED_FORWARD))
-def test_forward(kernels: Kernels, case: DepthwiseCase, kind: str, dtype: torch.dtype) -> None:
+def majors(case: DepthwiseCase) -> tuple[int, ...]:
+    """The compute capabilities that may differ: where pixels begin at multiples of 16 bytes, rows come in two ways."""
+    return (8, 9) if case.shape[1] % 4 == 0 else (9,)
+
+
+def on_each(
+    problems: list[tuple[DepthwiseCase, str, torch.dtype]], kinds: tuple[str, ...]
+) -> list[tuple[DepthwiseCase, str, torch.dtype, int]]:
+    """The problems, on an older device too where the kernel of their kind has another way for rows."""
+    return [
+        (*problem, major) for problem in problems for major in majors(problem[0]) if major == 9 or problem[1] in kinds
+    ]
+
+
+MIXED_FORWARD = on_each(MIXED_FORWARD, ("inference", "training"))
+MIXED_BACKWARD = on_each(MIXED_BACKWARD, ("plain", "fused"))
+
+
+@pytest.mark.parametrize(("case", "kind", "dtype", "major"), MIXED_FORWARD, ids=ids(MIXED_FORWARD))
+def test_forward(kernels: Kernels, case: DepthwiseCase, kind: str, dtype: torch.dtype, major: int) -> None:
+    kernels.reset(major=major)
     check_forward(kernels, case, FORWARD[kind], dtype)
 
 
-@pytest.mark.parametrize(("case", "kind", "dtype"), MIXED_BACKWARD, ids=ids(MIXED_BACKWARD))
-def test_backward(kernels: Kernels, case: DepthwiseCase, kind: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("case", "kind", "dtype", "major"), MIXED_BACKWARD, ids=ids(MIXED_BACKWARD))
+def test_backward(kernels: Kernels, case: DepthwiseCase, kind: str, dtype: torch.dtype, major: int) -> None:
+    kernels.reset(major=major)
     check_backward(kernels, case, BACKWARD[kind], dtype)
+
+
+@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_come_in_two_ways_to_the_same_bits(kernels: Kernels, dtype: torch.dtype, stride: int, kernel: int) -> None:
+    """By bulk copies, and by each thread's own on an older device or where the driver knows no tensor maps."""
+    case = DepthwiseCase("both_ways", (2, 40, 9, 19), kernel=(kernel, kernel), stride=stride, padding="same")
+    geometry, seed, results = Geometry.of(case), torch.seed(), []
+    for major, without_maps in ((9, False), (9, True), (8, False)):
+        kernels.reset(major=major)
+        kernels.sabotage(without_tensor_maps=without_maps)
+        torch.manual_seed(seed)
+        found = [run_forward(kernels, geometry, FORWARD[kind], dtype) for kind in ("inference", "training")]
+        found += [run_backward(kernels, geometry, BACKWARD[kind], dtype)[1] for kind in ("plain", "fused")]
+        results.append([value.clone() for values in found for value in values.values()])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 # Multiprocessors and shared memory of a block, as sm_86, sm_80 and sm_90 have them.
@@ -201,9 +239,10 @@ def test_offsets_between_images_have_64_bits(kernels: Kernels) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", COVERED, ids=names(COVERED))
 def test_in_every_way(kernels: Kernels, case: DepthwiseCase, dtype: torch.dtype, seed: int) -> None:
-    for fusion in FORWARD.values():
-        kernels.reset(seed)
-        check_forward(kernels, case, fusion, dtype)
-    for fusion in BACKWARD.values():
-        kernels.reset(seed)
-        check_backward(kernels, case, fusion, dtype)
+    for major in majors(case):
+        for fusion in FORWARD.values():
+            kernels.reset(seed, major=major)
+            check_forward(kernels, case, fusion, dtype)
+        for fusion in BACKWARD.values():
+            kernels.reset(seed, major=major)
+            check_backward(kernels, case, fusion, dtype)

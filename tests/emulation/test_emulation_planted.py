@@ -39,6 +39,15 @@ BUGS = {
     "copy_without_barrier": ("race|asynchronous|before anything was", "2 * staged[lane ^ 1]"),
     "copy_into_what_is_read": ("race: .* and read by thread|asynchronous", "a.out[position()] = staged|copy_async_16"),
     "copy_past_the_tensor": ("16 bytes are read .*: .* past the end of in", "copy_async_16(staged + 4 * threadIdx.x"),
+    "bulk_copy_not_waited_for": ("before the asynchronous copy to it has landed|before anything was", "2 * bulk"),
+    "bulk_copy_of_another_phase": ("before the asynchronous copy to it has landed|before anything was", "2 * bulk"),
+    "bulk_copy_that_another_waits_for": ("before the asynchronous copy to it has|before anything was", "2 * bulk"),
+    "bulk_copy_of_fewer_bytes": ("1 of 1 arrivals, and 256 bytes copied of 260 expected", "mbarrier_wait"),
+    "bulk_copy_into_what_is_read": ("race: .* and read by|asynchronous|at an mbarrier", "sum +=|.ask|mbarrier_wait"),
+    "bulk_copy_left_in_flight": ("ends while a bulk copy is in flight .* mbarrier at byte 256", None),
+    "unknown_mbarrier": ("race|before anything was written", "mbarrier"),
+    "unfenced_mbarrier": ("does not know the barrier: nobody has fenced it", "copy_tensor_async"),
+    "overwritten_mbarrier": ("byte 256 of shared memory holds no mbarrier, or one that was overwritten", "mbarrier_"),
     "misaligned": ("misaligned: an access to .*float2.* multiple of 8", "float2 pair"),
     "local_array": (r"out of bounds: index 4 of 'float \[4\]'", "2 * kept["),
     "overflowing_offset": ("a product overflows", "* a.n;"),
@@ -75,7 +84,10 @@ def launch(
     count = (
         None if counter is None else machine.upload("counter", torch.tensor([counter], dtype=torch.int32), kind="inout")
     )
-    shared = shared if shared is not None else 4 * THREADS * (4 if name == "copy_past_the_tensor" else 1)
+    if shared is None:
+        shared = 4 * THREADS * (4 if name == "copy_past_the_tensor" else 1) + (
+            8 if "bulk" in name or "mb" in name else 0
+        )
     error = machine.call("planted", name.encode(), bug, pointer(x), pointer(out), pointer(count), N, BLOCKS, shared)
     assert error == 0
     return x, out
@@ -105,6 +117,8 @@ def test_bug_is_found(samples: Machine, name: str, seed: int) -> None:
     assert re.search(message, report), report
     where = "\n".join(report.splitlines()[1:])
     assert re.search(rf"{name}<true>.*, block \([01], 0, 0\)", where), report
+    if piece is None:
+        return
     named = {int(line) for line in re.findall(r"planted\.cu:(\d+)", report)}
     lines = {number for number, line in enumerate(SOURCE.splitlines(), 1) if any(p in line for p in piece.split("|"))}
     assert named & lines, report

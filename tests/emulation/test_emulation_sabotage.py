@@ -20,16 +20,16 @@ from squeeze_excite_problems import (
 
 
 def barriers() -> dict[str, tuple[str, int]]:
-    """File and line of every barrier by "file: function #number". A grid barrier counts as one."""
+    """File and line of every barrier, waits for bulk copies too, by "file: function #number". A grid barrier is one."""
     found: dict[str, tuple[str, int]] = {}
     for path in sorted(CUDA.glob("*.cuh")):
         function, number = "", 0
         for i, line in enumerate(path.read_text().splitlines(), 1):
             code = line.split("//")[0]
-            if definition := re.search(r"\bvoid (\w+)\(", code):
+            if definition := re.search(r"\b(?:void|inline) (\w+)\(", code):
                 function, number = definition[1], 0
             if path.name not in ("ptx.cuh", "launch.cuh") and re.search(
-                r"\b(__syncthreads|__syncwarp|grid_barrier)\(", code
+                r"\b(__syncthreads|__syncwarp|grid_barrier|mbarrier_wait)\(", code
             ):
                 number += 1
                 found[f"{path.name}: {function} #{number}"] = (path.name, i)
@@ -59,6 +59,7 @@ SQUEEZE_EXCITE = [
     SqueezeExciteCase("wide", (5, 13, 3, 3), 300),
 ]
 FORWARD = Fusion(norm=True, activation="silu", bias=True, gate=True, pool=True, statistics=True)
+INFERENCE = Fusion(bias=True, out_activation="silu")
 BACKWARD = BackwardFusion(after=True, statistics=True, norm=True, wanted=("dx", "dw", "db", "sums"))
 
 
@@ -75,6 +76,7 @@ def depthwise_problems(geometries: list[Geometry]) -> list[Callable[[Kernels], o
     return [
         *(lambda k, g=g: run_forward(k, g, FORWARD, torch.float32) for g in geometries),
         *(lambda k, g=g: run_backward(k, g, BACKWARD, torch.float32) for g in geometries),
+        lambda k: run_forward(k, geometries[0], INFERENCE, torch.float32),
     ]
 
 

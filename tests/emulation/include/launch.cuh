@@ -31,6 +31,11 @@ cudaError_t launch(bool cooperative, dim3 grid, int threads, int shared_bytes, A
 
 }  // namespace detail
 
+template <auto kernel>
+bool compiled_for(int) {
+    return true;
+}
+
 template <auto kernel, class... A>
 cudaError_t launch(dim3 grid, int threads, int shared_bytes, cudaStream_t, A... args) {
     return detail::launch<kernel>(false, grid, threads, shared_bytes, args...);

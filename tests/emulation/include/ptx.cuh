@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <tensor_map.h>
+
 namespace effnet::cuda {
 
 inline void copy_async_16(void* shared, const void* global, bool inside) {
@@ -18,6 +20,21 @@ inline void copy_async_commit() { emulation::commit_copies(); }
 template <int open>
 void copy_async_wait() {
     emulation::wait_copies(open);
+}
+
+inline void mbarrier_init(uint64_t* barrier, unsigned arrivals) { emulation::make_mbarrier(barrier, arrivals); }
+
+inline void fence_mbarriers() { emulation::fence_mbarriers(); }
+
+inline void mbarrier_arrive_expect(uint64_t* barrier, unsigned bytes) { emulation::arrive_at_mbarrier(barrier, bytes); }
+
+inline void mbarrier_wait(uint64_t* barrier, unsigned parity, const char* file = __builtin_FILE(),
+                          int line = __builtin_LINE()) {
+    emulation::wait_at_mbarrier(barrier, parity, {file, line});
+}
+
+inline void copy_tensor_async(void* shared, const TensorMap* map, int c, int w, int h, int n, uint64_t* barrier) {
+    emulation::copy_box(shared, *map, {{c, w, h, n}}, barrier);
 }
 
 // About as coarse as the instruction.

@@ -62,6 +62,27 @@ void copy_async(void* shared, const void* global, int size, int read);
 void commit_copies();
 void wait_copies(int open);
 
+// A tensor of four dimensions, the innermost first, and the box that a bulk copy brings of it.
+struct TensorMap {
+    const unsigned char* data;
+    int64_t sizes[4];
+    int box[4];
+    int element_bytes;
+};
+// By the rules of cuTensorMapEncodeTiled, and unless a test says that there are no maps.
+bool can_be_mapped(const TensorMap& map);
+
+// mbarrier objects in shared memory. The copy engine knows those that the thread that made them has fenced.
+void make_mbarrier(uint64_t* barrier, unsigned arrivals);
+void fence_mbarriers();
+void arrive_at_mbarrier(uint64_t* barrier, unsigned bytes);
+void wait_at_mbarrier(uint64_t* barrier, unsigned parity, Site site);
+// Lands when somebody has waited for the barrier's phase. Elements outside the tensor are zero.
+struct Corner {
+    int64_t at[4];
+};
+void copy_box(void* shared, const TensorMap& map, const Corner& corner, uint64_t* barrier);
+
 // A read through the cache that does not see what this launch writes.
 void read_only_access(const void* address, size_t size);
 // The host writes, between launches.

@@ -25,11 +25,19 @@ std::string who(const Stamp& stamp) {
     return text + " at " + code_name(stamp.code);
 }
 
+// Whether the running thread, or one before the last barrier, has waited for a bulk copy.
+bool has_landed(const Stamp& stamp) {
+    const Phase& phase = machine.block->phases[stamp.thread];
+    return machine.thread->complete_seen[phase.mbarrier] > phase.number ||
+           (phase.first_seen != 0 && phase.first_seen < machine.block->epoch);
+}
+
 // Whether what the stamp tells of happened before what the running thread does. What lies before `floor` does not
 // count.
 bool ordered(const Stamp& stamp, uint32_t floor) {
-    if (stamp.epoch <= floor) return true;
     const Block& block = *machine.block;
+    if (stamp.clock == by_engine && stamp.epoch >= block.first_epoch) return has_landed(stamp);
+    if (stamp.epoch <= floor) return true;
     if (block_of(stamp.epoch) != block.number) return false;
     const Thread& thread = *machine.thread;
     if (stamp.epoch < block.epoch || stamp.thread == thread.number) return true;
@@ -52,10 +60,11 @@ struct Access {
 };
 
 void report_race(const Place& place, const Access& access, const Stamp& other, bool other_wrote) {
-    if (other.clock == in_flight && other_wrote)
+    if ((other.clock == in_flight || other.clock == by_engine) && other_wrote)
         return fail(
             "byte %zu of %s is %s at %s before the asynchronous copy to it has landed: thread %u began it at %s",
-            place.offset, place.memory, access.verb(), code_name(access.code).c_str(), other.thread,
+            place.offset, place.memory, access.verb(), code_name(access.code).c_str(),
+            other.clock == by_engine ? machine.block->phases[other.thread].thread : other.thread,
             code_name(other.code).c_str());
     fail("race: byte %zu of %s is %s at %s, and %s by %s, with no %s in between", place.offset, place.memory,
          access.verb(), code_name(access.code).c_str(), other_wrote ? "written" : "read", who(other).c_str(),
@@ -339,11 +348,12 @@ extern "C" void emulation_free(const void* pointer) {
         if (region.begin == reinterpret_cast<uintptr_t>(pointer)) region.freed = true;
 }
 
-// Breaks kernels until the next reset: barriers in this line of files whose path ends so do nothing, and waits leave
-// more groups of copies open than they should.
-extern "C" void emulation_break(const char* file, int line, int late_groups) {
+// Breaks kernels until the next reset: barriers in this line of files whose path ends so do nothing, waits leave more
+// groups of copies open than they should, or tensors cannot be mapped.
+extern "C" void emulation_break(const char* file, int line, int late_groups, bool without_tensor_maps) {
     if (line > 0) machine.skipped.push_back({file, line});
     machine.late_groups = late_groups;
+    machine.has_tensor_maps = !without_tensor_maps;
 }
 
 // Forgets all tensors and reports. With a seed other than 0 blocks and threads run in a random order.
@@ -361,6 +371,7 @@ extern "C" void emulation_reset(uint64_t seed, int multiprocessors, size_t share
     machine.accesses = machine.launches = 0;
     machine.skipped.clear();
     machine.late_groups = 0;
+    machine.has_tensor_maps = true;
 }
 
 // The last report with {code:offset} for addresses in this library, or an empty string.

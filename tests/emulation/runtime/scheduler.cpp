@@ -56,11 +56,14 @@ Index coordinates(uint64_t number, const Index& size) {
 
 std::string describe(const Thread& thread) {
     char text[256];
-    const char* waits_at[] = {"could run", "waits at __syncthreads", "waits at a grid barrier", "waits at",
-                              "has exited"};
+    const char* waits_at[] = {"could run", "waits at __syncthreads", "waits at a grid barrier",
+                              "waits at",  "waits at an mbarrier",   "has exited"};
     int used = snprintf(text, sizeof text, "thread %u %s", thread.number, waits_at[static_cast<int>(thread.state)]);
     if (thread.state == State::collective)
         used += snprintf(text + used, sizeof text - used, " %s(0x%08x)", thread.collective->name, thread.mask);
+    if (thread.state == State::mbarrier)
+        used += snprintf(text + used, sizeof text - used, "%s",
+                         describe_mbarrier(machine.block->mbarriers[thread.mbarrier]).c_str());
     if (thread.state != State::exited && thread.site.file != nullptr)
         snprintf(text + used, sizeof text - used, " (%s:%d)", thread.site.file, thread.site.line);
     return text;
@@ -69,6 +72,7 @@ std::string describe(const Thread& thread) {
 bool waits_like(const Thread& a, const Thread& b) {
     return a.state == b.state &&
            (a.state == State::exited || (a.site.line == b.site.line && a.site.file == b.site.file)) &&
+           (a.state != State::mbarrier || a.mbarrier == b.mbarrier) &&
            (a.state != State::collective || (a.mask == b.mask && a.collective == b.collective));
 }
 
@@ -87,8 +91,6 @@ std::string describe_all(const Block& block) {
     }
     return text;
 }
-
-void to_scheduler() { Fiber::swap(machine.thread->fiber, machine.scheduler); }
 
 // The lanes of the mask that exist and have not exited; those take no part, and nobody waits for them.
 unsigned present(const Block& block, unsigned warp, unsigned mask) {
@@ -156,7 +158,7 @@ void thread_body() {
     machine.launch->body(machine.launch->arguments);
     Thread& thread = *machine.thread;
     thread.state = State::exited;
-    ++machine.block->exited;
+    if (++machine.block->exited == machine.block->threads.size()) check_mbarriers(*machine.block);
     // Lanes that have exited are not waited for.
     const unsigned warp = thread.number / warp_lanes;
     for (Thread& other : machine.block->threads)
@@ -192,6 +194,8 @@ void begin_block(Block& block, uint64_t number, size_t first_stack) {
     next_epoch(block);
     block.first_epoch = block.epoch;
     prepare_shared(block, launch.shared_bytes);
+    block.mbarriers.clear();
+    block.phases.clear();
     for (unsigned i = 0; i < threads; ++i) {
         Thread& thread = block.threads[i];
         thread.stack = stack(first_stack + i);
@@ -202,6 +206,7 @@ void begin_block(Block& block, uint64_t number, size_t first_stack) {
         thread.site = {nullptr, 0};
         thread.issued.clear();
         thread.groups.clear();
+        thread.complete_seen.clear();
     }
 }
 
@@ -290,15 +295,6 @@ void check_one_site(const Block& block, const char* what) {
             return fail("%s in divergent code:%s", what, describe_all(block).c_str());
 }
 
-bool skipped(Site site) {
-    const std::string file = site.file;
-    for (const auto& [name, line] : machine.skipped)
-        if (site.line == line && file.size() >= name.size() &&
-            file.compare(file.size() - name.size(), name.size(), name) == 0)
-            return true;
-    return false;
-}
-
 void finish_grid_barrier() {
     machine.settled = machine.epoch;
     for (size_t i = 0; i < volume(machine.launch->grid); ++i) {
@@ -310,6 +306,17 @@ void finish_grid_barrier() {
 }
 
 }  // namespace
+
+void to_scheduler() { Fiber::swap(machine.thread->fiber, machine.scheduler); }
+
+bool skipped(Site site) {
+    const std::string file = site.file;
+    for (const auto& [name, line] : machine.skipped)
+        if (site.line == line && file.size() >= name.size() &&
+            file.compare(file.size() - name.size(), name.size(), name) == 0)
+            return true;
+    return false;
+}
 
 bool launch(const Launch& launch) {
     if (!machine.error.empty()) return false;

@@ -31,14 +31,43 @@ struct Cell {
 };
 
 constexpr uint16_t in_flight = 0xffff;  // the clock of a byte that an asynchronous copy has not reached yet
+// The clock of a byte that a bulk copy brings; the stamp's thread is the number of the phase that tells of it, among
+// those of the block.
+constexpr uint16_t by_engine = 0xfffe;
 
-enum class State : uint8_t { ready, block_barrier, grid_barrier, collective, exited };
+enum class State : uint8_t { ready, block_barrier, grid_barrier, collective, mbarrier, exited };
 
 struct Copy {
     unsigned char* to;
     const unsigned char* from;
     int size, read;
     uint32_t code;
+};
+
+struct BoxCopy {
+    unsigned char* to;
+    TensorMap map;
+    Corner corner;
+};
+
+// Of an mbarrier object. `first_seen`: the epoch in which the first thread waited for it, 0 before.
+struct Phase {
+    unsigned mbarrier, number;
+    unsigned thread;  // that asked for the phase's first copy
+    uint32_t first_seen;
+};
+
+struct Mbarrier {
+    size_t offset;  // in shared memory
+    unsigned maker, arrivals;
+    bool fenced;
+    unsigned complete;  // phases
+    unsigned arrived;
+    size_t expected, asked;        // bytes, in the phase that is open
+    int open_phase;                // its number among the block's, or -1 before its first copy
+    std::vector<BoxCopy> copies;   // of the open phase
+    std::vector<BoxCopy> landing;  // of phases that are complete and have not been waited for
+    std::vector<unsigned> phases;  // of the block, of those that are complete, where they have copies
 };
 
 struct Thread {
@@ -54,6 +83,8 @@ struct Thread {
     void* data;
     std::vector<Copy> issued;
     std::vector<std::vector<Copy>> groups;
+    size_t mbarrier;                      // that it waits at
+    std::vector<unsigned> complete_seen;  // [mbarrier]: how many phases it knows to be complete
 };
 
 struct Block {
@@ -68,6 +99,8 @@ struct Block {
     std::vector<Cell> cells;
     std::vector<uint16_t> seen;  // [thread][lane of its warp]: the lane's clock at their last common barrier
     bool seen_is_clean = false;
+    std::vector<Mbarrier> mbarriers;
+    std::vector<Phase> phases;
 };
 
 // Whether a kernel may write a tensor, and whether it may read it before it has been written.
@@ -92,7 +125,8 @@ struct Machine {
     size_t shared_limit = 227 * 1024;
     uint64_t first_block = 0, last_block = UINT64_MAX;
     std::vector<std::pair<std::string, int>> skipped;  // barriers of these lines do nothing: would anybody notice?
-    int late_groups = 0;                               // how many more groups of copies stay open than a wait allows
+    bool has_tensor_maps = true;
+    int late_groups = 0;  // how many more groups of copies stay open than a wait allows
 
     Fiber scheduler;
     std::vector<Block> blocks;
@@ -125,5 +159,10 @@ void prepare_shared(Block& block, size_t bytes);
 void issue_copy(const Copy& copy);
 void land_copy(const Copy& copy);
 void release_regions();
+void to_scheduler();
+bool skipped(Site site);
+std::string describe_mbarrier(const Mbarrier& mbarrier);
+// What an ending block leaves in flight would land in another's shared memory.
+void check_mbarriers(const Block& block);
 
 }  // namespace emulation

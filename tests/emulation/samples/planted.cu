@@ -18,6 +18,7 @@ struct Arguments {
     float* out;
     unsigned* counter;
     int n;
+    cuda::TensorMap map;  // of in, `threads` numbers a box
 };
 
 __device__ int position() { return blockIdx.x * blockDim.x + threadIdx.x; }
@@ -234,6 +235,120 @@ __global__ void copy_past_the_tensor(Arguments a) {
     if (blockIdx.x == 0) a.out[position()] = 2 * staged[threadIdx.x ^ 1];
 }
 
+// A block's share of the input by a bulk copy, and the barrier that tells of it.
+struct Bulk {
+    float* const staged = cuda::shared_memory<float>();
+    uint64_t* const barrier = reinterpret_cast<uint64_t*>(staged + threads);
+
+    __device__ void make(bool fence = true) const {
+        if (threadIdx.x != 0) return;
+        cuda::mbarrier_init(barrier, 1);
+        if (fence) cuda::fence_mbarriers();
+    }
+    __device__ void ask(const cuda::TensorMap& map, int bytes = threads * sizeof(float)) const {
+        if (threadIdx.x != 0) return;
+        cuda::mbarrier_arrive_expect(barrier, bytes);
+        cuda::copy_tensor_async(staged, &map, 0, blockIdx.x, 0, 0, barrier);
+    }
+};
+
+template <bool broken>
+__global__ void bulk_copy_not_waited_for(Arguments a) {
+    const Bulk bulk;
+    bulk.make();
+    __syncthreads();
+    bulk.ask(a.map);
+    if constexpr (!broken) cuda::mbarrier_wait(bulk.barrier, 0);
+    a.out[position()] = 2 * bulk.staged[threadIdx.x ^ 1];
+}
+
+template <bool broken>
+__global__ void bulk_copy_of_another_phase(Arguments a) {
+    const Bulk bulk;
+    bulk.make();
+    __syncthreads();
+    bulk.ask(a.map);
+    cuda::mbarrier_wait(bulk.barrier, broken);
+    a.out[position()] = 2 * bulk.staged[threadIdx.x ^ 1];
+}
+
+template <bool broken>
+__global__ void bulk_copy_that_another_waits_for(Arguments a) {
+    const Bulk bulk;
+    bulk.make();
+    __syncthreads();
+    bulk.ask(a.map);
+    if (threadIdx.x == 0) cuda::mbarrier_wait(bulk.barrier, 0);
+    if constexpr (!broken) __syncthreads();
+    a.out[position()] = 2 * bulk.staged[threadIdx.x ^ 1];
+}
+
+template <bool broken>
+__global__ void bulk_copy_of_fewer_bytes(Arguments a) {
+    const Bulk bulk;
+    bulk.make();
+    __syncthreads();
+    bulk.ask(a.map, (threads + broken) * sizeof(float));
+    cuda::mbarrier_wait(bulk.barrier, 0);
+    a.out[position()] = 2 * bulk.staged[threadIdx.x ^ 1];
+}
+
+template <bool broken>
+__global__ void bulk_copy_into_what_is_read(Arguments a) {
+    const Bulk bulk;
+    bulk.make();
+    __syncthreads();
+    float sum = 0;
+    for (int round = 0; round < 2; ++round) {
+        bulk.ask(a.map);
+        cuda::mbarrier_wait(bulk.barrier, round);
+        sum += bulk.staged[threadIdx.x ^ 1];
+        if constexpr (!broken) __syncthreads();
+    }
+    a.out[position()] = sum;
+}
+
+template <bool broken>
+__global__ void bulk_copy_left_in_flight(Arguments a) {
+    const Bulk bulk;
+    bulk.make();
+    __syncthreads();
+    bulk.ask(a.map);
+    if constexpr (!broken) cuda::mbarrier_wait(bulk.barrier, 0);
+    a.out[position()] = 2 * a.in[position() ^ 1];
+}
+
+template <bool broken>
+__global__ void unknown_mbarrier(Arguments a) {
+    const Bulk bulk;
+    bulk.make();
+    if constexpr (!broken) __syncthreads();
+    bulk.ask(a.map);
+    cuda::mbarrier_wait(bulk.barrier, 0);
+    a.out[position()] = 2 * bulk.staged[threadIdx.x ^ 1];
+}
+
+template <bool broken>
+__global__ void unfenced_mbarrier(Arguments a) {
+    const Bulk bulk;
+    bulk.make(!broken);
+    __syncthreads();
+    bulk.ask(a.map);
+    cuda::mbarrier_wait(bulk.barrier, 0);
+    a.out[position()] = 2 * bulk.staged[threadIdx.x ^ 1];
+}
+
+template <bool broken>
+__global__ void overwritten_mbarrier(Arguments a) {
+    const Bulk bulk;
+    bulk.make();
+    if (threadIdx.x == 0 && broken) bulk.staged[threads] = 0;
+    __syncthreads();
+    bulk.ask(a.map);
+    cuda::mbarrier_wait(bulk.barrier, 0);
+    a.out[position()] = 2 * bulk.staged[threadIdx.x ^ 1];
+}
+
 template <bool broken>
 __global__ void misaligned(Arguments a) {
     const int i = position();
@@ -338,6 +453,15 @@ const Planted all[] = {
     PLANTED(copy_without_barrier),
     PLANTED(copy_into_what_is_read),
     PLANTED(copy_past_the_tensor),
+    PLANTED(bulk_copy_not_waited_for),
+    PLANTED(bulk_copy_of_another_phase),
+    PLANTED(bulk_copy_that_another_waits_for),
+    PLANTED(bulk_copy_of_fewer_bytes),
+    PLANTED(bulk_copy_into_what_is_read),
+    PLANTED(bulk_copy_left_in_flight),
+    PLANTED(unknown_mbarrier),
+    PLANTED(unfenced_mbarrier),
+    PLANTED(overwritten_mbarrier),
     PLANTED(misaligned),
     PLANTED(local_array),
     PLANTED(overflowing_offset),
@@ -354,8 +478,10 @@ const Planted all[] = {
 // 1 where there is no kernel of this name. A counter makes the launch cooperative.
 extern "C" int planted(const char* name, bool with_bug, const float* in, float* out, unsigned* counter, int n,
                        int blocks, int shared_bytes) {
+    Arguments arguments{in, out, counter, n, {}};
+    if (!cuda::encode_tensor_map(arguments.map, cuda::DType::f32, in, {threads, n / threads, 1, 1}, {threads, 1, 1, 1}))
+        return 1;
     for (const Planted& kernel : all)
-        if (strcmp(kernel.name, name) == 0)
-            return kernel.run({in, out, counter, n}, dim3(blocks), shared_bytes, with_bug);
+        if (strcmp(kernel.name, name) == 0) return kernel.run(arguments, dim3(blocks), shared_bytes, with_bug);
     return 1;
 }
