@@ -126,7 +126,6 @@ def _target(architecture: str) -> GPUTarget:
 
 # Once in a session what several tests look at.
 _compiled: dict[tuple[Any, ...], Usage] = {}
-_intermediate: dict[tuple[Any, ...], str] = {}
 
 
 def compile_launch(launch: Launch, architecture: str) -> Usage:
@@ -141,13 +140,6 @@ def compile_launch(launch: Launch, architecture: str) -> Usage:
 
 def intermediate(launch: Launch, architecture: str) -> str:
     """The text of Triton's intermediate representation (TTIR), which takes a tenth of the time of machine code."""
-    key = (architecture, *launch.compiled_key)
-    if key not in _intermediate:
-        _intermediate[key] = _lowered(launch, architecture)
-    return _intermediate[key]
-
-
-def _lowered(launch: Launch, architecture: str) -> str:
     source, target = _source(launch), _target(architecture)
     backend = make_backend(target)
     options = backend.parse_options({"num_warps": launch.num_warps, "num_stages": launch.num_stages})

@@ -144,10 +144,12 @@ def test_other_windows(kernel: tuple[int, int], stride: int, dilation: int, dtyp
 
 
 def overflowing(launches: list[Launch], architecture: str) -> list[str]:
+    """Every launch, since those of the same code differ in their sizes."""
+    ttir = {launch.compiled_key: intermediate(launch, architecture) for launch in distinct(launches)}
     wrong = []
     for launch in launches:
-        ttir = intermediate(launch, architecture)
-        wrong += [f"{launch}: {found}" for found in overflows(ttir, dict(launch.values), launch.programs)]
+        found = overflows(ttir[launch.compiled_key], dict(launch.values), launch.programs)
+        wrong += [f"{launch}: {line}" for line in found]
     return wrong
 
 
@@ -164,13 +166,12 @@ def test_offsets_do_not_overflow() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_offsets_of_every_block_do_not_overflow(architecture: str, dtype: torch.dtype) -> None:
+def test_offsets_of_every_block_do_not_overflow(dtype: torch.dtype) -> None:
     wrong = []
     for block, side in blocks("b7"):
         for made in (training, inference, single_layers):
-            wrong += overflowing(made(block, 1024, side, dtype, architecture), architecture)
+            wrong += overflowing(made(block, 1024, side, dtype, "sm_90"), "sm_90")
     assert not wrong, "\n".join(wrong)
 
 
