@@ -815,13 +815,15 @@ def _weight_gradient_rule(shape: Mapping[str, int], arch: Architecture) -> Confi
     block_p = _rows_of_tile(pixels, 64 if _wide_tiles(shape, arch) else 32)
     blocks = triton.cdiv(shape["channels_in"], block_in) * triton.cdiv(shape["channels_out"], block_out)
     tiles = images * triton.cdiv(pixels, block_p)
+    # Of each stage grad, a and x, and one operand more on its way to the product.
+    three_stages = (3 * (block_in + 2 * block_out) + max(block_in, block_out)) * block_p * size
     return {
         "block_p": block_p,
         "block_in": block_in,
         "block_out": block_out,
         "splits": max(1, min(tiles, triton.cdiv(4 * arch.multiprocessors, blocks))),
         "num_warps": 8 if max(block_in, block_out) > 64 else 4,
-        "stages": 3 if size == 2 else 2,
+        "stages": 3 if size == 2 and three_stages <= arch.shared_bytes else 2,
     }
 
 
