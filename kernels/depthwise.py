@@ -669,7 +669,7 @@ def _backward_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
     narrow_lanes = size == 8 or taps > 30 or (large and size == 4) or (taps >= 25 and dilated)
     columns = 4 // shape["stride_w"] if not shape["fused"] else 2 // (shape["stride_w"] if large else 1)
     if taps > 30 or dilated:
-        columns = min(columns, 2)
+        columns = min(columns, 1 if dilated and taps >= 25 and shape["fused"] else 2)
     columns = max(1, min(columns, shape["width"]))
     per_multiprocessor = 2 if large else 3
     programs = per_multiprocessor * arch.multiprocessors
