@@ -184,3 +184,12 @@ def once(x, ANCHOR: tl.constexpr):
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2)
     else:
         return x
+
+
+@triton.jit
+def operand(x, TYPE: tl.constexpr):
+    """x as a product takes it: rounded to TYPE, that of the tensors; the interpreter can only multiply it widened."""
+    x = narrow(x, TYPE)
+    if _INTERPRETED:
+        x = widen(x)
+    return x

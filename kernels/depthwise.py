@@ -663,9 +663,13 @@ def _backward_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
     if arch.name == "interpreter":
         return {**_interpreted(shape), "PROGRAMS": 2, "REGISTERS": 255}
     taps, (open_rows, _) = shape["kernel_h"] * shape["kernel_w"], _extent(shape)
-    large = taps >= 25
-    narrow_lanes = shape["element_size"] == 8 or taps > 30 or (large and shape["element_size"] == 4)
+    dilated = max(shape["dilation_h"], shape["dilation_w"]) > 1
+    large = taps >= 25 or dilated
+    size = shape["element_size"]
+    narrow_lanes = size == 8 or taps > 30 or (large and size == 4) or (taps >= 25 and dilated)
     columns = 4 // shape["stride_w"] if not shape["fused"] else 2 // (shape["stride_w"] if large else 1)
+    if taps > 30 or dilated:
+        columns = min(columns, 1 if dilated and taps >= 25 and shape["fused"] else 2)
     columns = max(1, min(columns, shape["width"]))
     per_multiprocessor = 2 if large else 3
     programs = per_multiprocessor * arch.multiprocessors

@@ -26,11 +26,29 @@ from effnet_ops.kernels.activation import (
     narrow,
     normalise,
     once,
+    operand,
     widen,
 )
 from effnet_ops.kernels.batch_norm import wide
 from effnet_ops.kernels.reduction import sum_partials
 from effnet_ops.kernels.tuning import Architecture, Config
+
+
+@triton.jit
+def _place(parts, C: tl.constexpr, BLOCK: tl.constexpr):
+    """What a program owns: its number among those of a block of channels, its image and part of it; its channels."""
+    blocks: tl.constexpr = (C + BLOCK - 1) // BLOCK
+    o_c = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    i_program = tl.program_id(0) // blocks
+    return i_program, i_program // parts, i_program % parts, o_c, inside(o_c, C)
+
+
+@triton.jit
+def _range(i_part, tiles, parts):
+    """The first tile of a part, and that after its last."""
+    tiles_per_part = tl.cdiv(tiles, parts)
+    first = i_part * tiles_per_part
+    return first, tl.minimum(first + tiles_per_part, tiles)
 
 
 @triton.jit
@@ -72,12 +90,15 @@ def _norm(p_norm, o_c, m_c, C: tl.constexpr, KIND: tl.constexpr, FAST: tl.conste
 
 @triton.jit
 def _input_tile(
-    p_x, o_x, m_x, p_norm, norm, p_gate, gate, ACTIVATION: tl.constexpr, DOT: tl.constexpr, ANCHOR: tl.constexpr
+    p_x, start, o_p, m_p, o_c, m_c, C: tl.constexpr, p_norm, norm, p_gate, gate, ACTIVATION: tl.constexpr,
+    ANCHOR: tl.constexpr,
 ):  # fmt: skip  # [BP, BC]
     """activation(norm(x)) * gate of each row's image, ready for a product."""
-    FAST: tl.constexpr = p_x.dtype.element_ty == tl.bfloat16
-    FOLDED: tl.constexpr = p_x.dtype.element_ty.primitive_bitwidth == 16
-    b_x = tl.load(p_x + o_x, mask=m_x, other=0.0)
+    TYPE: tl.constexpr = p_x.dtype.element_ty
+    FAST: tl.constexpr = TYPE == tl.bfloat16
+    FOLDED: tl.constexpr = TYPE.primitive_bitwidth == 16
+    m_x = m_p[:, None] & m_c[None, :]
+    b_x = tl.load(p_x + start * C + (o_p[:, None] * C + o_c[None, :]), mask=m_x, other=0.0)
     if p_norm is not None or p_gate is not None or ACTIVATION != 0:
         b_x = widen(b_x)
         if p_norm is not None:
@@ -85,9 +106,9 @@ def _input_tile(
         b_x = activate(b_x, ACTIVATION, FAST, FOLDED and p_norm is not None)
         if p_gate is not None:
             b_x = b_x * gate
-        return once(b_x.to(DOT), ANCHOR)
+        return once(operand(b_x, TYPE), ANCHOR)
     else:
-        return b_x.to(DOT)
+        return operand(b_x, TYPE)
 
 
 @triton.jit
@@ -106,47 +127,59 @@ def _coefficients(p_coefficients, p_image_scale, i_image, o_c, m_c, C: tl.conste
 
 @triton.jit
 def _gradient_tile(
-    p_grad, p_a, o_g, m_g, p_coefficients, coefficients, p_image_scale, o_image, DOT: tl.constexpr, ANCHOR: tl.constexpr
-):  # [BP, BC]
+    p_grad, p_a, start, o_p, m_p, o_c, m_c, C: tl.constexpr, p_coefficients, coefficients, p_image_scale, o_image,
+    ANCHOR: tl.constexpr,
+):  # fmt: skip  # [BP, BC]
     """The gradient before a normalisation, A * scale * grad + B * (a - mean) + D, scale that of each row's image.
 
     It is 0 where masked.
     """
-    FOLDED: tl.constexpr = p_grad.dtype.element_ty.primitive_bitwidth == 16
-    b_g = tl.load(p_grad + o_g, mask=m_g, other=0.0)
+    TYPE: tl.constexpr = p_grad.dtype.element_ty
+    FOLDED: tl.constexpr = TYPE.primitive_bitwidth == 16
+    m_g = m_p[:, None] & m_c[None, :]
+    o_g = o_p[:, None] * C + o_c[None, :]
+    b_g = tl.load(p_grad + start * C + o_g, mask=m_g, other=0.0)
     if p_image_scale is not None:
         b_g = widen(b_g) * tl.load(p_image_scale + o_image)
     if p_coefficients is not None:
         mean, of_grad, of_a, constant = coefficients
-        b_a = widen(tl.load(p_a + o_g, mask=m_g, other=0.0))
+        b_a = widen(tl.load(p_a + start * C + o_g, mask=m_g, other=0.0))
         if not FOLDED:
             b_a = b_a - mean
         b_g = tl.where(m_g, of_grad * widen(b_g) + (of_a * b_a + constant), 0.0)
     if p_image_scale is not None or p_coefficients is not None:
-        return once(b_g.to(DOT), ANCHOR)
+        return once(operand(b_g, TYPE), ANCHOR)
     else:
-        return b_g.to(DOT)
+        return operand(b_g, TYPE)
+
+
+@triton.jit
+def _through(b_x, norm, ACTIVATION: tl.constexpr, FAST: tl.constexpr, FOLDED: tl.constexpr):
+    """u = activation(norm(x)), its slope by norm(x), and x - mean: what a gradient is multiplied with for sums."""
+    b_n = normalise(widen(b_x), norm, FOLDED)
+    b_u = activate(b_n, ACTIVATION, FAST, FOLDED)
+    return b_u, activation_gradient(b_n, ACTIVATION, FAST, FOLDED), widen(b_x) - norm[0]
 
 
 @triton.jit
 def _weight_tile(
-    p_weight, o_row, m_row, o_column, m_column, ROW: tl.constexpr, COLUMN: tl.constexpr, DOT: tl.constexpr
+    p_weight, o_row, m_row, o_column, m_column, ROW: tl.constexpr, COLUMN: tl.constexpr, TYPE: tl.constexpr
 ):
     """Weights as [rows, columns], with the strides of either."""
     o_w = o_row[:, None] * ROW + o_column[None, :] * COLUMN
-    return tl.load(p_weight + o_w, mask=m_row[:, None] & m_column[None, :], other=0.0).to(DOT)
+    return operand(tl.load(p_weight + o_w, mask=m_row[:, None] & m_column[None, :], other=0.0), TYPE)
 
 
 @triton.jit
 def _resident_weights(
-    p_weight, o_k, o_column, m_column, ROW: tl.constexpr, COLUMN: tl.constexpr, DOT: tl.constexpr,
+    p_weight, o_k, o_column, m_column, ROW: tl.constexpr, COLUMN: tl.constexpr, TYPE: tl.constexpr,
     C: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """The tiles of a weight whose rows are reduced, one a step."""
     weights = ()
     for step in tl.static_range(STEPS):
         o_row = step * BLOCK + o_k
-        weights = weights + (_weight_tile(p_weight, o_row, inside(o_row, C), o_column, m_column, ROW, COLUMN, DOT),)
+        weights = weights + (_weight_tile(p_weight, o_row, inside(o_row, C), o_column, m_column, ROW, COLUMN, TYPE),)
     return weights
 
 
@@ -171,7 +204,6 @@ def pointwise_fwd_kernel(
     ACTIVATION: tl.constexpr,
     OUT_ACTIVATION: tl.constexpr,
     GATHER: tl.constexpr,
-    DOT: tl.constexpr,
     ANCHOR: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -185,25 +217,20 @@ def pointwise_fwd_kernel(
     With RESIDENT the weight is loaded once, and the loads of all steps over the input channels belong to the loop over
     tiles, so that those of the next tiles are in flight while a tile is finished.
     """
-    ACC: tl.constexpr = tl.float64 if p_x.dtype.element_ty == tl.float64 else tl.float32
-    FAST: tl.constexpr = p_x.dtype.element_ty == tl.bfloat16
-    FOLDED: tl.constexpr = p_x.dtype.element_ty.primitive_bitwidth == 16
+    TYPE: tl.constexpr = p_x.dtype.element_ty
+    ACC: tl.constexpr = tl.float64 if TYPE == tl.float64 else tl.float32
+    FAST: tl.constexpr = TYPE == tl.bfloat16
+    FOLDED: tl.constexpr = TYPE.primitive_bitwidth == 16
     STEPS: tl.constexpr = (C_IN + BLOCK_IN - 1) // BLOCK_IN
     HOISTED: tl.constexpr = STEPS == 1
-    blocks: tl.constexpr = (C_OUT + BLOCK_OUT - 1) // BLOCK_OUT
-    i_block = tl.program_id(0) % blocks
-    i_program = tl.program_id(0) // blocks
-    i_part = i_program % parts
-    i_image = i_program // parts
-    o_out = i_block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    m_out = inside(o_out, C_OUT)
+    i_program, i_image, i_part, o_out, m_out = _place(parts, C_OUT, BLOCK_OUT)
     o_in = tl.arange(0, BLOCK_IN)
     m_in = inside(o_in, C_IN)
     out_norm = _norm(p_out_norm, o_out, m_out, C_OUT, OUT_ACTIVATION, FAST, FOLDED)
     bias = _rows(p_bias, 1, o_out, m_out, C_OUT)
     weights = ()
     if RESIDENT:
-        weights = _resident_weights(p_weight, o_in, o_out, m_out, 1, C_IN, DOT, C_IN, BLOCK_IN, STEPS)
+        weights = _resident_weights(p_weight, o_in, o_out, m_out, 1, C_IN, TYPE, C_IN, BLOCK_IN, STEPS)
     if HOISTED:
         norm = _norm(p_norm, o_in, m_in, C_IN, ACTIVATION, FAST, FOLDED)
         if not GATHER:
@@ -212,16 +239,12 @@ def pointwise_fwd_kernel(
     b_total = tl.zeros([BLOCK_P, BLOCK_OUT], ACC)
     b_squares = tl.zeros([BLOCK_P, BLOCK_OUT], ACC)
 
-    tiles = tl.cdiv(pixels, BLOCK_P)
-    tiles_per_part = tl.cdiv(tiles, parts)
-    first = i_part * tiles_per_part
-    last = tl.minimum(first + tiles_per_part, tiles)
+    first, last = _range(i_part, tl.cdiv(pixels, BLOCK_P), parts)
     for i_tile in tl.range(first, last, num_stages=STAGES if RESIDENT else 1):
         start = i_image.to(tl.int64) * pixels + i_tile * BLOCK_P
         valid = tl.minimum(pixels - i_tile * BLOCK_P, BLOCK_P)
         o_p = tl.arange(0, BLOCK_P)
         m_p = o_p < valid
-        p_tile = p_x + start * C_IN
         o_image = _image_of_rows(i_image, i_tile * BLOCK_P, o_p, pixels, image_pixels, GATHER)
         b_acc = tl.zeros([BLOCK_P, BLOCK_OUT], ACC)
         if RESIDENT:
@@ -232,20 +255,18 @@ def pointwise_fwd_kernel(
                     norm = _norm(p_norm, o_k, m_k, C_IN, ACTIVATION, FAST, FOLDED)
                 if GATHER or not HOISTED:
                     gate = _of_image(p_gate, o_image, o_k, m_k, C_IN)
-                m_x = m_p[:, None] & m_k[None, :]
-                o_x = o_p[:, None] * C_IN + o_k[None, :]
-                b_x = _input_tile(p_tile, o_x, m_x, p_norm, norm, p_gate, gate, ACTIVATION, DOT, ANCHOR)
+                b_x = _input_tile(p_x, start, o_p, m_p, o_k, m_k, C_IN, p_norm, norm, p_gate, gate, ACTIVATION, ANCHOR)
                 b_acc = tl.dot(b_x, weights[step], b_acc, input_precision=PRECISION, out_dtype=ACC)
         else:
             for k in tl.range(0, C_IN, BLOCK_IN, num_stages=STAGES):
                 o_k = k + o_in
                 m_k = inside(o_k, C_IN)
-                m_x = m_p[:, None] & m_k[None, :]
-                o_x = o_p[:, None] * C_IN + o_k[None, :]
                 k_norm = _norm(p_norm, o_k, m_k, C_IN, ACTIVATION, FAST, FOLDED)
                 k_gate = _of_image(p_gate, o_image, o_k, m_k, C_IN)
-                b_x = _input_tile(p_tile, o_x, m_x, p_norm, k_norm, p_gate, k_gate, ACTIVATION, DOT, ANCHOR)
-                b_w = _weight_tile(p_weight, o_k, m_k, o_out, m_out, 1, C_IN, DOT)
+                b_x = _input_tile(
+                    p_x, start, o_p, m_p, o_k, m_k, C_IN, p_norm, k_norm, p_gate, k_gate, ACTIVATION, ANCHOR
+                )
+                b_w = _weight_tile(p_weight, o_k, m_k, o_out, m_out, 1, C_IN, TYPE)
                 b_acc = tl.dot(b_x, b_w, b_acc, input_precision=PRECISION, out_dtype=ACC)
 
         HALVED: tl.constexpr = FOLDED and p_out_norm is not None
@@ -308,7 +329,6 @@ def pointwise_bwd_kernel_input(
     ACTIVATION: tl.constexpr,
     SUMS: tl.constexpr,
     GATHER: tl.constexpr,
-    DOT: tl.constexpr,
     ANCHOR: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -322,25 +342,20 @@ def pointwise_bwd_kernel_input(
     With p_norm, dx is the gradient behind an activation (and a gate) of x, and the sums over the program's pixels that
     x's normalisation and gate need are formed as dx is made: SUMS of them, (programs, SUMS, C_IN).
     """
-    ACC: tl.constexpr = tl.float64 if p_grad.dtype.element_ty == tl.float64 else tl.float32
-    FAST: tl.constexpr = p_grad.dtype.element_ty == tl.bfloat16
-    FOLDED: tl.constexpr = p_grad.dtype.element_ty.primitive_bitwidth == 16
+    TYPE: tl.constexpr = p_grad.dtype.element_ty
+    ACC: tl.constexpr = tl.float64 if TYPE == tl.float64 else tl.float32
+    FAST: tl.constexpr = TYPE == tl.bfloat16
+    FOLDED: tl.constexpr = TYPE.primitive_bitwidth == 16
     STEPS: tl.constexpr = (C_OUT + BLOCK_OUT - 1) // BLOCK_OUT
     HOISTED: tl.constexpr = STEPS == 1
-    blocks: tl.constexpr = (C_IN + BLOCK_IN - 1) // BLOCK_IN
-    i_block = tl.program_id(0) % blocks
-    i_program = tl.program_id(0) // blocks
-    i_part = i_program % parts
-    i_image = i_program // parts
+    i_program, i_image, i_part, o_in, m_in = _place(parts, C_IN, BLOCK_IN)
     ONE_SCALE: tl.constexpr = not GATHER and p_coefficients is not None
     p_one_scale = p_image_scale if ONE_SCALE else None
     p_row_scale = None if ONE_SCALE else p_image_scale
-    o_in = i_block * BLOCK_IN + tl.arange(0, BLOCK_IN)
-    m_in = inside(o_in, C_IN)
     o_out = tl.arange(0, BLOCK_OUT)
     norm = _norm(p_norm, o_in, m_in, C_IN, ACTIVATION, FAST, FOLDED)
     if RESIDENT:
-        weights = _resident_weights(p_weight, o_out, o_in, m_in, C_IN, 1, DOT, C_OUT, BLOCK_OUT, STEPS)
+        weights = _resident_weights(p_weight, o_out, o_in, m_in, C_IN, 1, TYPE, C_OUT, BLOCK_OUT, STEPS)
     if HOISTED:
         coefficients = _coefficients(p_coefficients, p_one_scale, i_image, o_out, inside(o_out, C_OUT), C_OUT, FOLDED)
     b_s1 = tl.zeros([BLOCK_P, BLOCK_IN], ACC)
@@ -349,43 +364,34 @@ def pointwise_bwd_kernel_input(
     b_s4 = tl.zeros([BLOCK_P, BLOCK_IN], ACC)
     b_s5 = tl.zeros([BLOCK_P, BLOCK_IN], ACC)
 
-    tiles = tl.cdiv(pixels, BLOCK_P)
-    tiles_per_part = tl.cdiv(tiles, parts)
-    first = i_part * tiles_per_part
-    last = tl.minimum(first + tiles_per_part, tiles)
+    first, last = _range(i_part, tl.cdiv(pixels, BLOCK_P), parts)
     for i_tile in tl.range(first, last, num_stages=STAGES if RESIDENT else 1):
         start = i_image.to(tl.int64) * pixels + i_tile * BLOCK_P
         o_p = tl.arange(0, BLOCK_P)
         m_p = o_p < pixels - i_tile * BLOCK_P
-        p_g = p_grad + start * C_OUT
         o_image = _image_of_rows(i_image, i_tile * BLOCK_P, o_p, pixels, image_pixels, GATHER)
-        p_a_tile = p_a
-        if p_coefficients is not None:
-            p_a_tile = p_a + start * C_OUT
         b_acc = tl.zeros([BLOCK_P, BLOCK_IN], ACC)
         if RESIDENT:
             for step in tl.static_range(STEPS):
                 o_k = step * BLOCK_OUT + o_out
                 m_k = inside(o_k, C_OUT)
-                m_g = m_p[:, None] & m_k[None, :]
-                o_g = o_p[:, None] * C_OUT + o_k[None, :]
                 if not HOISTED:
                     coefficients = _coefficients(p_coefficients, p_one_scale, i_image, o_k, m_k, C_OUT, FOLDED)
                 b_g = _gradient_tile(
-                    p_g, p_a_tile, o_g, m_g, p_coefficients, coefficients, p_row_scale, o_image, DOT, ANCHOR
-                )
+                    p_grad, p_a, start, o_p, m_p, o_k, m_k, C_OUT, p_coefficients, coefficients, p_row_scale, o_image,
+                    ANCHOR,
+                )  # fmt: skip
                 b_acc = tl.dot(b_g, weights[step], b_acc, input_precision=PRECISION, out_dtype=ACC)
         else:
             for k in tl.range(0, C_OUT, BLOCK_OUT, num_stages=STAGES):
                 o_k = k + o_out
                 m_k = inside(o_k, C_OUT)
-                m_g = m_p[:, None] & m_k[None, :]
-                o_g = o_p[:, None] * C_OUT + o_k[None, :]
                 k_coefficients = _coefficients(p_coefficients, p_one_scale, i_image, o_k, m_k, C_OUT, FOLDED)
                 b_g = _gradient_tile(
-                    p_g, p_a_tile, o_g, m_g, p_coefficients, k_coefficients, p_row_scale, o_image, DOT, ANCHOR
-                )
-                b_w = _weight_tile(p_weight, o_k, m_k, o_in, m_in, C_IN, 1, DOT)
+                    p_grad, p_a, start, o_p, m_p, o_k, m_k, C_OUT, p_coefficients, k_coefficients, p_row_scale, o_image,
+                    ANCHOR,
+                )  # fmt: skip
+                b_w = _weight_tile(p_weight, o_k, m_k, o_in, m_in, C_IN, 1, TYPE)
                 b_acc = tl.dot(b_g, b_w, b_acc, input_precision=PRECISION, out_dtype=ACC)
 
         m_x = m_p[:, None] & m_in[None, :]
@@ -398,15 +404,14 @@ def pointwise_bwd_kernel_input(
         if p_norm is not None:
             # Sums stay with the thread that made the values until the walk is over: a sum over threads for each tile
             # would cost more than all the rest.
-            b_x = widen(tl.load(p_x + start * C_IN + o_x, mask=m_x, other=0.0))
-            b_n = normalise(b_x, norm, FOLDED)
-            b_slope = tl.where(m_x, activation_gradient(b_n, ACTIVATION, FAST, FOLDED), 0.0)
-            b_centred = b_x - norm[0]
+            b_x = tl.load(p_x + start * C_IN + o_x, mask=m_x, other=0.0)
+            b_u, b_slope, b_centred = _through(b_x, norm, ACTIVATION, FAST, FOLDED)
+            b_slope = tl.where(m_x, b_slope, 0.0)
             b_behind = widen(b_dx) * b_slope
             b_s2 += b_behind
             b_s4 += b_behind * b_centred
             if SUMS == 5:
-                b_s1 += widen(b_dx) * activate(b_n, ACTIVATION, FAST, FOLDED)
+                b_s1 += widen(b_dx) * b_u
                 b_s3 += b_slope
                 b_s5 += b_slope * b_centred
 
@@ -445,7 +450,6 @@ def pointwise_bwd_kernel_both(
     ACTIVATION: tl.constexpr,
     SUMS: tl.constexpr,
     GATHER: tl.constexpr,
-    DOT: tl.constexpr,
     ANCHOR: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -458,27 +462,22 @@ def pointwise_bwd_kernel_both(
     The part is (C_OUT, C_IN) of (programs, C_OUT, C_IN). Sums of dx with something over pixels are columns of W times
     the product of the gradient with that something, so that tensor cores make them, too.
     """
-    ACC: tl.constexpr = tl.float64 if p_grad.dtype.element_ty == tl.float64 else tl.float32
-    FAST: tl.constexpr = p_grad.dtype.element_ty == tl.bfloat16
-    FOLDED: tl.constexpr = p_grad.dtype.element_ty.primitive_bitwidth == 16
+    TYPE: tl.constexpr = p_grad.dtype.element_ty
+    ACC: tl.constexpr = tl.float64 if TYPE == tl.float64 else tl.float32
+    FAST: tl.constexpr = TYPE == tl.bfloat16
+    FOLDED: tl.constexpr = TYPE.primitive_bitwidth == 16
     STEPS: tl.constexpr = (C_OUT + BLOCK_OUT - 1) // BLOCK_OUT
     HOISTED: tl.constexpr = STEPS == 1
     FACTORS: tl.constexpr = 1 if p_norm is None else 3
     # Where a block of output channels has room for a column of ones, the product also sums the factors themselves.
     ONES: tl.constexpr = SUMS == 5 and C_OUT % BLOCK_OUT != 0
-    blocks: tl.constexpr = (C_IN + BLOCK_IN - 1) // BLOCK_IN
-    i_block = tl.program_id(0) % blocks
-    i_program = tl.program_id(0) // blocks
-    i_part = i_program % parts
-    i_image = i_program // parts
+    i_program, i_image, i_part, o_in, m_in = _place(parts, C_IN, BLOCK_IN)
     ONE_SCALE: tl.constexpr = not GATHER and p_coefficients is not None
     p_one_scale = p_image_scale if ONE_SCALE else None
     p_row_scale = None if ONE_SCALE else p_image_scale
-    o_in = i_block * BLOCK_IN + tl.arange(0, BLOCK_IN)
-    m_in = inside(o_in, C_IN)
     o_out = tl.arange(0, BLOCK_OUT)
     norm = _norm(p_norm, o_in, m_in, C_IN, ACTIVATION, FAST, FOLDED)
-    weights = _resident_weights(p_weight, o_out, o_in, m_in, C_IN, 1, DOT, C_OUT, BLOCK_OUT, STEPS)
+    weights = _resident_weights(p_weight, o_out, o_in, m_in, C_IN, 1, TYPE, C_OUT, BLOCK_OUT, STEPS)
     if HOISTED:
         coefficients = _coefficients(p_coefficients, p_one_scale, i_image, o_out, inside(o_out, C_OUT), C_OUT, FOLDED)
     products = ()
@@ -487,60 +486,52 @@ def pointwise_bwd_kernel_both(
     b_s3 = tl.zeros([BLOCK_P, BLOCK_IN], ACC)
     b_s5 = tl.zeros([BLOCK_P, BLOCK_IN], ACC)
 
-    tiles = tl.cdiv(pixels, BLOCK_P)
-    tiles_per_part = tl.cdiv(tiles, parts)
-    first = i_part * tiles_per_part
-    last = tl.minimum(first + tiles_per_part, tiles)
+    first, last = _range(i_part, tl.cdiv(pixels, BLOCK_P), parts)
     for i_tile in tl.range(first, last, num_stages=STAGES):
         start = i_image.to(tl.int64) * pixels + i_tile * BLOCK_P
         o_p = tl.arange(0, BLOCK_P)
         m_p = o_p < pixels - i_tile * BLOCK_P
         o_image = _image_of_rows(i_image, i_tile * BLOCK_P, o_p, pixels, image_pixels, GATHER)
-        p_a_tile = p_a
-        if p_coefficients is not None:
-            p_a_tile = p_a + start * C_OUT
         m_x = m_p[:, None] & m_in[None, :]
         o_x = o_p[:, None] * C_IN + o_in[None, :]
         b_x = tl.load(p_x + start * C_IN + o_x, mask=m_x, other=0.0)
         if p_norm is None:
-            factors = (b_x.to(DOT),)
+            factors = (operand(b_x, TYPE),)
         else:
-            b_n = normalise(widen(b_x), norm, FOLDED)
-            b_u = activate(b_n, ACTIVATION, FAST, FOLDED)
-            b_slope = activation_gradient(b_n, ACTIVATION, FAST, FOLDED)
-            b_centred = widen(b_x) - norm[0]
+            b_u, b_slope, b_centred = _through(b_x, norm, ACTIVATION, FAST, FOLDED)
             if SUMS == 5 and not ONES:
                 b_slope = tl.where(m_x, b_slope, 0.0)
                 b_s3 += b_slope
                 b_s5 += b_slope * b_centred
             factors = (
-                once(b_u.to(DOT), ANCHOR),
-                once(b_slope.to(DOT), ANCHOR),
-                once((b_slope * b_centred).to(DOT), ANCHOR),
+                once(operand(b_u, TYPE), ANCHOR),
+                once(operand(b_slope, TYPE), ANCHOR),
+                once(operand(b_slope * b_centred, TYPE), ANCHOR),
             )
         b_acc = tl.zeros([BLOCK_P, BLOCK_IN], ACC)
         updated = ()
         for step in tl.static_range(STEPS):
             o_k = step * BLOCK_OUT + o_out
             m_k = inside(o_k, C_OUT)
-            m_g = m_p[:, None] & m_k[None, :]
-            o_g = o_p[:, None] * C_OUT + o_k[None, :]
             if not HOISTED:
                 coefficients = _coefficients(p_coefficients, p_one_scale, i_image, o_k, m_k, C_OUT, FOLDED)
             b_g = _gradient_tile(
-                p_grad + start * C_OUT,
-                p_a_tile,
-                o_g,
-                m_g,
+                p_grad,
+                p_a,
+                start,
+                o_p,
+                m_p,
+                o_k,
+                m_k,
+                C_OUT,
                 p_coefficients,
                 coefficients,
                 p_row_scale,
                 o_image,
-                DOT,
                 ANCHOR,
             )
             if ONES and step == STEPS - 1:
-                b_g = tl.where(m_p[:, None] & (o_k[None, :] == C_OUT), 1.0, b_g).to(DOT)
+                b_g = tl.where(m_p[:, None] & (o_k[None, :] == C_OUT), 1.0, b_g).to(b_g.dtype)
             b_acc = tl.dot(b_g, weights[step], b_acc, input_precision=PRECISION, out_dtype=ACC)
             for i in tl.static_range(FACTORS):
                 product = products[step * FACTORS + i]
@@ -600,7 +591,6 @@ def pointwise_bwd_kernel_weight(
     C_OUT: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATHER: tl.constexpr,
-    DOT: tl.constexpr,
     ANCHOR: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -609,9 +599,10 @@ def pointwise_bwd_kernel_weight(
     STAGES: tl.constexpr,
 ):
     """Sums over a range of tiles of prologue(grad)^T prologue(x), (splits, C_OUT, C_IN), for a second stage to add."""
-    ACC: tl.constexpr = tl.float64 if p_grad.dtype.element_ty == tl.float64 else tl.float32
-    FAST: tl.constexpr = p_grad.dtype.element_ty == tl.bfloat16
-    FOLDED: tl.constexpr = p_grad.dtype.element_ty.primitive_bitwidth == 16
+    TYPE: tl.constexpr = p_grad.dtype.element_ty
+    ACC: tl.constexpr = tl.float64 if TYPE == tl.float64 else tl.float32
+    FAST: tl.constexpr = TYPE == tl.bfloat16
+    FOLDED: tl.constexpr = TYPE.primitive_bitwidth == 16
     blocks_in: tl.constexpr = (C_IN + BLOCK_IN - 1) // BLOCK_IN
     blocks_out: tl.constexpr = (C_OUT + BLOCK_OUT - 1) // BLOCK_OUT
     i_in = tl.program_id(0) % blocks_in
@@ -628,27 +619,31 @@ def pointwise_bwd_kernel_weight(
 
     tiles_per_image = tl.cdiv(pixels, BLOCK_P)
     tiles = images * tiles_per_image
-    tiles_per_split = tl.cdiv(tiles, splits)
-    first = i_split * tiles_per_split
-    last = tl.minimum(first + tiles_per_split, tiles)
+    first, last = _range(i_split, tiles, splits)
     for i_tile in tl.range(first, last, num_stages=STAGES):
         i_image = i_tile // tiles_per_image
         i_row = (i_tile % tiles_per_image) * BLOCK_P
         start = i_image.to(tl.int64) * pixels + i_row
         o_p = tl.arange(0, BLOCK_P)
         m_p = o_p < pixels - i_row
-        m_g = m_p[:, None] & m_out[None, :]
-        o_g = o_p[:, None] * C_OUT + o_out[None, :]
-        p_a_tile = p_a
-        if p_coefficients is not None:
-            p_a_tile = p_a + start * C_OUT
         o_image = _image_of_rows(i_image, i_row, o_p, pixels, image_pixels, GATHER)
-        p_g = p_grad + start * C_OUT
-        b_g = _gradient_tile(p_g, p_a_tile, o_g, m_g, p_coefficients, coefficients, p_image_scale, o_image, DOT, ANCHOR)
-        m_x = m_p[:, None] & m_in[None, :]
-        o_x = o_p[:, None] * C_IN + o_in[None, :]
+        b_g = _gradient_tile(
+            p_grad,
+            p_a,
+            start,
+            o_p,
+            m_p,
+            o_out,
+            m_out,
+            C_OUT,
+            p_coefficients,
+            coefficients,
+            p_image_scale,
+            o_image,
+            ANCHOR,
+        )
         gate = _of_image(p_gate, o_image, o_in, m_in, C_IN)
-        b_x = _input_tile(p_x + start * C_IN, o_x, m_x, p_norm, norm, p_gate, gate, ACTIVATION, DOT, ANCHOR)
+        b_x = _input_tile(p_x, start, o_p, m_p, o_in, m_in, C_IN, p_norm, norm, p_gate, gate, ACTIVATION, ANCHOR)
         b_weight = tl.dot(tl.trans(b_g), b_x, b_weight, input_precision=PRECISION, out_dtype=ACC)
         if p_bias_partials is not None:
             b_bias += b_g.to(ACC)
@@ -667,15 +662,6 @@ def precision(dtype: torch.dtype) -> str:
         return "ieee"
     setting = torch.backends.cuda.matmul.fp32_precision
     return "tf32" if (torch.backends.fp32_precision if setting == "none" else setting) == "tf32" else "ieee"
-
-
-def product_dtype(dtype: torch.dtype) -> tl.dtype:
-    """What a product's operands are rounded to: the activations' dtype, which the interpreter can only do in fp32."""
-    if dtype == torch.float64:
-        return tl.float64
-    if dtype == torch.float32 or INTERPRETED:
-        return tl.float32
-    return tl.bfloat16 if dtype == torch.bfloat16 else tl.float16
 
 
 def _anchor(device: torch.device) -> bool:
@@ -829,13 +815,15 @@ def _weight_gradient_rule(shape: Mapping[str, int], arch: Architecture) -> Confi
     block_p = _rows_of_tile(pixels, 64 if _wide_tiles(shape, arch) else 32)
     blocks = triton.cdiv(shape["channels_in"], block_in) * triton.cdiv(shape["channels_out"], block_out)
     tiles = images * triton.cdiv(pixels, block_p)
+    # Of each stage grad, a and x, and one operand more on its way to the product.
+    three_stages = (3 * (block_in + 2 * block_out) + max(block_in, block_out)) * block_p * size
     return {
         "block_p": block_p,
         "block_in": block_in,
         "block_out": block_out,
         "splits": max(1, min(tiles, triton.cdiv(4 * arch.multiprocessors, blocks))),
         "num_warps": 8 if max(block_in, block_out) > 64 else 4,
-        "stages": 3 if size == 2 else 2,
+        "stages": 3 if size == 2 and three_stages <= arch.shared_bytes else 2,
     }
 
 
@@ -917,7 +905,6 @@ def forward(
         ACTIVATION=ACTIVATION_CODES[activation],
         OUT_ACTIVATION=ACTIVATION_CODES[out_activation],
         GATHER=gather,
-        DOT=product_dtype(x.dtype),
         ANCHOR=_anchor(x.device),
         PRECISION=precision(x.dtype),
         BLOCK_P=config["block_p"],
@@ -1049,7 +1036,6 @@ def _launch_input_gradient(
         ACTIVATION=ACTIVATION_CODES[activation],
         SUMS=shape["sums"],
         GATHER=bool(shape["gather"]),
-        DOT=product_dtype(grad.dtype),
         ANCHOR=_anchor(grad.device),
         PRECISION=precision(grad.dtype),
         BLOCK_P=config["block_p"],
@@ -1106,7 +1092,6 @@ def weight_gradient(
         C_OUT=c_out,
         ACTIVATION=ACTIVATION_CODES[activation],
         GATHER=gather,
-        DOT=product_dtype(x.dtype),
         ANCHOR=_anchor(x.device),
         PRECISION=precision(x.dtype),
         BLOCK_P=config["block_p"],

@@ -334,7 +334,7 @@ def _gate_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
     """More images a program where there are enough: each reads both weights."""
     block_r = triton.next_power_of_2(shape["reduced"])
     block_c = max(16, min(128, 4096 // block_r, triton.next_power_of_2(shape["channels"])))
-    block_i = 4 if shape["images"] >= arch.multiprocessors else 1
+    block_i = 4 if shape["images"] >= arch.multiprocessors and block_r <= 256 else 1
     programs = triton.cdiv(shape["images"], block_i)
     most = triton.cdiv(shape["channels"], block_c)
     slices = max(1, min(most, triton.cdiv(arch.multiprocessors, programs), 8))
@@ -443,11 +443,14 @@ def gate_backward(sums: Tensor, pixels: int, pooled: Tensor, parameters: Paramet
         C=channels, R=reduced, ROWS=rows,
         ACTIVATION=ACTIVATION_CODES[parameters.activation], GATE=GATE_CODES[parameters.gate],
         BLOCK_I=config["block_i"], BLOCK_C=config["block_c"], BLOCK_R=block_r, num_warps=config["num_warps"],
+        maxnreg=255,  # Left to itself, the compiler spills some in order to fit one program more.
     )  # fmt: skip
     gradients = [None if p is None else torch.empty_like(p) for p in parameters[:4]]
-    block_c = 32
+    # Both gradients stay in registers, with 255 of them for each thread.
+    block_c = 32 if block_r <= 128 else 16
     gate_bwd_kernel_weight[(triton.cdiv(channels, block_c),)](
         expanded_grad, reduced_grad, hidden, pooled, *gradients, images,
-        C=channels, R=reduced, BLOCK_I=16, BLOCK_C=block_c, BLOCK_R=max(16, block_r), num_warps=4,
+        C=channels, R=reduced, BLOCK_I=16, BLOCK_C=block_c, BLOCK_R=max(16, block_r),
+        num_warps=4 if block_r <= 256 else 8,
     )  # fmt: skip
     return GateGradients(*gradients, gate, pooled_grad, partials)

@@ -38,10 +38,11 @@ class Architecture(NamedTuple):
 
 ARCHITECTURES = {
     "sm_80": Architecture("sm_80", 108, 163 * 1024),
+    "sm_89": Architecture("sm_89", 128, 99 * 1024),
     "sm_90": Architecture("sm_90", 132, 227 * 1024),
     "sm_100": Architecture("sm_100", 148, 227 * 1024),
 }
-"""A100, H100 and H200, B200: what tests compile kernels for."""
+"""A100, RTX 4090, H100 and H200, B200: what tests compile kernels for."""
 
 
 def heuristic(operation: str) -> Callable[[Heuristic], Heuristic]:

@@ -50,7 +50,7 @@ def _corners(a: Interval, b: Interval, operation: str) -> Interval:
 
 
 def overflows(ttir: str, values: Mapping[str, int], programs: int) -> list[str]:
-    """Lines whose 32-bit result may leave 32 bits, and pointer offsets of 32 bits about which nothing is known.
+    """Lines whose 32-bit result may leave 32 bits, and 32-bit numbers and offsets about which nothing is known.
 
     Args:
         ttir: the module's text.
@@ -74,10 +74,13 @@ def overflows(ttir: str, values: Mapping[str, int], programs: int) -> list[str]:
                 found += [] if offset in known else [f"unknown offset: {line.strip()}"]
             continue
         interval = _interval(operation, match["rest"], known, programs)
+        narrow = re.search(r"i32>?$", match["rest"]) is not None
         if interval is None:
+            # Widened later on, it would be no unknown offset any more.
+            found += [f"unknown number: {line.strip()}"] if narrow and operation != "cmpi" else []
             continue
         known[match["name"]] = interval
-        if re.search(r"i32>?$", match["rest"]) and not (interval.low >= -LIMIT and interval.high < LIMIT):
+        if narrow and not (interval.low >= -LIMIT and interval.high < LIMIT):
             found.append(f"{interval.low} to {interval.high}: {line.strip()}")
     return found
 

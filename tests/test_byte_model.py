@@ -60,3 +60,14 @@ def test_shapes_of_b0() -> None:
     assert blocks[0] == (32 * 112**2, 0, 32 * 112**2, 16 * 112**2, 0, False, True)
     assert blocks[2] == (24 * 56**2, 144 * 56**2, 144 * 56**2, 24 * 56**2, 24 * 56**2, True, True)
     assert ends == (3 * 224**2, 32 * 112**2, 320 * 49, 1280 * 49)
+
+
+def test_table_of_the_docs() -> None:
+    """docs/triton.md quotes every design of every network as the script prints it."""
+    page = (Path(__file__).resolve().parent.parent / "docs" / "triton.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")]
+    quoted = {row[0]: row[1:] for row in rows if row[0] in byte_model.DESIGNS}
+    networks = byte_model.RESOLUTIONS
+    assert quoted == {
+        design: [f"{byte_model.moved(name, design) / 1e6:.1f}" for name in networks] for design in byte_model.DESIGNS
+    }

@@ -15,8 +15,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks" / "
 
 import choice
 import counters
+import ours
 import tools
+import tune
+from baselines import REAL
 
+from effnet_ops.kernels import tuning
 from effnet_ops.ops import gpu
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -236,14 +240,33 @@ def test_choice_by_what_was_measured() -> None:
     assert both["depthwise_conv2d_backward"]["shapes"] == expected
 
 
+def test_both_gradients_are_measured_where_blocks_make_them_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among others, the expansion and the projection that move most of B0's bytes."""
+    monkeypatch.setattr(tuning, "architecture", lambda device: tuning.ARCHITECTURES["sm_90"])
+    monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.setattr(ours, "gpu_backends", lambda scale: ["triton"])
+    jobs = [job for job in ours.kernels(REAL._replace(device="cpu")) if job.operation == "pointwise"]
+    found = {job.shape for job in jobs if job.mode == "both gradients"}
+    assert {"256x16x112x112 -> 96", "256x96x56x56 -> 24"} <= found < {job.shape for job in jobs}
+
+
+def test_candidates_of_the_tuner() -> None:
+    """Neighbours of each number, and of whether both gradients are one launch the other answer."""
+    config = {"block_p": 32, "num_warps": 1, "fits": 1}
+    assert list(tune.candidates(config, "block_p")) == [{**config, "block_p": 16}, {**config, "block_p": 64}]
+    assert list(tune.candidates(config, "num_warps")) == [{**config, "num_warps": 2}]
+    assert list(tune.candidates(config, "fits")) == [{**config, "fits": 0}]
+
+
 @pytest.mark.slow
 def test_tuning_interpreted() -> None:
     done = run("tune.py", "--dry-run", TRITON_INTERPRET="1")
     assert done.stdout.endswith("complete\n"), done.stdout[-3000:] + done.stderr[-3000:]
-    assert done.stdout.count("by the rule") == 10
+    assert done.stdout.count("by the rule") == 12 and done.stdout.count("both gradients") == 2
 
 
 @pytest.mark.slow
 def test_kernels_of_the_benchmark_interpreted() -> None:
     done = run("ours.py", "--dry-run", "--part", "kernels", TRITON_INTERPRET="1")
     assert done.stdout.endswith("complete; 0 failed\n"), done.stdout[-3000:] + done.stderr[-3000:]
+    assert "both gradients" in done.stdout

@@ -36,6 +36,18 @@ def test_rule_is_logged_once(hopper: None, caplog: pytest.LogCaptureFixture) -> 
     ]
 
 
+def test_unknown_gpu_runs_by_the_rule(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """One that neither the table nor a test has heard of, with less shared memory; logged once for each shape."""
+    unknown = tuning.Architecture("sm_999", 24, 99 * 1024)
+    monkeypatch.setattr(tuning, "architecture", lambda device: unknown)
+    with caplog.at_level(logging.INFO, logger="effnet_ops.kernels.tuning"):
+        for _ in range(2):
+            config = tuning.choose("pointwise_forward", SHAPE, CPU)
+            monkeypatch.setattr(tuning, "_chosen", {})
+    assert config == tuning.from_rule("pointwise_forward", SHAPE, unknown)
+    assert len(caplog.records) == 1 and "for sm_999 at" in caplog.text
+
+
 def test_interpreter_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="effnet_ops.kernels.tuning"):
         tuning.choose("pointwise_forward", SHAPE, CPU)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from baselines import DTYPES, FORMATS, TOLERANCE, Scale, memory_of, profile_job, run_parts, step_of
 from rows import Job, Work, relative_error
-from shapes import RESOLUTIONS, Depthwise, layers
+from shapes import RESOLUTIONS, Depthwise, Product, layers
 from torch import Tensor, nn
 
 import effnet_ops
@@ -66,7 +66,8 @@ def kernels(scale: Scale) -> Iterator[Job]:
     if "triton" in gpu_backends(scale):
         products = layers("efficientnet_b0", scale.resolution["efficientnet_b0"]).products
         for shape in products[: scale.most_layers]:
-            for mode in ("forward", "input gradient", "weight gradient"):
+            both = ("both gradients",) if _both_fit(scale, shape) else ()
+            for mode in ("forward", "input gradient", "weight gradient", *both):
                 yield _kernel_job(
                     scale,
                     "pointwise",
@@ -174,7 +175,17 @@ def _plain_job(scale: Scale, shape: Depthwise, dtype: str, layout: str, backend:
     return Job("depthwise", "depthwise", f"{OURS} {backend} {layout}", f"{scale.batch}x{shape}", dtype, mode, prepare)
 
 
-def _pointwise(scale: Scale, shape: Any, mode: str) -> Work:
+def _both_fit(scale: Scale, shape: Product) -> bool:
+    """Whether a block makes both gradients of the product in one launch."""
+    from effnet_ops.kernels import pointwise
+
+    number = torch.empty(1, dtype=torch.bfloat16, device=scale.device)
+    grad, weight = number.expand(scale.batch, shape.size**2, shape.channels_out), number.expand(*shape[1::-1])
+    projects = shape.channels_in > shape.channels_out
+    return pointwise.both_fit(grad, weight, of_image=projects, per_image=projects, normalised=projects)
+
+
+def _pointwise(scale: Scale, shape: Product, mode: str) -> Work:
     """An expansion if the product widens, else a projection: they carry different neighbours."""
     from effnet_ops.kernels import pointwise
 
@@ -184,28 +195,34 @@ def _pointwise(scale: Scale, shape: Any, mode: str) -> Work:
     weight = torch.randn(c_out, c_in, device=scale.device) / c_in**0.5
     gate, image_scale = torch.rand(batch, c_in, device=scale.device), torch.ones(batch, device=scale.device)
     norm, coefficients = _vectors(scale, 3, c_in), _vectors(scale, 4, c_out)
-    before = dict(norm=norm, activation="silu", gate=gate) if projects else {}
+    before: dict[str, Any] = dict(norm=norm, activation="silu", gate=gate) if projects else {}
     behind: dict[str, Any] = dict(coefficients=coefficients, a=a)
     if projects:
         behind["image_scale"] = image_scale
-    elements = batch * pixels
-    work = {"flops": 2 * elements * c_in * c_out}
-    if mode == "forward":
-        return Work(
-            lambda: pointwise.forward(x, weight, **before, statistics=True), bytes=2 * elements * (c_in + c_out), **work
-        )
-    if mode == "weight gradient":
-        return Work(
-            lambda: pointwise.weight_gradient(grad, x, weight, **behind, **before),
-            bytes=2 * elements * (c_in + 2 * c_out),
-            **work,
-        )
     through = pointwise.Through(x, norm, "silu", True) if projects else None
-    return Work(
-        lambda: pointwise.input_gradient(grad, weight, **behind, through=through),
-        bytes=2 * elements * (2 * c_out + (2 if projects else 1) * c_in),
-        **work,
-    )
+
+    def forward() -> object:
+        return pointwise.forward(x, weight, **before, statistics=True)
+
+    def input_gradient() -> object:
+        return pointwise.input_gradient(grad, weight, **behind, through=through)
+
+    def weight_gradient() -> object:
+        return pointwise.weight_gradient(grad, x, weight, **behind, **before)
+
+    def both_gradients() -> object:
+        if pointwise.both_fit(grad, weight, of_image=projects, per_image=projects, normalised=projects):
+            return pointwise.both_gradients(grad, x, weight, **behind, **before)
+        return input_gradient()[0], weight_gradient()[0]
+
+    run, channels = {
+        "forward": (forward, c_in + c_out),
+        "input gradient": (input_gradient, 2 * c_out + (2 if projects else 1) * c_in),
+        "weight gradient": (weight_gradient, 2 * c_out + c_in),
+        "both gradients": (both_gradients, 2 * c_out + 2 * c_in),
+    }[mode]
+    products = 2 if mode == "both gradients" else 1
+    return Work(run, bytes=2 * batch * pixels * channels, flops=products * 2 * batch * pixels * c_in * c_out)
 
 
 def operations(scale: Scale) -> Iterator[Job]:
