@@ -98,8 +98,12 @@ def check_backward(
     assert all(error <= GRADIENT_TOLERANCE[dtype] for error in errors.values()), errors
 
 
-def ids(problems: list[tuple[DepthwiseCase, str, torch.dtype, int]]) -> list[str]:
-    return [f"{case.name}-{kind}-{str(dtype).removeprefix('torch.')}-{major}0" for case, kind, dtype, major in problems]
+def ids(problems: list[tuple]) -> list[str]:
+    """From case, kind, dtype and, where it matters, the compute capability."""
+    return [
+        "-".join((case.name, kind, str(dtype).removeprefix("torch."), *(f"{major}0" for major in device)))
+        for case, kind, dtype, *device in problems
+    ]
 
 
 def majors(case: DepthwiseCase) -> tuple[int, ...]:
