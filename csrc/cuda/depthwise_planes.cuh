@@ -413,7 +413,9 @@ struct PlanesBackwardTraits : Window<kernel_, stride_> {
     static constexpr int columns = kernel_ == 7 ? 2 : kernel_ == 5 && stride_ == 2 ? 4 : 7;
     static constexpr int grads = columns + Base::reach;  // output gradients of a row that these meet
     // At most so many threads a block, and so many blocks a multiprocessor: 128, 168 or 255 registers a thread.
-    static constexpr int threads = 128, blocks = kernel_ == 7 ? 2 : (kernel_ == 3 ? 4 : 3) - fused_, stages = 2;
+    // Fused 3x3 at stride 2 would have 168, which is too few for sm_100.
+    static constexpr int threads = 128, stages = 2;
+    static constexpr int blocks = kernel_ == 7 || (fused_ && stride_ == 2) ? 2 : (kernel_ == 3 ? 4 : 3) - fused_;
     static constexpr int values = Base::taps + 3;  // sums a thread: dw, db, and two of dx
 
     // Results take the place of x. In the end, the threads' sums take the place of all.
