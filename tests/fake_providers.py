@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 
 import torch
@@ -42,7 +43,12 @@ def _dying(job: Job) -> Iterator[Runner]:
     os._exit(3)
 
 
+def _slow(job: Job) -> Iterator[Runner]:
+    time.sleep(3600)
+    return _runner(job, lambda model, x: model(x))
+
+
 FAKES = {
     function.__name__.strip("_"): Provider(function.__name__.strip("_"), function)
-    for function in (_wrong, _later_wrong, _hungry, _backend, _dying)
+    for function in (_wrong, _later_wrong, _hungry, _backend, _dying, _slow)
 }

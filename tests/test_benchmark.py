@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner, Result
 
 from effnet_ops import _native
-from effnet_ops.benchmark import calibration, models
+from effnet_ops.benchmark import calibration, comparison, models
 from effnet_ops.benchmark.calibration import Peaks, measure_peaks
 from effnet_ops.benchmark.comparison import Settings, compare, prepare
 from effnet_ops.benchmark.gate import Failed, gate
@@ -68,6 +68,12 @@ def test_a_wrong_result_is_an_error_and_never_a_number() -> None:
     if sys.platform == "linux":
         assert 4 * HUNGER < right.peak_rss_bytes < 4 * HUNGER + 20e6
     assert ("measuring", TINY.rounds, TINY.rounds) in told
+
+
+def test_a_provider_that_is_never_ready_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison, "PATIENCE", 1.0)
+    (row,) = compare(replace(TINY, model="effnet_ops:efficientnet_lite0"), [FAKES["slow"]])
+    assert row.problem == "not ready within 1 seconds" and row.p50 is None
 
 
 def test_a_worker_answers_until_it_raises_and_then_says_why_in_one_line() -> None:

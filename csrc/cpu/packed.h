@@ -399,7 +399,8 @@ template <class A>
 inline void pack_panel(const A* weight, int64_t depth, int64_t valid, const A* scale, A* to) {
     constexpr int L = lanes<A>;
     if (valid < panel_columns) std::memset(to, 0, size_t(depth) * panel_columns * sizeof(A));
-    transpose(valid, depth, weight, depth, to, panel_columns);
+    // The next panel comes into the cache meanwhile.
+    transpose(valid, depth, weight, depth, to, panel_columns, panel_columns * depth);
     if (scale == nullptr) return;
     Vec<A> factor[panel_columns / L];
     for (int i = 0; i < panel_columns; i += L) factor[i / L] = load(scale + i, int(larger(0, smaller(L, valid - i))));
@@ -415,7 +416,7 @@ inline void pack_panel(const float* weight, int64_t depth, int64_t valid, const 
     for (int64_t k = 0; k < depth; k += step) {
         const int64_t run = smaller(step, depth - k);
         std::memset(wide, 0, sizeof(wide));
-        transpose(valid, run, weight + k, depth, wide, panel_columns);
+        transpose(valid, run, weight + k, depth, wide, panel_columns, panel_columns * depth);
         for (int64_t i = 0; i < term_count<BFloat16Pair>(run); ++i) {
             const float *even = wide + 2 * i * panel_columns, *odd = even + panel_columns;
             for (int n = 0; n < panel_columns; n += lanes<float>) {

@@ -95,8 +95,9 @@ inline void split_pairs(int64_t count, const T* row, T* even, T* odd) {
 }
 
 template <class U>
-inline void transpose_bits(int64_t rows, int64_t columns, const U* from, int64_t from_step, U* to, int64_t to_step) {
-    constexpr int L = lanes<U>, ahead = 256 / int(sizeof(U));
+inline void transpose_bits(int64_t rows, int64_t columns, const U* from, int64_t from_step, U* to, int64_t to_step,
+                           int64_t ahead) {
+    constexpr int L = lanes<U>;
     for (int64_t i = 0; i < rows; i += L)
         for (int64_t j = 0; j < columns; j += L) {
             const int m = int(smaller(L, rows - i)), n = int(smaller(L, columns - j));
@@ -108,7 +109,7 @@ inline void transpose_bits(int64_t rows, int64_t columns, const U* from, int64_t
                 for (int r = 0; r < L; ++r) {
                     std::memcpy(&block[r], corner + r * from_step, sizeof(block[r]));
                     // So many rows at once are more than the processor follows by itself.
-                    __builtin_prefetch(corner + r * from_step + ahead);
+                    __builtin_prefetch(corner + r * from_step + ahead, 0, 2);
                 }
                 transpose_square<U>(block);
 #pragma GCC unroll 32
@@ -121,11 +122,13 @@ inline void transpose_bits(int64_t rows, int64_t columns, const U* from, int64_t
         }
 }
 
-// to[j * to_step + i] = from[i * from_step + j] for i < rows, j < columns.
+// to[j * to_step + i] = from[i * from_step + j] for i < rows, j < columns. Meanwhile what lies `ahead` of it is fetched.
 template <class T>
-inline void transpose(int64_t rows, int64_t columns, const T* from, int64_t from_step, T* to, int64_t to_step) {
+inline void transpose(int64_t rows, int64_t columns, const T* from, int64_t from_step, T* to, int64_t to_step,
+                      int64_t ahead = 256 / int64_t(sizeof(T))) {
     using U = typename IntegerOf<sizeof(T)>::type;
-    transpose_bits(rows, columns, reinterpret_cast<const U*>(from), from_step, reinterpret_cast<U*>(to), to_step);
+    transpose_bits(rows, columns, reinterpret_cast<const U*>(from), from_step, reinterpret_cast<U*>(to), to_step,
+                   ahead);
 }
 
 // Each image's [rows][columns] to [columns][rows]: NCHW to NHWC with rows = channels, and back with rows = pixels.

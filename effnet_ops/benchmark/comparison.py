@@ -32,6 +32,9 @@ INPUTS = 3
 FLOOR = {"float32": 2e-6, "bfloat16": 1e-2}
 """Added to twice the stock model's own error, as the bound of a network's logits."""
 
+PATIENCE = 300.0
+"""Seconds that a provider has to build its model: a search through all kernels can take hours."""
+
 Report = Callable[[str, int, int], None]
 """Takes what is being done, how much of it is done, and how much there is."""
 
@@ -81,8 +84,14 @@ class Process:
             )
         worker.send(self._connection, (function, arguments))
 
-    def receive(self) -> Any:
-        """The answer to the oldest request, the first one being the building; `Failed` where it raised or died."""
+    def receive(self, seconds: float | None = None) -> Any:
+        """The answer to the oldest request, the first one being the building; `Failed` where it raised or died.
+
+        ``seconds``: how long to wait for it.
+        """
+        if not self._connection.poll(seconds):
+            self.process.kill()
+            raise Failed(f"not ready within {seconds:.0f} seconds")
         try:
             good, value = worker.receive(self._connection)
         except (EOFError, ConnectionResetError):
@@ -241,7 +250,7 @@ def _start(job: Job, entrants: list[_Entrant], reference: Reference, report: Rep
         log = job.folder / f"{entrant.provider.name}.log"
         entrant.process = Process(Measured, (entrant.provider, job), log)
         with entrant.guarded():
-            entrant.process.receive()
+            entrant.process.receive(PATIENCE)
             entrant.choice = entrant.process.ask("choice")
             entrant.error = reference.check(entrant.process.ask("logits"))
 
