@@ -122,7 +122,8 @@ inline void transpose_bits(int64_t rows, int64_t columns, const U* from, int64_t
         }
 }
 
-// to[j * to_step + i] = from[i * from_step + j] for i < rows, j < columns. Meanwhile what lies `ahead` of it is fetched.
+// to[j * to_step + i] = from[i * from_step + j] for i < rows, j < columns. Meanwhile what lies `ahead` of it is
+// fetched.
 template <class T>
 inline void transpose(int64_t rows, int64_t columns, const T* from, int64_t from_step, T* to, int64_t to_step,
                       int64_t ahead = 256 / int64_t(sizeof(T))) {
