@@ -129,7 +129,7 @@ class Arguments {
 };
 
 // A kernel with settings and addresses that the caller vouches for, for one input size. Such a call does not unpack a
-// hundred tensors, which takes PyTorch longer than a small network's convolutions.
+// hundred tensors.
 class Prepared {
   public:
     using Kernel = std::function<void(const cpu::Kernels&, const void* x, void* y)>;

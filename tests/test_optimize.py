@@ -307,6 +307,16 @@ def test_blocks_in_one_call_survive_a_move_to_shared_memory() -> None:
         assert torch.equal(optimized(x), expected)
 
 
+def test_inputs_of_another_dtype_stay_right() -> None:
+    """An input that the packed weights do not fit runs the reference, at every call."""
+    optimized, x = in_one_call(), torch.randn(2, 3, SIZE, SIZE).bfloat16()
+    x = x.to(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        expected = optimized(x.float())
+        for _ in range(3):
+            assert relative_difference(optimized(x).float(), expected) < 0.2
+
+
 def test_input_sizes_alternate() -> None:
     optimized = in_one_call()
     inputs = [torch.randn(1 + i % 3, 3, SIZE + 2 * i, SIZE) for i in range(12)]

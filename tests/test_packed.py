@@ -290,6 +290,9 @@ def test_prepared_layers(dtype: torch.dtype, isa: str, poison: None) -> None:
             found = prepared.run(given)
         assert prepared.holds(given) is False and torch.equal(found, expected)
         assert found.stride() == expected.stride() and found.dtype is dtype
+    other = torch.float32 if dtype is torch.bfloat16 else torch.bfloat16
+    with torch.inference_mode():
+        assert packed.prepare_pointwise(image.to(other), product, bias, "none") is None
     assert packed.prepare_pointwise(x, product, bias, "none") is None
     assert packed.prepare_average_pool(x, True) is None
 

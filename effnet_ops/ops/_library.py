@@ -97,9 +97,8 @@ def is_nhwc(x: Tensor) -> bool:
 class Prepared:
     """A CPU kernel for one shape, layout and dtype of x and the tensors that its operator has accepted with it.
 
-    ``kernel.run(x, y)`` has the addresses of the tensors, so that a call does not unpack them, which takes PyTorch
-    longer than many a convolution; ``holds`` must be asked before each ``run``. ``shape`` and ``layout`` are the
-    output's.
+    ``kernel.run(x, y)`` has the addresses of the tensors, so that a call does not unpack them; ``holds`` must be
+    asked before each ``run``. ``shape`` and ``layout`` are the output's.
     """
 
     __slots__ = ("_addresses", "_kernel", "_layout", "_shape", "tensors")

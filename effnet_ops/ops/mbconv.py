@@ -347,11 +347,12 @@ def infer_mbconv(x: Tensor, arguments: Sequence[Any]) -> Tensor:
 
 def prepare_inference(x: Tensor, arguments: Sequence[Any]) -> _library.Prepared | None:
     """`infer_mbconv` for inputs like x, which has run with these arguments; None where it can only run so."""
+    if not _library.Prepared.fits(x) or not _library.is_nhwc(x):
+        return None
     block, config = Block(x, *arguments[: _N_BLOCK - 1]), Config(*arguments[_N_BLOCK - 1 :])
     parameters = block[1:-1]
     tensors, dtype = [p for p in parameters if p is not None], reference.compute_dtype(x.dtype)
-    fits = _library.Prepared.fits(x) and _library.is_nhwc(x)
-    if not fits or not all(p.is_contiguous() and p.dtype is dtype for p in tensors):
+    if not all(p.is_contiguous() and p.dtype is dtype for p in tensors):
         return None
     channels, _, *size = block.depthwise_weight.shape
     window = _library.window_numbers(x.shape[2:], size, config.stride, config.padding)

@@ -335,7 +335,7 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor, *args: Any) -> Tensor:
 def prepare_pointwise(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> _library.Prepared | None:
     """The same for `pointwise`."""
     one_pixel = x.shape[2] * x.shape[3] == 1 and x.is_contiguous()
-    if not _reads(x, weight, bias) or not (one_pixel or _library.is_nhwc(x)):
+    if not fits(x, weight) or not _reads(x, weight, bias) or not (one_pixel or _library.is_nhwc(x)):
         return None
     out = bias.shape[0]
     numbers = (x.shape[0], x.shape[2] * x.shape[3], x.shape[1], out, ACTIVATIONS.index(activation))
@@ -356,7 +356,8 @@ def prepare_convolution(
     activation: str,
 ) -> _library.Prepared | None:
     """The same for `convolution`."""
-    if not _reads(x, weight, bias) or not (x.is_contiguous() or _library.is_nhwc(x)):
+    fit = weight.dtype is bias.dtype and _reads(x, weight, bias)
+    if not fit or not (x.is_contiguous() or _library.is_nhwc(x)):
         return None
     height, width, *size, kernel_h, kernel_w, stride_h, stride_w, _, _, top, left = _library.window_numbers(
         x.shape[2:], kernel, stride, padding

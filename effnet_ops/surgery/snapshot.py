@@ -10,7 +10,7 @@ from effnet_ops import _native
 
 
 def unchanged(entries: list[Any]) -> bool:
-    """The library's function of this name, which is many times as fast."""
+    """What the library's function of this name does, where there is no library."""
     at = 0
     while at < len(entries):
         if not isinstance(entries[at], dict):
