@@ -503,13 +503,13 @@ def forward(
     partials = torch.empty((batch * parts, 3, channels), dtype=dtype, device=x.device) if statistics else None
     if batch == 0:
         return y, sums, partials
-    blocks = {name: value for name, value in config.items() if name != "num_warps"}
+    blocks = {name: config[name] for name in ("BLOCK_P", "BLOCK_C", "ROWS", "COLS")}
     grid = (batch * parts * triton.cdiv(channels, config["BLOCK_C"]),)
     depthwise_fwd_kernel[grid](
         x, weight, norm, gate, out_norm, bias, grad, y, sums, partials, height, width, *size, window.padding[0],
         window.padding[2], C=channels, **window.constants(), ACTIVATION=ACTIVATION_CODES[activation],
         OUT_ACTIVATION=ACTIVATION_CODES[out_activation], OFFSET=_offset(x, y), ACC=accumulator(x.dtype), **blocks,
-        num_warps=config["num_warps"],
+        num_warps=config["num_warps"], maxnreg=config.get("REGISTERS"),
     )  # fmt: skip
     return y, sums, partials
 
@@ -654,7 +654,8 @@ def _forward_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
     columns = min((n for n in range(1, 9) if n == 1 or registers(n) <= 150), key=lambda n: (loads(n), -n))
     lanes = triton.cdiv(shape["width"], columns)
     tile = _tile(shape, lanes, shape["height"], vector, open_rows - 1, 4 * arch.multiprocessors)
-    return {**tile, "COLS": columns}
+    # Left to itself, the compiler spills some of a large window in order to fit one program more.
+    return {**tile, "COLS": columns, **({"REGISTERS": 168} if taps > 30 else {})}
 
 
 @tuning.heuristic("depthwise_backward")
@@ -664,12 +665,13 @@ def _backward_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
         return {**_interpreted(shape), "PROGRAMS": 2, "REGISTERS": 255}
     taps, (open_rows, _) = shape["kernel_h"] * shape["kernel_w"], _extent(shape)
     dilated = max(shape["dilation_h"], shape["dilation_w"]) > 1
-    large = taps >= 25 or dilated
+    large = taps > 9 or dilated
     size = shape["element_size"]
     narrow_lanes = size == 8 or taps > 30 or (large and size == 4) or (taps >= 25 and dilated)
     columns = 4 // shape["stride_w"] if not shape["fused"] else 2 // (shape["stride_w"] if large else 1)
     if taps > 30 or dilated:
-        columns = min(columns, 1 if dilated and taps >= 25 and shape["fused"] else 2)
+        widest = (size == 4 and taps > 30) or (dilated and taps >= 25)
+        columns = min(columns, 1 if widest and shape["fused"] else 2)
     columns = max(1, min(columns, shape["width"]))
     per_multiprocessor = 2 if large else 3
     programs = per_multiprocessor * arch.multiprocessors

@@ -25,7 +25,6 @@ Heuristic = Callable[[Mapping[str, int], "Architecture"], Config]
 
 _logger = logging.getLogger(__name__)
 _heuristics: dict[str, Heuristic] = {}
-_chosen: dict[tuple[Any, ...], Config] = {}
 
 
 class Architecture(NamedTuple):
@@ -73,13 +72,13 @@ def choose(operation: str, shape: Mapping[str, int], device: torch.device) -> Co
     Raises:
         ValueError: no such operation.
     """
-    key = (operation, device, *shape.items())
-    if key not in _chosen:
-        _chosen[key] = _choose(operation, shape, architecture(device))
-    return _chosen[key]
+    return _chosen(operation, device, tuple(shape.items()))
 
 
-def _choose(operation: str, shape: Mapping[str, int], arch: Architecture) -> Config:
+# Images of ever new sizes must not fill memory.
+@functools.lru_cache(maxsize=4096)
+def _chosen(operation: str, device: torch.device, items: tuple[tuple[str, int], ...]) -> Config:
+    shape, arch = dict(items), architecture(device)
     if operation not in _heuristics:
         raise unknown_name("operation", operation, _heuristics)
     entry = table().get(operation, {}).get(arch.name, {}).get(bucket(shape))

@@ -69,11 +69,21 @@ def recorded(architecture: str) -> Iterator[list[Launch]]:
     def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         launches.append(_launch(kernel, args, grid, kwargs))
 
-    with pytest.MonkeyPatch.context() as patch:
+    with tuned_for(architecture), pytest.MonkeyPatch.context() as patch:
         patch.setattr(JITFunction, "run", run)
-        patch.setattr(tuning, "architecture", lambda device: tuning.ARCHITECTURES[architecture])
-        patch.setattr(tuning, "_chosen", {})
         yield launches
+
+
+@contextlib.contextmanager
+def tuned_for(architecture: str) -> Iterator[None]:
+    """Configurations are those of this architecture, whatever the device."""
+    tuning._chosen.cache_clear()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tuning, "architecture", lambda device: tuning.ARCHITECTURES[architecture])
+            yield
+    finally:
+        tuning._chosen.cache_clear()
 
 
 def distinct(launches: Iterable[Launch]) -> list[Launch]:

@@ -18,9 +18,9 @@ import counters
 import ours
 import tools
 import tune
+from ahead_of_time import tuned_for
 from baselines import REAL
 
-from effnet_ops.kernels import tuning
 from effnet_ops.ops import gpu
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -242,10 +242,9 @@ def test_choice_by_what_was_measured() -> None:
 
 def test_both_gradients_are_measured_where_blocks_make_them_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Among others, the expansion and the projection that move most of B0's bytes."""
-    monkeypatch.setattr(tuning, "architecture", lambda device: tuning.ARCHITECTURES["sm_90"])
-    monkeypatch.setattr(tuning, "_chosen", {})
     monkeypatch.setattr(ours, "gpu_backends", lambda scale: ["triton"])
-    jobs = [job for job in ours.kernels(REAL._replace(device="cpu")) if job.operation == "pointwise"]
+    with tuned_for("sm_90"):
+        jobs = [job for job in ours.kernels(REAL._replace(device="cpu")) if job.operation == "pointwise"]
     found = {job.shape for job in jobs if job.mode == "both gradients"}
     assert {"256x16x112x112 -> 96", "256x96x56x56 -> 24"} <= found < {job.shape for job in jobs}
 

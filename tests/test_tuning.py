@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,9 +16,12 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "_chosen", {})
+def fresh() -> Iterator[None]:
+    """Nothing is chosen or announced before, and nothing stays that was chosen for an invented GPU."""
+    tuning._chosen.cache_clear()
     tuning._announce.cache_clear()
+    yield
+    tuning._chosen.cache_clear()
 
 
 @pytest.fixture
@@ -43,7 +47,7 @@ def test_unknown_gpu_runs_by_the_rule(monkeypatch: pytest.MonkeyPatch, caplog: p
     with caplog.at_level(logging.INFO, logger="effnet_ops.kernels.tuning"):
         for _ in range(2):
             config = tuning.choose("pointwise_forward", SHAPE, CPU)
-            monkeypatch.setattr(tuning, "_chosen", {})
+            tuning._chosen.cache_clear()
     assert config == tuning.from_rule("pointwise_forward", SHAPE, unknown)
     assert len(caplog.records) == 1 and "for sm_999 at" in caplog.text
 

@@ -121,7 +121,7 @@ def main() -> int:
             tuning.TABLE.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
             # Two launches that are compared with one run as they were tuned.
             tuning.table.cache_clear()
-            tuning._chosen.clear()
+            tuning._chosen.cache_clear()
     print("complete")
     return 0
 
