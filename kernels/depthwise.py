@@ -670,8 +670,7 @@ def _backward_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
     narrow_lanes = size == 8 or taps > 30 or (large and size == 4) or (taps >= 25 and dilated)
     columns = 4 // shape["stride_w"] if not shape["fused"] else 2 // (shape["stride_w"] if large else 1)
     if taps > 30 or dilated:
-        widest = (size == 4 and taps > 30) or (dilated and taps >= 25)
-        columns = min(columns, 1 if widest and shape["fused"] else 2)
+        columns = min(columns, 1 if taps >= 25 and shape["fused"] else 2)
     columns = max(1, min(columns, shape["width"]))
     per_multiprocessor = 2 if large else 3
     programs = per_multiprocessor * arch.multiprocessors

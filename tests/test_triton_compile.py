@@ -141,14 +141,17 @@ def test_single_layers_of_b0(architecture: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(
     ("kernel", "stride", "dilation"),
     [((7, 7), 1, 1), ((7, 7), 2, 1), ((3, 5), 1, 1), ((5, 3), 2, 1), ((3, 3), 1, 2), ((5, 5), 1, 2)],
 )
-def test_other_windows(kernel: tuple[int, int], stride: int, dilation: int, dtype: torch.dtype) -> None:
+def test_other_windows(
+    kernel: tuple[int, int], stride: int, dilation: int, dtype: torch.dtype, architecture: str
+) -> None:
     """Depthwise convolutions that EfficientNets do not have, alone and with all that a block fuses into them."""
-    check(windows(kernel, stride, dilation, dtype, "sm_90"), "sm_90")
+    check(windows(kernel, stride, dilation, dtype, architecture), architecture)
 
 
 def overflowing(launches: list[Launch], architecture: str) -> list[str]:

@@ -29,17 +29,11 @@ template <class Traits>
 CutTile cut_backward(const DepthwiseBackward& problem, const Device& device) {
     using T = typename Traits::Element;
     const DepthwiseShape& shape = problem.shape;
-    // Steps that begin with the first pixel, and go on until every output has been read.
-    const int first_row = std::min(shape.pad_top / shape.stride, Traits::reach);
-    const int first_column = std::min(shape.pad_left / shape.stride, Traits::reach);
-    const int64_t rows = std::max(ceil_div(shape.height + shape.pad_top, shape.stride), shape.out_height) - first_row;
-    const int64_t columns =
-        std::max(ceil_div(shape.width + shape.pad_left, shape.stride), shape.out_width) - first_column;
+    const BackwardSteps steps = backward_steps(shape, Traits::reach);
     const bool bulk = wants_bulk_copies<Traits>(device);
-    const Cut cut{shape.batch,      shape.channels,   rows,           columns,
-                  int(sizeof(T)),   Traits::open - 1, Traits::width,  Traits::columns,
-                  Traits::threads,  Traits::blocks,   Traits::stride, Traits::reach,
-                  side_limit(bulk), first_row,        first_column};
+    const Cut cut{shape.batch,      shape.channels, steps.rows,       steps.columns,   int(sizeof(T)),
+                  Traits::open - 1, Traits::width,  Traits::columns,  Traits::threads, Traits::blocks,
+                  Traits::stride,   Traits::reach,  side_limit(bulk), steps.first_row, steps.first_column};
     const bool a = problem.a != nullptr, x = problem.x != nullptr;
     return cut_problem(cut, in_chunks<T>(shape), device, [&](int groups, int pitch, int slab) {
         return bulk ? Traits::Bulk::shared_bytes(groups, pitch, slab, a, x)

@@ -85,6 +85,21 @@ cudaError_t run_planes(const DepthwiseForward&, const Device&);
 template <class T>
 cudaError_t run_planes(const DepthwiseBackward&, const Device&);
 
+// The steps, of a stride each, of a backward walk over an image: they begin with that of the first pixel, and go on
+// until every output has been read.
+struct BackwardSteps {
+    int first_row, first_column;
+    int64_t rows, columns;
+};
+
+inline BackwardSteps backward_steps(const DepthwiseShape& shape, int reach) {
+    const int first_row = std::min(shape.pad_top / shape.stride, reach);
+    const int first_column = std::min(shape.pad_left / shape.stride, reach);
+    return {first_row, first_column,
+            std::max(ceil_div(shape.height + shape.pad_top, shape.stride), shape.out_height) - first_row,
+            std::max(ceil_div(shape.width + shape.pad_left, shape.stride), shape.out_width) - first_column};
+}
+
 // Rows of a walker's partial sums.
 inline int partial_rows(const DepthwiseBackward& problem) {
     return (problem.dw ? problem.shape.kernel * problem.shape.kernel : 0) + (problem.db ? 1 : 0);

@@ -176,14 +176,9 @@ CutPlanes cut_backward_planes(const DepthwiseBackward& problem, const Device& de
     using T = typename Traits::Element;
     const DepthwiseShape& shape = problem.shape;
     constexpr int before = Traits::open - 1;
-    // Steps that begin with the first pixel, and go on until every output has been read.
-    const int first_row = std::min(shape.pad_top / shape.stride, Traits::reach);
-    const int first_column = std::min(shape.pad_left / shape.stride, Traits::reach);
-    const int64_t rows = std::max(ceil_div(shape.height + shape.pad_top, shape.stride), shape.out_height) - first_row;
-    const int64_t columns =
-        std::max(ceil_div(shape.width + shape.pad_left, shape.stride), shape.out_width) - first_column;
-    const PlanesCut cut{shape.batch,     shape.channels,  rows,          columns, before,
-                        Traits::columns, Traits::threads, Traits::blocks};
+    const BackwardSteps steps = backward_steps(shape, Traits::reach);
+    const PlanesCut cut{shape.batch, shape.channels,  steps.rows,      steps.columns,
+                        before,      Traits::columns, Traits::threads, Traits::blocks};
     const auto places_of = [&](int64_t rows) {
         return PlanesPlaces{rows * Traits::stride, rows + before,   shape.height,     shape.width,
                             shape.out_height,      shape.out_width, Stretch<T>::chunk};
@@ -191,8 +186,8 @@ CutPlanes cut_backward_planes(const DepthwiseBackward& problem, const Device& de
     CutPlanes found = cut_planes(cut, device, places_of, [&](int x_elements, int y_elements, int threads) {
         return Traits::shared_bytes(x_elements, y_elements, threads, problem.a != nullptr);
     });
-    found.tile.first_row = first_row;
-    found.tile.first_column = first_column;
+    found.tile.first_row = steps.first_row;
+    found.tile.first_column = steps.first_column;
     return found;
 }
 
