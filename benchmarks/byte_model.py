@@ -71,7 +71,8 @@ def shapes(name: str) -> tuple[list[Block], Ends]:
 
 def _both(images: int, pixels: int, c_in: int, c_out: int, sums: int) -> bool:
     shape = {"images": images, "pixels": pixels, "channels_in": c_in, "channels_out": c_out, "sums": sums}
-    config = tuning.from_rule("pointwise_both_gradients", {**shape, "element_size": 2}, tuning.ARCHITECTURES["sm_90"])
+    shape |= {"element_size": 2, "float16": 0}
+    config = tuning.from_rule("pointwise_both_gradients", shape, tuning.ARCHITECTURES["sm_90"])
     return bool(config["fits"])
 
 

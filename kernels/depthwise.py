@@ -453,7 +453,7 @@ class _Window(NamedTuple):
             "channels": x.shape[3],
             "height": size[0],
             "width": size[1],
-            "element_size": x.element_size(),
+            **tuning.element(x),
             **{f"{name}_{axis}": n for name, pair in pairs.items() for axis, n in zip("hw", pair, strict=True)},
         }
 
@@ -654,8 +654,12 @@ def _forward_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
     columns = min((n for n in range(1, 9) if n == 1 or registers(n) <= 150), key=lambda n: (loads(n), -n))
     lanes = triton.cdiv(shape["width"], columns)
     tile = _tile(shape, lanes, shape["height"], vector, open_rows - 1, 4 * arch.multiprocessors)
-    # Left to itself, the compiler spills some of a large window in order to fit one program more.
-    return {**tile, "COLS": columns, **({"REGISTERS": 168} if taps > 30 else {})}
+    exact = shape["float16"] or shape["element_size"] > 2
+    if not exact and taps <= 30 and max(shape["dilation_h"], shape["dilation_w"]) == 1:
+        return {**tile, "COLS": columns}
+    # Left to itself, the compiler spills a few in order to fit one program more.
+    many = shape["float16"] and taps >= 25 and shape["stride_h"] > 1
+    return {**tile, "COLS": columns, "REGISTERS": 255 if many else 168}
 
 
 @tuning.heuristic("depthwise_backward")
@@ -672,7 +676,7 @@ def _backward_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
     if taps > 30 or dilated:
         columns = min(columns, 1 if taps >= 25 and shape["fused"] else 2)
     columns = max(1, min(columns, shape["width"]))
-    per_multiprocessor = 2 if large else 3
+    per_multiprocessor = 2 if large or (shape["float16"] and shape["fused"] and shape["stride_h"] > 1) else 3
     programs = per_multiprocessor * arch.multiprocessors
     lanes = triton.cdiv(shape["width"], columns)
     tile = _tile(shape, lanes, shape["height"], 1 if narrow_lanes else 2, open_rows - 1, programs)

@@ -664,10 +664,13 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if (torch.backends.fp32_precision if setting == "none" else setting) == "tf32" else "ieee"
 
 
-def _anchor(device: torch.device) -> bool:
+def _anchors(arch: Architecture) -> bool:
     """Whether `once` holds its value in place; the pipeliner for sm_100 and later cannot take what does."""
-    name = tuning.architecture(device).name
-    return name.startswith("sm_") and int(name.removeprefix("sm_")) < 100
+    return arch.name.startswith("sm_") and int(arch.name.removeprefix("sm_")) < 100
+
+
+def _anchor(device: torch.device) -> bool:
+    return _anchors(tuning.architecture(device))
 
 
 _RESIDENT_STEPS = 5
@@ -766,8 +769,15 @@ def _product_rule(
 
 @tuning.heuristic("pointwise_forward")
 def _forward_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
-    limits = (128, 64) if _wide_tiles(shape, arch) else (64, 32)
-    return _product_rule(shape, arch, shape["channels_in"], shape["channels_out"], *limits, 4096)
+    c_in, c_out = shape["channels_in"], shape["channels_out"]
+    limits = (128, 64) if _wide_tiles(shape, arch) else (32, 32)
+    config = _product_rule(shape, arch, c_in, c_out, *limits, 1024 if shape["float16"] else 4096)
+    if shape["float16"]:
+        spills = not _anchors(arch) and config["num_warps"] == 8
+    else:
+        spills = shape["element_size"] == 4 and not _resident(c_in, config["block_reduced"])
+    # Left to itself, the compiler spills a few in order to fit one program more.
+    return {**config, "registers": 255} if spills else config
 
 
 @tuning.heuristic("pointwise_input_gradient")
@@ -775,7 +785,8 @@ def _input_gradient_rule(shape: Mapping[str, int], arch: Architecture) -> Config
     """Smaller than the forward's: two tensors are read for each operand, and sums need up to five tiles more."""
     rows = 32 if shape["sums"] or not _wide_tiles(shape, arch) else 64
     limits = (rows, 64 if _wide_tiles(shape, arch) else 32, 1024 if shape["sums"] else 2048)
-    return _product_rule(shape, arch, shape["channels_out"], shape["channels_in"], *limits)
+    config = _product_rule(shape, arch, shape["channels_out"], shape["channels_in"], *limits)
+    return {**config, "registers": 255} if shape["sums"] and shape["element_size"] == 4 else config
 
 
 @tuning.heuristic("pointwise_both_gradients")
@@ -790,6 +801,8 @@ def _both_gradients_rule(shape: Mapping[str, int], arch: Architecture) -> Config
     if shape["sums"]:
         config |= {"block_p": 64, "block_reduced": 16} if c_out <= 16 else {"block_p": 32}
         config["num_warps"] = 4
+        if shape["float16"] and not _anchors(arch):
+            config["stages"] = 2
     else:
         config |= {"block_reduced": 16 if c_out <= 160 else 32, "num_warps": 4 if c_out <= 160 else 8, "stages": 2}
     steps, blocks = triton.cdiv(c_out, config["block_reduced"]), triton.cdiv(c_in, config["block_kept"])
@@ -833,7 +846,7 @@ def _shape(images: int, pixels: int, weight: Tensor, like: Tensor) -> dict[str, 
         "pixels": pixels,
         "channels_in": weight.shape[1],
         "channels_out": weight.shape[0],
-        "element_size": like.element_size(),
+        **tuning.element(like),
     }
 
 
@@ -913,6 +926,7 @@ def forward(
         RESIDENT=_resident(c_in, config["block_reduced"]),
         STAGES=config["stages"],
         num_warps=config["num_warps"],
+        maxnreg=config.get("registers"),
     )  # fmt: skip
     return y, partials
 
@@ -1043,6 +1057,7 @@ def _launch_input_gradient(
         BLOCK_OUT=config["block_reduced"],
         STAGES=config["stages"],
         num_warps=config["num_warps"],
+        maxnreg=config.get("registers"),
     )
     pixels = (shape["pixels"], grad.shape[1], config["parts"])
     if both:

@@ -44,6 +44,11 @@ ARCHITECTURES = {
 """A100, RTX 4090, H100 and H200, B200: what tests compile kernels for."""
 
 
+def element(x: torch.Tensor) -> dict[str, int]:
+    """What a shape says of a dtype: fp16 is as small as bf16, but its activations are exact and take more registers."""
+    return {"element_size": x.element_size(), "float16": int(x.dtype == torch.float16)}
+
+
 def heuristic(operation: str) -> Callable[[Heuristic], Heuristic]:
     """Decorator: the rule for ``operation``, called with the shape and the architecture."""
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +22,7 @@ import tools
 import tune
 from ahead_of_time import tuned_for
 from baselines import REAL
+from rows import Job, Session, Work
 
 from effnet_ops.ops import gpu
 
@@ -149,13 +152,13 @@ def test_metrics_that_a_version_lacks_are_left_out(tmp_path: Path, monkeypatch: 
 *) cat {tmp_path}/counted;;
 esac"""
     monkeypatch.setenv("NCU", tool(tmp_path, "ncu", script))
-    assert len(tools.counters(["true"], counters.METRICS, seconds=10)) == 2
+    assert len(tools.counters(["true"], counters.METRICS, end=math.inf)) == 2
     monkeypatch.setenv("NCU", tool(tmp_path, "broken", "echo '==ERROR== ERR_NVGPUCTRPERM'; exit 1"))
     with pytest.raises(RuntimeError, match="ERR_NVGPUCTRPERM"):
-        tools.counters(["true"], counters.METRICS, seconds=10)
+        tools.counters(["true"], counters.METRICS, end=math.inf)
     monkeypatch.setenv("NCU", str(tmp_path / "none"))
     with pytest.raises(RuntimeError, match=r"was not found \(set NCU\)"):
-        tools.counters(["true"], counters.METRICS, seconds=10)
+        tools.counters(["true"], counters.METRICS, end=math.inf)
 
 
 def test_rows_of_counters_and_traffic(measured: Path, tmp_path: Path) -> None:
@@ -209,10 +212,71 @@ def test_what_the_sanitizer_says(
     monkeypatch.setenv("COMPUTE_SANITIZER", tool(tmp_path, "sanitizer", f"echo '{summary}'; exit {code}"))
     if failure and "errors" not in failure:
         with pytest.raises(RuntimeError, match=failure):
-            tools.sanitize(["true"], "memcheck", seconds=10)
+            tools.sanitize(["true"], "memcheck", end=math.inf)
     else:
         expected = int(failure.split()[1]) if failure else 0
-        assert tools.sanitize(["true"], "memcheck", seconds=10).errors == expected
+        assert tools.sanitize(["true"], "memcheck", end=math.inf).errors == expected
+
+
+def test_tool_that_the_time_cut_off_is_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row says that a tool took too long only if it had all of its own time."""
+    monkeypatch.setenv("COMPUTE_SANITIZER", tool(tmp_path, "sanitizer", "exec sleep 60"))
+    session = Session("cpu", tmp_path / "machine.jsonl", seconds=0.5)
+    job = Job("sanitizer", "memcheck", "ours", "all", "bf16", "all", lambda: Work(None, extra=watched))
+
+    def watched() -> dict[str, int]:
+        return {"errors": tools.sanitize(["true"], "memcheck", end=session.end).errors}
+
+    assert not session.run([job]) and not session.output.exists()
+    session.end = math.inf
+    monkeypatch.setattr(tools, "TOOL_SECONDS", 0.1)
+    assert session.run([job])
+    assert "took more than" in rows(session.output)[-1]["failed"]
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_one_call_on_a_lent_gpu(tmp_path: Path, installed: bool) -> None:
+    """Builds unless that was done, goes on after a part that ran out of time, and leaves all rows in $OUT."""
+    for name in ("benchmarks/gpu", "benchmarks/results/gpu", "bin", "out"):
+        (tmp_path / name).mkdir(parents=True)
+    script = shutil.copy(BENCHMARKS / "lent.sh", tmp_path / "benchmarks" / "gpu")
+    (tmp_path / "benchmarks/results/gpu/h200.jsonl").write_text("old\n", encoding="utf-8")
+    python = f"""echo "$*" >> {tmp_path}/calls
+case "$*" in
+-c*) [ -e {tmp_path}/installed ];;
+*pip*) echo "$TORCH_CUDA_ARCH_LIST" > {tmp_path}/installed;;
+*ours.py*) echo new >> {tmp_path}/benchmarks/results/gpu/h200.jsonl; exit 2;;
+esac"""
+    tool(tmp_path / "bin", "python3", python)
+    tool(tmp_path / "bin", "nvidia-smi", "echo 9.0")
+    if installed:
+        (tmp_path / "installed").touch()
+    environment = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "OUT": f"{tmp_path}/out"}
+    done = subprocess.run(
+        ["bash", script, "kernels"], env=environment, capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    calls = (tmp_path / "calls").read_text(encoding="utf-8")
+    assert ("pip install" in calls) is not installed
+    assert installed or (tmp_path / "installed").read_text(encoding="utf-8") == "9.0a\n"
+    assert calls.index("ours.py --part kernels") < calls.index("baselines.py --part depthwise")
+    assert (tmp_path / "out/h200.jsonl").read_text(encoding="utf-8") == "old\nnew\n"
+
+
+def test_lent_gpu_without_a_build_measures_nothing(tmp_path: Path) -> None:
+    for name in ("benchmarks/gpu", "bin", "out"):
+        (tmp_path / name).mkdir(parents=True)
+    script = shutil.copy(BENCHMARKS / "lent.sh", tmp_path / "benchmarks" / "gpu")
+    tool(tmp_path / "bin", "python3", f'echo "$*" >> {tmp_path}/calls; case "$*" in -c*) exit 1;; esac')
+    tool(tmp_path / "bin", "nvidia-smi", "echo 8.0")
+    environment = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "OUT": f"{tmp_path}/out"}
+    done = subprocess.run(["bash", script, "kernels"], env=environment, capture_output=True, check=False)
+    assert done.returncode != 0 and ".py" not in (tmp_path / "calls").read_text(encoding="utf-8")
+
+
+def test_rows_know_their_commit_without_a_history(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EFFNET_OPS_COMMIT", "0123abc")
+    assert Session("cpu", None).environment["commit"] == "0123abc"
 
 
 def test_reduced_table_under_the_sanitizer(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from effnet_ops.kernels import batch_norm, pointwise, squeeze_excite, tuning
 
-SHAPE = {"images": 1, "pixels": 802816, "channels_in": 16, "channels_out": 96, "element_size": 2}
+SHAPE = {"images": 1, "pixels": 802816, "channels_in": 16, "channels_out": 96, "element_size": 2, "float16": 0}
 CPU = torch.device("cpu")
 
 
@@ -36,7 +36,7 @@ def test_rule_is_logged_once(hopper: None, caplog: pytest.LogCaptureFixture) -> 
         tuning.choose("pointwise_forward", {**SHAPE, "pixels": 802815}, CPU)
     assert [record.message for record in caplog.records] == [
         "no tuned configuration of pointwise_forward for sm_90 at channels_in=16,channels_out=96,element_size=2,"
-        "images=1,pixels=1048576: using the rule"
+        "float16=0,images=1,pixels=1048576: using the rule"
     ]
 
 
@@ -95,9 +95,10 @@ def test_rules_give_tiles_that_triton_takes(architecture: str) -> None:
         assert module.tuning is tuning
     for images, pixels in ((1, 1), (1, 49), (1, 12544), (256, 49), (256, 12544), (1, 256 * 12544)):
         for c_in, c_out in ((1, 1), (16, 96), (96, 24), (3840, 640), (13, 19)):
-            for size in (2, 4):
+            for size, float16 in ((2, 0), (2, 1), (4, 0)):
                 shape = {"images": images, "pixels": pixels, "channels_in": c_in, "channels_out": c_out}
-                shape |= {"element_size": size, "channels": c_in, "reduced": max(1, c_in // 24), "sums": 5}
+                shape |= {"channels": c_in, "reduced": max(1, c_in // 24), "sums": 5}
+                shape |= {"element_size": size, "float16": float16}
                 for operation in [name for name in tuning._heuristics if not name.startswith("depthwise")]:
                     config = tuning.from_rule(operation, shape, arch)
                     blocks = {key: value for key, value in config.items() if key.startswith("block")}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,6 +46,8 @@ class Scale(NamedTuple):
     compile_modes: tuple[str, ...]
     most_layers: int
     output: Path | None = None
+    end: float = math.inf
+    """When the time is up, by time.monotonic()."""
 
 
 REAL = Scale("cuda", 256, (1, 32, 256), (128, 256), RESOLUTIONS, 1 << 30, 8192, ("default", "max-autotune"), 1000)
@@ -362,8 +365,8 @@ def run_parts(parts: dict[str, Callable[[Scale], Iterator[Job]]], description: s
     if options.once:
         return once((job for name in options.part or parts for job in parts[name](scale)), options.once, scale.device)
     output = options.output if options.dry_run else options.output or output_path(scale.device)
-    scale = scale._replace(output=output)
     session = Session(scale.device, output, options.seconds)
+    scale = scale._replace(output=output, end=session.end)
     for name in options.part or parts:
         if not session.run(parts[name](scale)):
             print(f"out of time in part {name!r}: run the same command again to go on")

@@ -123,8 +123,9 @@ def _triton_config(operation: str, g: Geometry) -> dict[str, int]:
         for name, pair in zip(("kernel", "stride", "dilation"), (window.kernel, window.stride, (1, 1)), strict=True)
         for axis in "hw"
     }
-    shape = {"batch": g.batch, "channels": g.channels, "height": g.out, "width": g.out, "element_size": g.element_size}
+    shape = {"batch": g.batch, "channels": g.channels, "height": g.out, "width": g.out}
     extra = {"fused": 0} if operation == "depthwise_backward" else {}
+    extra |= {"element_size": g.element_size, "float16": 0}
     return tuning.from_rule(operation, {**shape, **axes, **extra}, ARCHITECTURE)
 
 

@@ -23,7 +23,6 @@ from tools import Kernel, counters
 
 HERE = Path(__file__).resolve().parent
 SLOWEST = 8
-TOOL_SECONDS = 400.0
 
 TIME, READ, WRITTEN = "gpu__time_duration.sum", "dram__bytes_read.sum", "dram__bytes_write.sum"
 OCCUPANCY = "sm__warps_active.avg.pct_of_peak_sustained_active"
@@ -83,7 +82,7 @@ def _target(scale: Scale, script: str, part: str, key: str) -> list[str]:
 
 def _counted(scale: Scale, key: str) -> dict[str, Any]:
     """The longest kernel of the call; a second stage of sums beside it is named, not counted."""
-    found = counters(_target(scale, "ours.py", "kernels", key), METRICS, seconds=TOOL_SECONDS)
+    found = counters(_target(scale, "ours.py", "kernels", key), METRICS, end=scale.end)
     longest = max(found, key=lambda kernel: kernel.values.get(TIME, 0.0))
     return {
         "kernel": longest.name[:120],
@@ -112,7 +111,7 @@ def traffic(scale: Scale) -> Iterator[Job]:
 
 def _traffic(scale: Scale, script: str, key: str, design: str, batch: int) -> dict[str, Any]:
     metrics = (TIME, READ, WRITTEN)
-    found = counters(_target(scale, script, "profile", key), metrics, seconds=TOOL_SECONDS, warm_cache=True)
+    found = counters(_target(scale, script, "profile", key), metrics, end=scale.end, warm_cache=True)
     return {
         "dram_bytes": by_class(found, READ, WRITTEN),
         "kernel_ms": {name: value / 1e6 for name, value in by_class(found, TIME).items()},

@@ -24,7 +24,6 @@ from torch import Tensor
 import effnet_ops
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
-TOOL_SECONDS = 400.0
 
 SHAPES = (
     Depthwise(40, 3, 1, 15),
@@ -103,15 +102,15 @@ def _row(scale: Scale, backend: str, tool: str) -> dict[str, int]:
     os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     target = [sys.executable, str(Path(__file__).resolve()), "--table", backend]
     target += ["--dry-run"] if scale.device == "cpu" else []
-    found = sanitize(target, tool, seconds=TOOL_SECONDS)
+    found = sanitize(target, tool, end=scale.end)
     count = len(list(calls(scale, backend)))
     if found.text.count("done: ") != count:
         raise RuntimeError(f"{tool} saw {found.text.count('done: ')} of {count} calls: {found.text[-500:]}")
     if found.errors:
-        log = ROOT / "build" / f"{tool}_{backend}.log"
-        log.parent.mkdir(exist_ok=True)
+        log = (scale.output.parent if scale.output else ROOT / "build") / f"{tool}_{backend}.log"
+        log.parent.mkdir(exist_ok=True, parents=True)
         log.write_text(found.text, encoding="utf-8")
-        raise RuntimeError(f"{tool} found {found.errors} errors in {backend}'s kernels, see build/{log.name}")
+        raise RuntimeError(f"{tool} found {found.errors} errors in {backend}'s kernels, see {log.name} beside the rows")
     return {"errors": 0, "calls": count}
 
 

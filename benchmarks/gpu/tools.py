@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -36,28 +37,37 @@ def _tool(variable: str, name: str) -> str:
     return found
 
 
-def _run(command: Sequence[str], seconds: float) -> subprocess.CompletedProcess[str]:
+class OutOfTime(Exception):
+    """The time of this run of the benchmark was up before the tool had all of its own."""
+
+
+TOOL_SECONDS = 400.0
+"""What a tool may take for one row."""
+
+
+def _run(command: Sequence[str], end: float) -> subprocess.CompletedProcess[str]:
+    left = max(end - time.monotonic(), 0.0)
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=min(left, TOOL_SECONDS))
     except subprocess.TimeoutExpired:
-        raise RuntimeError(f"{command[0]} took more than {seconds:.0f} s") from None
+        if left < TOOL_SECONDS:
+            raise OutOfTime from None
+        raise RuntimeError(f"{command[0]} took more than {TOOL_SECONDS:.0f} s") from None
 
 
-def counters(
-    target: Sequence[str], metrics: Sequence[str], *, seconds: float, warm_cache: bool = False
-) -> list[Kernel]:
+def counters(target: Sequence[str], metrics: Sequence[str], *, end: float, warm_cache: bool = False) -> list[Kernel]:
     """The launches of ``target`` between its profiler's start and stop, in order.
 
     Metrics that this version of Nsight Compute or this GPU does not have are left out. ``warm_cache`` leaves the caches
     as one kernel hands them to the next; without it each kernel starts with empty ones.
 
-    Raises RuntimeError where the tool is missing, fails or takes longer than ``seconds``.
+    Raises RuntimeError where the tool is missing, fails or takes too long, `OutOfTime` at ``end`` (time.monotonic()).
     """
     wanted = list(metrics)
     while wanted:
         command = [_tool("NCU", "ncu"), "--csv", "--page", "raw", "--print-units", "base", "--clock-control", "none"]
         command += ["--cache-control", "none" if warm_cache else "all", "--profile-from-start", "off"]
-        done = _run([*command, "--metrics", ",".join(wanted), *target], seconds)
+        done = _run([*command, "--metrics", ",".join(wanted), *target], end)
         unknown = set(re.findall(r"[Ff]ailed to find metric:? '?([\w.]+)", done.stdout + done.stderr)) & set(wanted)
         if not unknown:
             break
@@ -90,14 +100,14 @@ def _number(text: str) -> float | None:
 _SUMMARIES = (r"ERROR SUMMARY: (\d+) error", r"RACECHECK SUMMARY: (\d+) hazard")
 
 
-def sanitize(target: Sequence[str], tool: str, *, seconds: float) -> Findings:
+def sanitize(target: Sequence[str], tool: str, *, end: float) -> Findings:
     """What compute-sanitizer's ``tool`` finds in ``target``: memcheck, racecheck, initcheck or synccheck.
 
-    Raises RuntimeError where the tool is missing, prints no summary or takes longer than ``seconds``, or where the
-    target itself fails without an error of the tool.
+    Raises RuntimeError where the tool is missing, prints no summary or takes too long, or where the target itself fails
+    without an error of the tool; `OutOfTime` at ``end`` (time.monotonic()).
     """
     command = [_tool("COMPUTE_SANITIZER", "compute-sanitizer"), "--tool", tool, "--print-limit", "20", *target]
-    done = _run(command, seconds)
+    done = _run(command, end)
     text = done.stdout + done.stderr
     counts = [int(count) for pattern in _SUMMARIES for count in re.findall(pattern, text)]
     if not counts:

@@ -64,8 +64,12 @@ inline double usefulness(const Cut& cut, const DepthwiseTile& tile, int threads)
                                 (double(tile.slabs) * tile.tiles * threads);
     const double columns_once = tile.tiles == 1 ? 1.0 : pixels / (pixels + cut.halo);
     const double sectors = tile.slabs == 1 || tile.slab * cut.element_bytes % 32 == 0 ? 1.0 : bytes / (bytes + 32);
-    const double bursts = tile.slabs == 1 || bytes >= 64 ? 1.0 : 0.9;
-    return threads_used * columns_once * sectors * bursts;
+    const double bursts = tile.slabs == 1 || bytes >= 128 ? 1.0 : bytes >= 64 ? 0.95 : 0.8;
+    // Threads that a multiprocessor's registers have room for, and those of whole blocks; a block of one warp has none
+    // to hide its barriers behind.
+    const double room = cut.threads * cut.blocks;
+    const double resident = int(room) / threads * threads / room * (threads < 64 ? 0.95 : 1.0);
+    return threads_used * columns_once * sectors * bursts * resident;
 }
 
 }  // namespace detail

@@ -14,12 +14,28 @@ __device__ inline T* shared_memory() {
 
 namespace detail {
 
+// The error, which must not be found by whoever asks for the last one next.
+inline cudaError_t taken(cudaError_t error) {
+    if (error != cudaSuccess) cudaGetLastError();
+    return error;
+}
+
+// Lets blocks of this kernel have as much shared memory as there is on the current device: one value, whatever other
+// threads are about to launch.
+template <auto kernel>
+cudaError_t allow_all_shared_memory() {
+    int device = 0, most = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    return taken(error);
+}
+
 template <auto kernel, class... A>
 cudaError_t launch(bool cooperative, dim3 grid, int threads, int shared_bytes, cudaStream_t stream, A... args) {
     constexpr int without_asking = 48 * 1024;
     if (shared_bytes > without_asking) {
-        const cudaError_t error =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+        const cudaError_t error = allow_all_shared_memory<kernel>();
         if (error != cudaSuccess) return error;
     }
     cudaLaunchAttribute attribute{};
@@ -32,10 +48,7 @@ cudaError_t launch(bool cooperative, dim3 grid, int threads, int shared_bytes, c
     config.stream = stream;
     config.attrs = &attribute;
     config.numAttrs = cooperative ? 1 : 0;
-    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args...);
-    // The launch's own error must not be found by whoever asks for the last one next.
-    if (error != cudaSuccess) cudaGetLastError();
-    return error;
+    return taken(cudaLaunchKernelEx(&config, kernel, args...));
 }
 
 }  // namespace detail
@@ -45,8 +58,7 @@ cudaError_t launch(bool cooperative, dim3 grid, int threads, int shared_bytes, c
 template <auto kernel>
 bool compiled_for(int version) {
     cudaFuncAttributes attributes{};
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
-    if (error != cudaSuccess) cudaGetLastError();
+    const cudaError_t error = detail::taken(cudaFuncGetAttributes(&attributes, kernel));
     return error == cudaSuccess && attributes.ptxVersion >= version;
 }
 

@@ -125,8 +125,10 @@ __device__ inline void grid_barrier(unsigned* counter, unsigned arrivals) {
     if (threadIdx.x == 0) {
         unsigned seen;
         asm volatile("atom.add.acq_rel.gpu.u32 %0, [%1], 1;" : "=r"(seen) : "l"(counter) : "memory");
-        do asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+        // An acquiring load empties the multiprocessor's cache, which other blocks still use: once is enough.
+        do asm volatile("ld.relaxed.gpu.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
         while (seen < arrivals);
+        asm volatile("fence.acq_rel.gpu;" ::: "memory");
     }
     __syncthreads();
 }

@@ -37,7 +37,8 @@ inline int images_a_block(const SqueezeExcite& layer, const Device& device, int6
 }
 
 inline int64_t resident_blocks(int shared_bytes, const Device& device) {
-    const int64_t by_shared = (device.max_shared_bytes + 1024) / (shared_bytes + 1024);
+    // Shared memory is given out in units of 128 bytes, and takes 1 KB more for each block.
+    const int64_t by_shared = (device.max_shared_bytes + 1024) / (round_up(shared_bytes, 128) + 1024);
     return device.multiprocessors * std::min<int64_t>(SqueezeExciteTraits::blocks, std::max<int64_t>(by_shared, 1));
 }
 
