@@ -60,7 +60,6 @@ _OLDEST_GPU = (8, 0)
 _MOST_TAPS, _WIDEST_WINDOW, _LONGEST_STRIDE = 49, 13, 8
 
 
-@functools.cache
 def _triton_unavailable() -> str:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
@@ -85,11 +84,11 @@ def _refuses_gpu(index: int) -> str:
     return f"cuda:{index} has compute capability {have}, and the kernels need {need}"
 
 
-# What torch.compiler.assume_constant_result does, without the seconds that importing it takes.
-_refuses_gpu._dynamo_marked_constant = True
+# What torch.compiler.assume_constant_result does, without the seconds that importing it takes; torch.compile looks
+# through the cache.
+_refuses_gpu.__wrapped__._dynamo_marked_constant = True
 
 
-@functools.cache
 def _cuda_unavailable() -> str:
     # A missing GPU is no reason to load a library.
     if torch.version.cuda is not None and _native.cuda_library() is not None and not torch.cuda.device_count():
@@ -149,13 +148,20 @@ Where `cuda` and `triton` both can, it is the table of `ops/gpu.py` that decides
 
 # Not a ContextVar: torch.compile can neither trace nor guard one.
 _requested = threading.local()
-_automatic = [name for name, backend in BACKENDS.items() if not backend.unavailable()]
+# Found once, since torch.compile cannot trace the search.
+_reasons = {name: backend.unavailable() for name, backend in BACKENDS.items()}
+_automatic = [name for name, reason in _reasons.items() if not reason]
+
+
+def unavailable(name: str) -> str:
+    """Why this backend can run nothing here, or ""."""
+    return _reasons[name]
 
 
 def _check(name: str) -> str:
     if name not in BACKENDS:
         raise unknown_name("backend", name, BACKENDS)
-    if reason := BACKENDS[name].unavailable():
+    if reason := unavailable(name):
         raise RuntimeError(f"backend {name!r} cannot run here: {reason}")
     return name
 
@@ -165,7 +171,7 @@ _environment = _check(os.environ["EFFNET_OPS_BACKEND"]) if os.environ.get("EFFNE
 
 def available_backends() -> dict[str, str]:
     """Every backend's name and "" if it can run on this machine, or else the reason why it cannot."""
-    return {name: backend.unavailable() for name, backend in BACKENDS.items()}
+    return dict(_reasons)
 
 
 @contextlib.contextmanager
@@ -173,7 +179,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Run every operator inside the ``with`` block, or the decorated function, on the backend ``name``.
 
     Raises ValueError for an unknown name, RuntimeError where the backend cannot run on this machine, and, inside,
-    RuntimeError for each call that it does not cover. EFFNET_OPS_BACKEND in the environment sets the default.
+    RuntimeError for each call that it does not cover. EFFNET_OPS_BACKEND in the environment sets the default. What
+    torch.compile makes of a function asks at each call: put this around the call, since inside it is only traced.
     """
     with _request(_check(name)):
         yield

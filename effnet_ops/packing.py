@@ -41,12 +41,8 @@ def pack_convolution(weight: Tensor) -> Tensor:
 
 def unpack_convolution(packed: Tensor, out: int, channels: int, kernel: tuple[int, int]) -> Tensor:
     """The weight (out, in, kh, kw) that `pack_convolution` packed."""
-    return rows_to_convolution(unpack(packed, out, channels * kernel[0] * kernel[1]), channels, kernel)
-
-
-def rows_to_convolution(rows: Tensor, channels: int, kernel: tuple[int, int]) -> Tensor:
-    """(out, kh * kw * in) as (out, in, kh, kw)."""
-    return rows.view(-1, *kernel, channels).permute(0, 3, 1, 2).contiguous()
+    rows = unpack(packed, out, channels * kernel[0] * kernel[1])
+    return rows.view(out, *kernel, channels).permute(0, 3, 1, 2).contiguous()
 
 
 def pack_depthwise(weight: Tensor) -> Tensor:

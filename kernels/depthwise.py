@@ -27,6 +27,7 @@ from effnet_ops.kernels.activation import (
     narrow,
     normalise,
 )
+from effnet_ops.kernels.layout import cdiv, next_power_of_2
 from effnet_ops.kernels.reduction import sum_partials
 from effnet_ops.kernels.tuning import Architecture, Config
 
@@ -496,15 +497,15 @@ def forward(
     size = output_size((height, width), window.kernel, window.stride, window.padding, window.dilation)
     y = torch.empty((batch, *size, channels), dtype=x.dtype, device=x.device)
     config = config or tuning.choose("depthwise_forward", window.key(x, size), x.device)
-    lanes = triton.cdiv(size[0], config["ROWS"]) * triton.cdiv(size[1], config["COLS"])
-    parts = triton.cdiv(lanes, config["BLOCK_P"])
+    lanes = cdiv(size[0], config["ROWS"]) * cdiv(size[1], config["COLS"])
+    parts = cdiv(lanes, config["BLOCK_P"])
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     sums = torch.empty((batch, parts, channels), dtype=dtype, device=x.device) if pool else None
     partials = torch.empty((batch * parts, 3, channels), dtype=dtype, device=x.device) if statistics else None
     if batch == 0:
         return y, sums, partials
     blocks = {name: config[name] for name in ("BLOCK_P", "BLOCK_C", "ROWS", "COLS")}
-    grid = (batch * parts * triton.cdiv(channels, config["BLOCK_C"]),)
+    grid = (batch * parts * cdiv(channels, config["BLOCK_C"]),)
     depthwise_fwd_kernel[grid](
         x, weight, norm, gate, out_norm, bias, grad, y, sums, partials, height, width, *size, window.padding[0],
         window.padding[2], C=channels, **window.constants(), ACTIVATION=ACTIVATION_CODES[activation],
@@ -556,13 +557,13 @@ def backward(
     key = {**window.key(grad, out_size), "fused": int(a is not None)}
     config = config or tuning.choose("depthwise_backward", key, grad.device)
     steps = [
-        max(triton.cdiv(n + before, s), out)
+        max(cdiv(n + before, s), out)
         for n, before, s, out in zip(size, window.padding[::2], window.stride, out_size, strict=True)
     ]
-    lanes = triton.cdiv(steps[0], config["ROWS"]) * triton.cdiv(steps[1], config["COLS"])
-    slabs = triton.cdiv(channels, config["BLOCK_C"])
-    items = batch * triton.cdiv(lanes, config["BLOCK_P"])
-    walkers = max(min(items, triton.cdiv(config["PROGRAMS"], slabs)), 1)
+    lanes = cdiv(steps[0], config["ROWS"]) * cdiv(steps[1], config["COLS"])
+    slabs = cdiv(channels, config["BLOCK_C"])
+    items = batch * cdiv(lanes, config["BLOCK_P"])
+    walkers = max(min(items, cdiv(config["PROGRAMS"], slabs)), 1)
 
     dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
 
@@ -595,7 +596,7 @@ def _blocks(channels: int, lanes: int, elements: int) -> dict[str, int]:
 
     def idle(block_c: int) -> tuple[float, int]:
         block_p = elements // block_c
-        used = channels * lanes / (triton.cdiv(channels, block_c) * block_c * triton.cdiv(lanes, block_p) * block_p)
+        used = channels * lanes / (cdiv(channels, block_c) * block_c * cdiv(lanes, block_p) * block_p)
         return -round(used, 2), abs(block_c - 64)
 
     block_c = min((size for size in (16, 32, 64, 128, 256) if size <= elements), key=idle)
@@ -605,10 +606,10 @@ def _blocks(channels: int, lanes: int, elements: int) -> dict[str, int]:
 def _interpreted(shape: Mapping[str, int]) -> Config:
     """Few operations, since each takes as long as thousands of numbers: whole images, and little that is unrolled."""
     columns = 2 if shape["kernel_w"] <= 3 else 1
-    lanes = triton.cdiv(shape["height"], 2) * triton.cdiv(shape["width"], columns)
+    lanes = cdiv(shape["height"], 2) * cdiv(shape["width"], columns)
     return {
-        "BLOCK_P": min(triton.next_power_of_2(lanes), 256),
-        "BLOCK_C": min(triton.next_power_of_2(shape["channels"]), 128),
+        "BLOCK_P": min(next_power_of_2(lanes), 256),
+        "BLOCK_C": min(next_power_of_2(shape["channels"]), 128),
         "ROWS": 2,
         "COLS": columns,
         "num_warps": 4,
@@ -621,16 +622,16 @@ def _tile(shape: Mapping[str, int], columns: int, steps: int, vector: int, warm_
     while True:
         rows = min(steps, 32)
         while True:
-            lanes = columns * triton.cdiv(steps, rows)
+            lanes = columns * cdiv(steps, rows)
             blocks = _blocks(shape["channels"], lanes, 32 * warps * vector)
-            slabs = triton.cdiv(shape["channels"], blocks["BLOCK_C"])
-            found = shape["batch"] * slabs * triton.cdiv(lanes, blocks["BLOCK_P"])
+            slabs = cdiv(shape["channels"], blocks["BLOCK_C"])
+            found = shape["batch"] * slabs * cdiv(lanes, blocks["BLOCK_P"])
             if found >= programs or rows <= 2 * max(warm_up, 1):
                 break
-            rows = triton.cdiv(rows, 2)
+            rows = cdiv(rows, 2)
         if found >= programs or warps == 1:
             # The last lane is as tall as the others where that is possible.
-            rows = triton.cdiv(steps, triton.cdiv(steps, rows))
+            rows = cdiv(steps, cdiv(steps, rows))
             return {**blocks, "ROWS": rows, "num_warps": warps}
         warps //= 2
 
@@ -649,10 +650,10 @@ def _forward_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
         return 30 + vector * (open_rows * columns + taps + width) + ahead
 
     def loads(columns: int) -> int:
-        return triton.cdiv(shape["width"], columns) * ((columns - 1) * shape["stride_w"] + reach)
+        return cdiv(shape["width"], columns) * ((columns - 1) * shape["stride_w"] + reach)
 
     columns = min((n for n in range(1, 9) if n == 1 or registers(n) <= 150), key=lambda n: (loads(n), -n))
-    lanes = triton.cdiv(shape["width"], columns)
+    lanes = cdiv(shape["width"], columns)
     tile = _tile(shape, lanes, shape["height"], vector, open_rows - 1, 4 * arch.multiprocessors)
     exact = shape["float16"] or shape["element_size"] > 2
     if not exact and taps <= 30 and max(shape["dilation_h"], shape["dilation_w"]) == 1:
@@ -678,7 +679,7 @@ def _backward_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
     columns = max(1, min(columns, shape["width"]))
     per_multiprocessor = 2 if large or (shape["float16"] and shape["fused"] and shape["stride_h"] > 1) else 3
     programs = per_multiprocessor * arch.multiprocessors
-    lanes = triton.cdiv(shape["width"], columns)
+    lanes = cdiv(shape["width"], columns)
     tile = _tile(shape, lanes, shape["height"], 1 if narrow_lanes else 2, open_rows - 1, programs)
     # No more programs than these are launched, so each may have its share of the registers. Left to itself, the
     # compiler spills a few in order to fit one program more.

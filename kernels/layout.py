@@ -1,8 +1,22 @@
-"""Kernels work on activations as contiguous (N, H, W, C) tensors, which channels_last tensors are without a copy."""
+"""What host code computes sizes and views with.
+
+Kernels work on activations as contiguous (N, H, W, C) tensors, which channels_last tensors are without a copy.
+"""
 
 from __future__ import annotations
 
 from torch import Tensor
+
+
+# Triton's functions of these names take microseconds outside kernels.
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is not below n."""
+    return 1 << (n - 1).bit_length()
 
 
 def nhwc(x: Tensor) -> Tensor:

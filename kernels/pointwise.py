@@ -30,6 +30,7 @@ from effnet_ops.kernels.activation import (
     widen,
 )
 from effnet_ops.kernels.batch_norm import wide
+from effnet_ops.kernels.layout import cdiv, next_power_of_2
 from effnet_ops.kernels.reduction import sum_partials
 from effnet_ops.kernels.tuning import Architecture, Config
 
@@ -678,23 +679,23 @@ _RESIDENT_STEPS = 5
 
 
 def _resident(reduced: int, block_reduced: int) -> bool:
-    return triton.cdiv(reduced, block_reduced) <= _RESIDENT_STEPS
+    return cdiv(reduced, block_reduced) <= _RESIDENT_STEPS
 
 
 def _width(channels: int, other: int, most: int) -> int:
     """The block of channels that wastes least: of padding, and of reading the other operand once a block."""
     sizes = [size for size in (16, 32, 64, 128, 256) if size <= most]
-    return min(sizes, key=lambda size: triton.cdiv(channels, size) * (size + other / 4))
+    return min(sizes, key=lambda size: cdiv(channels, size) * (size + other / 4))
 
 
 def _steps(channels: int, most: int, least: int = 16) -> int:
     """The block of reduced channels: the least padding among those that make few steps, or else the largest."""
     few = [size for size in (16, 32, 64) if least <= size <= most and _resident(channels, size)]
-    return min(few, key=lambda size: triton.cdiv(channels, size) * (size + 4), default=most)
+    return min(few, key=lambda size: cdiv(channels, size) * (size + 4), default=most)
 
 
 def _rows_of_tile(pixels: int, most: int) -> int:
-    return max(16, min(most, triton.next_power_of_2(pixels)))
+    return max(16, min(most, next_power_of_2(pixels)))
 
 
 def _parts(images: int, tiles: int, blocks: int, arch: Architecture) -> int:
@@ -706,9 +707,9 @@ def _parts(images: int, tiles: int, blocks: int, arch: Architecture) -> int:
     places = 4 * arch.multiprocessors
 
     def time(parts: int) -> float:
-        return triton.cdiv(images * parts * blocks, places) * (triton.cdiv(tiles, parts) + 2)
+        return cdiv(images * parts * blocks, places) * (cdiv(tiles, parts) + 2)
 
-    return min(range(1, min(tiles, triton.cdiv(4 * places, images * blocks)) + 1), key=time)
+    return min(range(1, min(tiles, cdiv(4 * places, images * blocks)) + 1), key=time)
 
 
 def _wide_tiles(shape: Mapping[str, int], arch: Architecture) -> bool:
@@ -717,7 +718,7 @@ def _wide_tiles(shape: Mapping[str, int], arch: Architecture) -> bool:
 
 
 def _few(images: int, pixels: int, block_p: int, channels: int, block: int, arch: Architecture) -> bool:
-    return images * triton.cdiv(pixels, block_p) * triton.cdiv(channels, block) < arch.multiprocessors
+    return images * cdiv(pixels, block_p) * cdiv(channels, block) < arch.multiprocessors
 
 
 def _product_rule(
@@ -748,7 +749,7 @@ def _product_rule(
     stages = 3 if size == 2 else 2
     if _resident(reduced, block_reduced):
         # Three programs share a multiprocessor's memory, whose pipelines hold all the reduced channels.
-        row_bytes = triton.cdiv(reduced, block_reduced) * block_reduced * size
+        row_bytes = cdiv(reduced, block_reduced) * block_reduced * size
         if stages * block_p * row_bytes > arch.shared_bytes // 3:
             stages = 2
         while block_p > 32 and stages * block_p * row_bytes > arch.shared_bytes // 3:
@@ -756,12 +757,12 @@ def _product_rule(
     else:
         # The weight's tiles are on their way, too.
         block_p, four_warps = max(16, min(block_p, 4096 // block_kept)), min(four_warps, 2048)
-    blocks = triton.cdiv(kept, block_kept)
+    blocks = cdiv(kept, block_kept)
     return {
         "block_p": block_p,
         "block_reduced": block_reduced,
         "block_kept": block_kept,
-        "parts": _parts(images, triton.cdiv(pixels, block_p), blocks, arch),
+        "parts": _parts(images, cdiv(pixels, block_p), blocks, arch),
         "num_warps": 4 if block_p * block_kept <= four_warps and block_p * block_reduced <= 4096 else 8,
         "stages": stages,
     }
@@ -805,8 +806,8 @@ def _both_gradients_rule(shape: Mapping[str, int], arch: Architecture) -> Config
             config["stages"] = 2
     else:
         config |= {"block_reduced": 16 if c_out <= 160 else 32, "num_warps": 4 if c_out <= 160 else 8, "stages": 2}
-    steps, blocks = triton.cdiv(c_out, config["block_reduced"]), triton.cdiv(c_in, config["block_kept"])
-    config["parts"] = _parts(shape["images"], triton.cdiv(shape["pixels"], config["block_p"]), blocks, arch)
+    steps, blocks = cdiv(c_out, config["block_reduced"]), cdiv(c_in, config["block_kept"])
+    config["parts"] = _parts(shape["images"], cdiv(shape["pixels"], config["block_p"]), blocks, arch)
     accumulators = steps * config["block_reduced"] * config["block_kept"] // (32 * config["num_warps"])
     accumulators *= 3 if shape["sums"] else 1
     saved = shape["images"] * shape["pixels"] * (2 * c_out + c_in) * size
@@ -826,15 +827,15 @@ def _weight_gradient_rule(shape: Mapping[str, int], arch: Architecture) -> Confi
     if block_in * block_out > 64 * 128:
         block_in = 64
     block_p = _rows_of_tile(pixels, 64 if _wide_tiles(shape, arch) else 32)
-    blocks = triton.cdiv(shape["channels_in"], block_in) * triton.cdiv(shape["channels_out"], block_out)
-    tiles = images * triton.cdiv(pixels, block_p)
+    blocks = cdiv(shape["channels_in"], block_in) * cdiv(shape["channels_out"], block_out)
+    tiles = images * cdiv(pixels, block_p)
     # Of each stage grad, a and x, and one operand more on its way to the product.
     three_stages = (3 * (block_in + 2 * block_out) + max(block_in, block_out)) * block_p * size
     return {
         "block_p": block_p,
         "block_in": block_in,
         "block_out": block_out,
-        "splits": max(1, min(tiles, triton.cdiv(4 * arch.multiprocessors, blocks))),
+        "splits": max(1, min(tiles, cdiv(4 * arch.multiprocessors, blocks))),
         "num_warps": 8 if max(block_in, block_out) > 64 else 4,
         "stages": 3 if size == 2 and three_stages <= arch.shared_bytes else 2,
     }
@@ -910,7 +911,7 @@ def forward(
     partials = None
     if statistics:
         partials = torch.empty((images * parts, 3, c_out), dtype=wide(x), device=x.device)
-    grid = (images * parts * triton.cdiv(c_out, config["block_kept"]),)
+    grid = (images * parts * cdiv(c_out, config["block_kept"]),)
     pointwise_fwd_kernel[grid](
         x, weight, y, norm, gate, bias, out_norm, image_scale, residual, grad, partials, pixels, x.shape[1], parts,
         C_IN=c_in,
@@ -1043,7 +1044,7 @@ def _launch_input_gradient(
         sums = torch.empty(size, dtype=wide(grad), device=grad.device)
     if both:
         products = torch.empty((programs, *weight.shape), dtype=wide(grad), device=grad.device)
-    grid = (programs * triton.cdiv(c_in, config["block_kept"]),)
+    grid = (programs * cdiv(c_in, config["block_kept"]),)
     constants = dict(
         C_IN=c_in,
         C_OUT=c_out,
@@ -1099,7 +1100,7 @@ def weight_gradient(
     bias_partials = None
     if bias is not None:
         bias_partials = torch.empty((splits, c_out), dtype=wide(x), device=x.device)
-    blocks = triton.cdiv(c_in, config["block_in"]) * triton.cdiv(c_out, config["block_out"])
+    blocks = cdiv(c_in, config["block_in"]) * cdiv(c_out, config["block_out"])
     pointwise_bwd_kernel_weight[(splits * blocks,)](
         grad, a, x, partials, bias_partials, coefficients, image_scale, norm, gate,
         images, pixels, x.shape[1], splits,

@@ -25,6 +25,7 @@ from effnet_ops.kernels.activation import (
     widen,
 )
 from effnet_ops.kernels.batch_norm import channel_block, wide
+from effnet_ops.kernels.layout import cdiv, next_power_of_2
 from effnet_ops.kernels.tuning import Architecture, Config
 
 
@@ -103,10 +104,14 @@ def scale_kernel(
 
 @triton.jit
 def _pooled(p_partials, o_i, m_i, o_c, m_c, pixels, parts, C: tl.constexpr, ACC: tl.constexpr):  # [G, BC]
+    # Several parts at once: one after the other, each addition would wait for its load.
+    AT_ONCE: tl.constexpr = (15 + o_i.shape[0]) // o_i.shape[0]
     b_pooled = tl.zeros([o_i.shape[0], o_c.shape[0]], ACC)
-    m = m_i[:, None] & m_c[None, :]
-    for i in range(0, parts):
-        b_pooled += tl.load(p_partials + (o_i * parts + i).to(tl.int64)[:, None] * C + o_c[None, :], mask=m, other=0.0)
+    m = m_i[:, None, None] & m_c[None, None, :]
+    for first in range(0, parts, AT_ONCE):
+        o_part = first + tl.arange(0, AT_ONCE)[None, :, None]
+        o = ((o_i * parts)[:, None, None] + o_part).to(tl.int64) * C + o_c[None, None, :]
+        b_pooled += tl.sum(tl.load(p_partials + o, mask=m & (o_part < parts), other=0.0), 1)
     return b_pooled / pixels
 
 
@@ -316,10 +321,10 @@ def gate_bwd_kernel_weight(
 @tuning.heuristic("squeeze_excite_pool")
 def _pool_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
     block_c = channel_block(shape["channels"])
-    block_p = max(16, min(2048 // block_c, triton.next_power_of_2(shape["pixels"])))
-    tiles, blocks = triton.cdiv(shape["pixels"], block_p), triton.cdiv(shape["channels"], block_c)
-    wanted = triton.cdiv(8 * arch.multiprocessors, shape["images"] * blocks)
-    parts = max(1, min(tiles, 64, max(wanted, triton.cdiv(tiles, 64))))
+    block_p = max(16, min(2048 // block_c, next_power_of_2(shape["pixels"])))
+    tiles, blocks = cdiv(shape["pixels"], block_p), cdiv(shape["channels"], block_c)
+    wanted = cdiv(8 * arch.multiprocessors, shape["images"] * blocks)
+    parts = max(1, min(tiles, 64, max(wanted, cdiv(tiles, 64))))
     return {"block_p": block_p, "block_c": block_c, "parts": parts, "stages": 3, "num_warps": 4}
 
 
@@ -332,12 +337,12 @@ def _scale_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
 @tuning.heuristic("squeeze_excite_gate")
 def _gate_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
     """More images a program where there are enough: each reads both weights."""
-    block_r = triton.next_power_of_2(shape["reduced"])
-    block_c = max(16, min(128, 4096 // block_r, triton.next_power_of_2(shape["channels"])))
+    block_r = next_power_of_2(shape["reduced"])
+    block_c = max(16, min(128, 4096 // block_r, next_power_of_2(shape["channels"])))
     block_i = 4 if shape["images"] >= arch.multiprocessors and block_r <= 256 else 1
-    programs = triton.cdiv(shape["images"], block_i)
-    most = triton.cdiv(shape["channels"], block_c)
-    slices = max(1, min(most, triton.cdiv(arch.multiprocessors, programs), 8))
+    programs = cdiv(shape["images"], block_i)
+    most = cdiv(shape["channels"], block_c)
+    slices = max(1, min(most, cdiv(arch.multiprocessors, programs), 8))
     return {"block_i": block_i, "block_c": block_c, "slices": slices, "num_warps": 8 if block_i * block_r > 128 else 4}
 
 
@@ -354,7 +359,7 @@ def pool(x: Tensor, norm: Tensor | None = None, activation: str = "none", other:
     images, pixels, channels = x.shape
     config = tuning.choose("squeeze_excite_pool", _pool_shape(x), x.device)
     partials = torch.empty((images, config["parts"], channels), dtype=wide(x), device=x.device)
-    grid = (images * config["parts"] * triton.cdiv(channels, config["block_c"]),)
+    grid = (images * config["parts"] * cdiv(channels, config["block_c"]),)
     pool_kernel[grid](
         x, other, norm, partials, pixels, config["parts"],
         C=channels, ACTIVATION=ACTIVATION_CODES[activation], BLOCK_P=config["block_p"], BLOCK_C=config["block_c"],
@@ -369,7 +374,7 @@ def scale(x: Tensor, gate: Tensor, shift: Tensor | None = None) -> Tensor:
     shape = {"pixels": images * pixels, "channels": channels, "element_size": x.element_size()}
     config = tuning.choose("squeeze_excite_scale", shape, x.device)
     y = torch.empty_like(x)
-    grid = (triton.cdiv(images * pixels, config["block_p"]) * triton.cdiv(channels, config["block_c"]),)
+    grid = (cdiv(images * pixels, config["block_p"]) * cdiv(channels, config["block_c"]),)
     scale_kernel[grid](
         x, gate, shift, y, images * pixels, pixels,
         C=channels, BLOCK_P=config["block_p"], BLOCK_C=config["block_c"], num_warps=config["num_warps"],
@@ -395,11 +400,11 @@ def gate_forward(partials: Tensor, pixels: int, parameters: Parameters) -> tuple
     shape = {"images": images, "channels": channels, "reduced": reduced}
     config = tuning.choose("squeeze_excite_gate", shape, partials.device)
     pooled, gate = partials.new_empty(images, channels), partials.new_empty(images, channels)
-    grid = (triton.cdiv(images, config["block_i"]) * config["slices"],)
+    grid = (cdiv(images, config["block_i"]) * config["slices"],)
     gate_fwd_kernel[grid](
         partials, *parameters[:4], pooled, gate, images, pixels, parts, config["slices"],
         C=channels, R=reduced, ACTIVATION=ACTIVATION_CODES[parameters.activation], GATE=GATE_CODES[parameters.gate],
-        BLOCK_I=config["block_i"], BLOCK_C=config["block_c"], BLOCK_R=triton.next_power_of_2(reduced),
+        BLOCK_I=config["block_i"], BLOCK_C=config["block_c"], BLOCK_R=next_power_of_2(reduced),
         num_warps=config["num_warps"],
     )  # fmt: skip
     return pooled, gate
@@ -436,8 +441,8 @@ def gate_backward(sums: Tensor, pixels: int, pooled: Tensor, parameters: Paramet
     expanded_grad, gate, pooled_grad = (pooled.new_empty(images, channels) for _ in range(3))
     reduced_grad, hidden = (pooled.new_empty(images, reduced) for _ in range(2))
     partials = pooled.new_empty(images, 2, channels) if rows == 5 else None
-    block_r = triton.next_power_of_2(reduced)
-    gate_bwd_kernel[(triton.cdiv(images, config["block_i"]),)](
+    block_r = next_power_of_2(reduced)
+    gate_bwd_kernel[(cdiv(images, config["block_i"]),)](
         sums, pooled, *parameters[:4], expanded_grad, reduced_grad, hidden, gate, pooled_grad, partials,
         images, pixels, parts,
         C=channels, R=reduced, ROWS=rows,
@@ -448,7 +453,7 @@ def gate_backward(sums: Tensor, pixels: int, pooled: Tensor, parameters: Paramet
     gradients = [None if p is None else torch.empty_like(p) for p in parameters[:4]]
     # Both gradients stay in registers, with 255 of them for each thread.
     block_c = 32 if block_r <= 128 else 16
-    gate_bwd_kernel_weight[(triton.cdiv(channels, block_c),)](
+    gate_bwd_kernel_weight[(cdiv(channels, block_c),)](
         expanded_grad, reduced_grad, hidden, pooled, *gradients, images,
         C=channels, R=reduced, BLOCK_I=16, BLOCK_C=block_c, BLOCK_R=max(16, block_r),
         num_warps=4 if block_r <= 256 else 8,

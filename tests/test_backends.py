@@ -46,6 +46,19 @@ def test_use_backend_as_context_manager() -> None:
     assert backends.select(X) == "cpu"
 
 
+@pytest.mark.parametrize("name", backends.BACKENDS)
+def test_use_backend_while_tracing(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Whatever it takes to find out whether a backend can run is not traced."""
+    monkeypatch.setattr(backends, "_reasons", dict.fromkeys(backends.BACKENDS, ""))
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def traced(x: torch.Tensor) -> torch.Tensor:
+        with effnet_ops.use_backend(name):
+            return x + 1
+
+    assert traced(X).sum() == X.numel()
+
+
 def test_use_backend_as_decorator() -> None:
     @effnet_ops.use_backend("reference")
     def chosen() -> str:
@@ -89,6 +102,7 @@ def test_unknown_backend() -> None:
 def test_backend_that_cannot_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = backends.Backend(lambda: "there is no such device", lambda x: "")
     monkeypatch.setitem(backends.BACKENDS, "broken", broken)
+    monkeypatch.setitem(backends._reasons, "broken", broken.unavailable())
     assert effnet_ops.available_backends()["broken"] == "there is no such device"
     with (
         pytest.raises(RuntimeError, match="'broken' cannot run here: there is no such device"),

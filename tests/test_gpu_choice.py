@@ -30,8 +30,7 @@ def on_gpu(
 @pytest.fixture
 def both(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine on which both backends can run, with a GPU of compute capability 9.0 and an old one."""
-    for name in gpu.GPU_BACKENDS:
-        monkeypatch.setitem(backends.BACKENDS, name, backends.BACKENDS[name]._replace(unavailable=lambda: ""))
+    monkeypatch.setattr(backends, "_reasons", dict.fromkeys(backends.BACKENDS, ""))
     monkeypatch.setattr(backends, "_automatic", list(backends.BACKENDS))
     monkeypatch.setattr(backends, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: ((9, 0), (7, 5))[index])
@@ -84,25 +83,20 @@ def test_automatic_choice_passes_over_what_cuda_lacks() -> None:
 
 def test_why_cuda_cannot_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """No library, no CUDA in PyTorch, no GPU: each is a reason, none an error."""
-    backends._cuda_unavailable.cache_clear()
     _native.load_cuda.cache_clear()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.version, "cuda", None)
     assert "built without CUDA" in backends._cuda_unavailable()
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(_native, "cuda_library", lambda: None)
-    backends._cuda_unavailable.cache_clear()
     _native.load_cuda.cache_clear()
     assert "FORCE_CUDA=1" in backends._cuda_unavailable()
     broken = _native.Path(__file__)
     monkeypatch.setattr(_native, "cuda_library", lambda: broken)
-    backends._cuda_unavailable.cache_clear()
     assert backends._cuda_unavailable() == "there is no NVIDIA GPU, or no driver for it"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    backends._cuda_unavailable.cache_clear()
     _native.load_cuda.cache_clear()
     assert backends._cuda_unavailable().startswith("the CUDA part does not load: ")
-    backends._cuda_unavailable.cache_clear()
     _native.load_cuda.cache_clear()
 
 

@@ -21,8 +21,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import effnet_ops
-from effnet_ops import layers, optimize_for_inference, replace_layers
+from effnet_ops import layers, optimize_for_inference, reference, replace_layers
 from effnet_ops.ops import packed
+from effnet_ops.surgery import folded
 from effnet_ops.surgery.folded import FoldedMBConv, FoldedPointwise, FoldedPool, FoldedSequence
 
 SIZE = 64
@@ -188,6 +189,33 @@ def test_copies_pickles_and_moves(dtype: torch.dtype | None) -> None:
         assert relative_difference(optimized(x), y) < (1e-5 if dtype in (None, torch.float64) else 0.1)
     assert relative_difference(moved(x.double()), y) < (1e-4 if dtype in (None, torch.float64) else 0.2)
     assert optimized.to("meta")(x.to("meta")).shape == y.shape
+
+
+def test_weights_are_packed_for_the_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere they are as the functions take them; there and back again they are the same."""
+    optimized, x = optimize_for_inference(small()), torch.randn(2, 3, SIZE, SIZE)
+    moved, y, before = copy.deepcopy(optimized), optimized(x), optimized.state_dict()
+    with monkeypatch.context() as patch:
+        patch.setattr(folded, "_on_cpu", lambda weight: False)
+        moved.to(torch.float32)
+        block = next(module for module in moved.modules() if isinstance(module, FoldedMBConv))
+        channels = block.depthwise_bias.shape[0]
+        assert moved.conv_stem.weight.dim() == 4 and block.depthwise_weight.shape[:2] == (channels, 1)
+        with effnet_ops.use_backend("reference"):
+            assert relative_difference(moved(x), y) < 1e-5
+    moved.to(torch.float32)
+    assert all(torch.equal(value, before[name]) for name, value in moved.state_dict().items())
+    assert torch.equal(moved(x), y)
+
+
+@pytest.mark.parametrize("padding", [(1, 1, 1, 1), (0, 1, 0, 1), (2, 1, 0, 0)])
+def test_first_convolution_of_other_devices(padding: tuple[int, int, int, int]) -> None:
+    x, weight, bias = torch.randn(2, 3, 9, 11), torch.randn(8, 3, 3, 3), torch.randn(8)
+    expected = reference.convolution(x, weight, bias, (2, 2), padding, "silu")
+    found = folded._library_convolution(x, weight, bias, (2, 2), padding, "silu")
+    assert relative_difference(found, expected) < 1e-6 and found.is_contiguous(memory_format=torch.channels_last)
+    half = folded._library_convolution(x.bfloat16(), weight, bias, (2, 2), padding, "silu")
+    assert half.dtype == torch.bfloat16 and relative_difference(half, expected) < 2e-2
 
 
 def test_methods_and_feature_maps_keep_working() -> None:

@@ -61,7 +61,7 @@ def preferred(operator: str, x: Tensor, window: backends.Window | None) -> tuple
 
 
 def _able(operator: str, backend: str, x: Tensor, window: backends.Window | None) -> bool:
-    runs = operator in GPU_BACKENDS[backend].WORDS and not backends.BACKENDS[backend].unavailable()
+    runs = operator in GPU_BACKENDS[backend].WORDS and not backends.unavailable(backend)
     return runs and not backends.why_not(backend, x, window)
 
 

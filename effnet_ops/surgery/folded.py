@@ -5,7 +5,7 @@ Weights of products are packed (see `effnet_ops.packing`) for the dtype of the a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any, NoReturn
 
@@ -116,7 +116,7 @@ class Folded(nn.Module):
         for name in self.depths:
             weight = self._parameters[name]
             wanted = self._product_dtype(name, weight.dtype if like is None else like.dtype)
-            on_cpu, pairs = weight.device.type == "cpu", wanted is torch.bfloat16
+            on_cpu, pairs = _on_cpu(weight), wanted is torch.bfloat16
             fits = packing.is_packed(weight) is on_cpu and (not on_cpu or (weight.dim() == 4) is pairs)
             if weight.dtype is not wanted or not fits:
                 rows = self.plain(name).detach().to(wanted)
@@ -129,6 +129,11 @@ class Folded(nn.Module):
         if mode:
             _refuse_to_train()
         return super().train(mode)
+
+
+def _on_cpu(weight: Tensor) -> bool:
+    """Whether it is in the order of the CPU's kernels; elsewhere it is as the functions take it."""
+    return weight.device.type == "cpu"
 
 
 def _refuse_to_train() -> NoReturn:
@@ -174,7 +179,7 @@ class FoldedPointwise(Folded, nn.Conv2d):
 class FoldedConvolution(Folded, nn.Conv2d):
     """A dense convolution of few channels with bias and activation, in channels_last; made of an ``nn.Conv2d``.
 
-    Its weight is packed in fp32 (fp64 for fp64 activations): with three channels, pairs of bf16 have no use.
+    Its weight is in fp32 (fp64 for fp64 activations), packed on the CPU: of three channels, pairs of bf16 have no use.
     """
 
     activation: str
@@ -188,8 +193,20 @@ class FoldedConvolution(Folded, nn.Conv2d):
         conv.weight = frozen(packing.pack_convolution(conv.weight.detach()))
         conv._repack()
 
-    def _product_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
-        return compute_dtype(dtype)
+    def dense(self) -> Tensor:
+        """The weight (out, in, kh, kw), whether it is packed or not."""
+        weight = parameter(self, "weight")
+        if weight.dim() == 4:
+            return weight
+        return packing.unpack_convolution(weight, self.out_channels, self.in_channels, self.kernel_size)
+
+    def _repack(self) -> None:
+        self.__dict__.pop(_PREPARED, None)
+        weight, like = self._parameters["weight"], self._buffers.get("activations")
+        dtype, on_cpu = compute_dtype(weight.dtype if like is None else like.dtype), _on_cpu(weight)
+        if weight.dtype is not dtype or (weight.dim() == 3) is not on_cpu:
+            dense = self.dense().detach().to(dtype)
+            self._parameters["weight"] = frozen(packing.pack_convolution(dense) if on_cpu else dense)
 
     def forward(self, x: Tensor) -> Tensor:
         x, bias = self.cast(x), parameter(self, "bias")
@@ -198,12 +215,23 @@ class FoldedConvolution(Folded, nn.Conv2d):
             return known.run(x)
         if self.runs_packed(x, self.in_channels):
             return self.run_and_prepare(x, packed.convolution, packed.prepare_convolution, arguments)
-        weight = packing.rows_to_convolution(self.plain("weight"), self.in_channels, self.kernel_size)
         sides = resolve_padding(self.sides, x.shape[2:], self.kernel_size, self.stride, (1, 1))
-        return reference.convolution(x, weight, bias, self.stride, sides, self.activation)
+        convolution = reference.convolution if x.device.type == "cpu" else _library_convolution
+        return convolution(x, self.dense(), bias, self.stride, sides, self.activation)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation}"
+
+
+def _library_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor, stride: Sequence[int], padding: Sequence[int], activation: str
+) -> Tensor:
+    """`reference.convolution` by PyTorch's kernel for x's dtype, in channels_last: fp32 would move twice as much."""
+    top, bottom, left, right = padding
+    if (top, left) != (bottom, right):
+        x, top, left = nn.functional.pad(x, (left, right, top, bottom)), 0, 0
+    weight = weight.to(x.dtype, memory_format=torch.channels_last)
+    return activate(nn.functional.conv2d(x, weight, bias.to(x.dtype), stride, (top, left)), activation)
 
 
 class FoldedLinear(Folded, nn.Linear):
@@ -272,8 +300,8 @@ class FoldedMBConv(Folded):
     """An MBConv block as one operator, without normalisations and without drop path.
 
     Input (N, Cin, H, W), output (N, Cout, Ho, Wo). Parameters ``expand_weight``, ``expand_bias`` and so on for
-    ``depthwise``, ``project``, ``reduce`` and ``excite``; those that the block lacks are None. All but the depthwise
-    weight (kh, kw, C) are packed.
+    ``depthwise``, ``project``, ``reduce`` and ``excite``; those that the block lacks are None. On the CPU weights are
+    packed, that of the depthwise convolution as (kh, kw, C).
 
     Args:
         expand, depthwise, project: folded convolutions; ``expand`` can be None.
@@ -321,6 +349,14 @@ class FoldedMBConv(Folded):
         if conv is not None:
             self.depths[f"{name}_weight"] = conv.weight.shape[1]
 
+    def _repack(self) -> None:
+        super()._repack()
+        filters = self._parameters["depthwise_weight"]
+        if _on_cpu(filters) and filters.dim() == 4:
+            self._parameters["depthwise_weight"] = frozen(packing.pack_depthwise(filters))
+        elif not _on_cpu(filters) and filters.dim() == 3:
+            self._parameters["depthwise_weight"] = frozen(packing.unpack_depthwise(filters))
+
     def _product_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
         """The gate is computed in fp32 (fp64 for fp64), as the pool is that it comes from."""
         return (
@@ -350,7 +386,8 @@ class FoldedMBConv(Folded):
         reduce, excite, squeeze_excite = conv("reduce"), conv("excite"), None
         if reduce is not None:
             squeeze_excite = SqueezeExciteParams(*reduce[:2], *excite[:2], self.squeeze_activation)
-        filters = packing.unpack_depthwise(parameter(self, "depthwise_weight"))
+        filters = parameter(self, "depthwise_weight")
+        filters = packing.unpack_depthwise(filters) if filters.dim() == 3 else filters
         return functional.mbconv(
             x,
             conv("expand"),

@@ -55,6 +55,6 @@ def _register_interpreter(name: str) -> None:
 
 def register_interpreter() -> None:
     """Register every operator that has kernels, where they are interpreted; called once, when all are defined."""
-    if backends.INTERPRETED and not backends.BACKENDS["triton"].unavailable():
+    if backends.INTERPRETED and not backends.unavailable("triton"):
         for name in WORDS:
             _register_interpreter(name)
