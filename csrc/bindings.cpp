@@ -85,8 +85,16 @@ Tensor empty_nhwc(const Ints& size, ScalarType type) {
 
 Tensor empty(const Ints& size, ScalarType type) { return with_cheap_pages(torch::stable::empty(size, type)); }
 
+// Where a tensor's values lie: a storage that was resized to nothing leaves a tensor without memory.
+const void* memory_of(const Tensor& t, const char* name) {
+    const void* const data = t.const_data_ptr();
+    STD_TORCH_CHECK(data != nullptr || t.numel() == 0, name, " has no memory: its storage was freed");
+    return data;
+}
+
 Tensor nhwc(const Tensor& x) {
     STD_TORCH_CHECK(x.dim() == 4, "activations must be (N, C, H, W), got ", x.dim(), " axes");
+    memory_of(x, "x");
     if (x.numel() == 0 || is_dense_nhwc(x)) return x;
     if (!x.is_contiguous()) return torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
     const Tensor to = empty_nhwc({x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type());
@@ -134,7 +142,8 @@ class Parameters {
     const void* operator()(const Tensor& p, int64_t elements, const char* name) {
         STD_TORCH_CHECK(p.numel() == elements, name, " must have ", elements, " elements, got ", p.numel());
         // Asking costs less than a call through the dispatcher, of which a block would make ten.
-        if (p.scalar_type() == type_ && p.is_contiguous()) return p.const_data_ptr();
+        const void* const data = memory_of(p, name);
+        if (p.scalar_type() == type_ && p.is_contiguous()) return data;
         kept_.push_back(torch::stable::contiguous(as_dtype(p, type_)));
         return kept_.back().const_data_ptr();
     }
@@ -206,6 +215,9 @@ cpu::DepthwiseShape depthwise_shape(const Tensor& x, const Filter& filter, const
     };
     s.out_height = axis(s.height, s.kernel_h, s.stride_h, s.dilation_h, 0, s.pad_top);
     s.out_width = axis(s.width, s.kernel_w, s.stride_w, s.dilation_w, 2, s.pad_left);
+    // A single output has no next one; kernels may divide an image by the stride.
+    if (s.out_height == 1) s.stride_h = 1;
+    if (s.out_width == 1) s.stride_w = 1;
     return s;
 }
 
@@ -227,7 +239,7 @@ Tensor depthwise_conv2d(const Tensor& x, const Tensor& weight, const std::option
                                                                                  parameter(bias, s.channels, "bias");
     if (s.batch != 0 && kernels.depthwise_contiguous != nullptr && x.is_contiguous()) {
         const Tensor y = empty(size, x.scalar_type());
-        kernels.depthwise_contiguous(s, x.const_data_ptr(), weights, shift, activation_of(activation),
+        kernels.depthwise_contiguous(s, memory_of(x, "x"), weights, shift, activation_of(activation),
                                      y.mutable_data_ptr());
         return y;
     }
@@ -288,7 +300,7 @@ Tensor pointwise_conv2d(const Tensor& x, const Tensor& weight, const std::option
     if (s.batch != 0 && multiplies_contiguous(x, residual, s)) {
         const Tensor y = empty(size, x.scalar_type());
         const Tensor added = residual.has_value() ? as_dtype(*residual, x.scalar_type()) : nothing(x);
-        kernels.pointwise_contiguous(s, x.const_data_ptr(), weights, shift,
+        kernels.pointwise_contiguous(s, memory_of(x, "x"), weights, shift,
                                      residual.has_value() ? added.const_data_ptr() : nullptr, activation_of(activation),
                                      y.mutable_data_ptr());
         return y;
@@ -457,7 +469,7 @@ const void* panels(const Tensor& packed, const Tensor& x, bool products_in_stora
                         packed.size(0) == count && packed.size(1) == terms && packed.size(2) == 16 &&
                         (!pairs || packed.size(3) == 2),
                     name, " is not packed for ", depth, " by ", columns, " values and the dtype of x");
-    return packed.const_data_ptr();
+    return memory_of(packed, name);
 }
 
 // The tensors of a block with packed weights; null pointers where it has no expansion or no gate.
@@ -602,7 +614,7 @@ Tensor convolution_packed(const Tensor& x, const Tensor& weight, const Tensor& b
     Parameters parameter(x);
     const Tensor input = s.channels_last ? nhwc(x) : x;
     cpu::kernels(kernel_dtype(x.scalar_type()))
-        .convolution_packed(s, input.const_data_ptr(), weights, parameter(bias, s.out, "bias"),
+        .convolution_packed(s, memory_of(input, "x"), weights, parameter(bias, s.out, "bias"),
                             activation_of(activation), y.mutable_data_ptr());
     return y;
 }
@@ -657,7 +669,7 @@ Tensor conv_norm_inference(const Tensor& x, const Tensor& weight, const Optional
     Parameters parameter(x);
     cpu::ConvNorm norm = norm_arguments(parameter, out, gamma, beta, mean, var, eps);
     const bool weight_rows = weight.scalar_type() == compute_type(x.scalar_type()) && is_dense_nhwc(weight);
-    norm.weight = weight_rows ? weight.const_data_ptr() : parameter(weight, weight.numel(), "weight");
+    norm.weight = weight_rows ? memory_of(weight, "weight") : parameter(weight, weight.numel(), "weight");
     const cpu::Kernels& kernels = cpu::kernels(kernel_dtype(x.scalar_type()));
     if (pointwise) {
         const Tensor input = nhwc(x);
@@ -669,7 +681,7 @@ Tensor conv_norm_inference(const Tensor& x, const Tensor& weight, const Optional
     const Tensor input = channels_last ? nhwc(x) : x;
     kernels.convolution_norm({d.batch, d.channels, out, d.height, d.width, d.out_height, d.out_width, d.kernel_h,
                               d.kernel_w, d.stride_h, d.stride_w, d.pad_top, d.pad_left, channels_last},
-                             input.const_data_ptr(), norm, weight_rows, activation_of(activation), y.data());
+                             memory_of(input, "x"), norm, weight_rows, activation_of(activation), y.data());
     return y.finish();
 }
 

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <functional>
 #include <map>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -135,6 +136,7 @@ class Prepared {
     using Kernel = std::function<void(const cpu::Kernels&, const void* x, void* y)>;
     Prepared(int dtype, Kernel kernel) : dtype_(cpu::DType(dtype)), kernel_(std::move(kernel)) {}
     void run(uintptr_t x, uintptr_t y) const {
+        if (x == 0) throw std::invalid_argument("x has no memory: its storage was freed");
         kernel_(cpu::kernels(dtype_), reinterpret_cast<const void*>(x), reinterpret_cast<void*>(y));
     }
 

@@ -23,6 +23,7 @@ from test_depthwise import problem as depthwise_problem
 from test_pointwise import problem as pointwise_problem
 from test_squeeze_excite import problem as squeeze_excite_problem
 
+import effnet_ops
 from effnet_ops import _native
 
 assert _native.module is not None, _native.why_missing
@@ -137,3 +138,26 @@ def test_threads_agree_depthwise(case: DepthwiseCase) -> None:
         check(*depthwise_problem(case), torch.float32)
     finally:
         torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_freed_memory_is_an_error(layout: torch.memory_format) -> None:
+    """As sharding and offloading leave it."""
+    x, weight = torch.randn(1, 8, 5, 5).contiguous(memory_format=layout), torch.randn(8, 1, 3, 3)
+    for tensor, name in ((x, "x"), (weight, "weight")):
+        given = {"x": x, "weight": weight, name: tensor.clone(memory_format=torch.preserve_format)}
+        given[name].untyped_storage().resize_(0)
+        with pytest.raises(RuntimeError, match=f"{name} has no memory: its storage was freed"):
+            effnet_ops.depthwise_conv2d(given["x"], given["weight"])
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_stride_longer_than_the_image(layout: torch.memory_format) -> None:
+    """One output, at no more than the cost of one."""
+    x, weight = torch.randn(1, 8, 8, 8).contiguous(memory_format=layout).requires_grad_(), torch.randn(8, 1, 3, 3)
+    y = effnet_ops.depthwise_conv2d(x, weight, padding=1, stride=2**31 - 1)
+    # Longer ones overflow in PyTorch's own gradient.
+    expected = torch.nn.functional.conv2d(x, weight, padding=1, stride=1000, groups=8)
+    torch.testing.assert_close(y, expected)
+    found, wanted = (torch.autograd.grad(out.sum(), x, retain_graph=True)[0] for out in (y, expected))
+    torch.testing.assert_close(found, wanted)

@@ -11,6 +11,7 @@ from cases import MBConvCase
 from helpers import LAYOUTS, lay_out, mbconv_function, mbconv_groups, mbconv_tensors, normal, relative_error, run
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 import effnet_ops
@@ -191,6 +192,53 @@ def test_second_backward_is_an_error(name: str) -> None:
     first = torch.autograd.grad(function(*inputs).square().sum(), inputs, create_graph=True)
     with pytest.raises(RuntimeError, match="effnet_ops: double backward is not supported"):
         first[0].sum().backward()
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("name", [name for name in FORWARDS if name != "mbconv_training"])
+def test_forward_mode_sees_the_reference(name: str, gradients: bool) -> None:
+    args = arguments(name, "channels_last", torch.float64)
+    tangent = normal(*SIZE).double() if name.endswith("conv2d") else normal(*args[0].shape).double()
+
+    def derivative() -> Tensor:
+        with forward_ad.dual_level():
+            found = getattr(OPERATORS, name)(forward_ad.make_dual(args[0], tangent), *args[1:])
+            return forward_ad.unpack_dual(found[0] if isinstance(found, tuple) else found).tangent
+
+    step = 1e-6
+    above, below = (getattr(OPERATORS, name)(args[0] + sign * step * tangent, *args[1:]) for sign in (1, -1))
+    above, below = (found[0] if isinstance(found, tuple) else found for found in (above, below))
+    with torch.set_grad_enabled(gradients):
+        assert relative_error(derivative(), (above - below) / (2 * step)) < 1e-6
+
+
+def test_function_transforms_see_the_reference() -> None:
+    x, weight = normal(*SIZE).double(), normal(SIZE[1], 1, 3, 3).double()
+
+    def loss(x: Tensor) -> Tensor:
+        return effnet_ops.depthwise_conv2d(x, weight, padding=1, activation="silu").square().sum()
+
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf), leaf)
+    assert relative_error(torch.func.grad(loss)(x), expected) < 1e-12
+
+
+def test_batched_gradients() -> None:
+    function, inputs = differentiable("depthwise_conv2d")
+    y = function(*inputs)
+    grads = torch.randn(2, *y.shape).to(y)
+    batched = torch.autograd.grad(y, inputs, grads, is_grads_batched=True, retain_graph=True)
+    for i in range(2):
+        for found, expected in zip(batched, torch.autograd.grad(y, inputs, grads[i], retain_graph=True), strict=True):
+            assert torch.equal(found[i], expected)
+
+
+def test_forward_mode_of_a_gradient_is_an_error() -> None:
+    function, inputs = differentiable("depthwise_conv2d")
+    y = function(*inputs)
+    match = "forward-mode differentiation of the gradient of depthwise_conv2d is not supported"
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=match):
+        torch.autograd.grad(y, inputs, forward_ad.make_dual(torch.ones_like(y), torch.ones_like(y)))
 
 
 def test_backward_twice_with_retained_graph() -> None:

@@ -218,6 +218,77 @@ def test_first_convolution_of_other_devices(padding: tuple[int, int, int, int]) 
     assert half.dtype == torch.bfloat16 and relative_difference(half, expected) < 2e-2
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_layout_of_parameters_does_not_matter(dtype: torch.dtype | None) -> None:
+    optimized, x = optimize_for_inference(small(), dtype=dtype), torch.randn(2, 3, SIZE, SIZE)
+    y = optimized(x)
+    assert torch.equal(optimized.to(memory_format=torch.channels_last)(x), y)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model.global_pool, "pool", nn.AdaptiveMaxPool2d(1)),
+        lambda model: (
+            setattr(model.global_pool, "flatten", nn.Flatten(2)),
+            setattr(model, "classifier", nn.Identity()),
+        ),
+        lambda model: setattr(model.global_pool, "flatten", nn.Flatten(1, 3)),
+    ],
+)
+@pytest.mark.parametrize("later", [False, True])
+def test_other_pools(change: Callable[[nn.Module], object], later: bool) -> None:
+    """Before the copy is made, or in the copy after its first calls."""
+    model, x = small(), torch.randn(2, 3, SIZE, SIZE)
+    optimized = optimize_for_inference(model)
+    if later:
+        optimized(x), optimized(x)
+        change(optimized)
+        change(model)
+    else:
+        change(model)
+        optimized = optimize_for_inference(model)
+        optimized(x)
+    torch.testing.assert_close(optimized(x), model(x), rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_class_of_a_block_that_changes_later() -> None:
+    optimized, x = optimize_for_inference(small()), torch.randn(2, 3, SIZE, SIZE)
+    y = optimized(x), optimized(x)
+
+    class Doubled(FoldedMBConv):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    next(module for module in optimized.modules() if isinstance(module, FoldedMBConv)).__class__ = Doubled
+    assert relative_difference(optimized(x), y[0]) > 1e-2
+
+
+@torch.no_grad()
+def test_views_and_tangents_of_an_input() -> None:
+    """What is no plain memory is taken for what it means, after the first call too."""
+    model, x = small(), torch.randn(2, 3, SIZE, SIZE).contiguous(memory_format=torch.channels_last)
+    optimized = optimize_for_inference(model)
+    optimized(x), optimized(x)
+    torch.testing.assert_close(optimized(torch._neg_view(x)), model(-x), rtol=1e-3, atol=1e-4)
+    tangent = torch.randn_like(x)
+    found, expected = (torch.func.jvp(network, (x,), (tangent,))[1] for network in (optimized, model))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("wrong", [None, [1.0], torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8)], ids=str)
+def test_input_must_be_floating_point(wrong: object) -> None:
+    with pytest.raises(TypeError, match="x must be a tensor of floating-point numbers, got"):
+        optimize_for_inference(small(), dtype=torch.bfloat16)(wrong)
+
+
+def test_script_says_what_to_do() -> None:
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.script cannot compile Folded"):
+        torch.jit.script(optimize_for_inference(small()))
+
+
 def test_methods_and_feature_maps_keep_working() -> None:
     model, x = small(), torch.randn(2, 3, SIZE, SIZE)
     optimized, half = optimize_for_inference(model), optimize_for_inference(model, dtype=torch.bfloat16)

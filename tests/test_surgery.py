@@ -392,6 +392,11 @@ def later_forward(block: nn.Module) -> None:
     conv.forward = lambda x: type(conv).forward(conv, x) * 3
 
 
+def later_strides(block: nn.Module) -> None:
+    variance = block.bn2.running_var
+    variance.data = variance.data.as_strided(variance.shape, (0,))
+
+
 LATER: dict[str, Callable[[nn.Module], object]] = {
     "hook on a child": later_hook,
     "activation": lambda b: setattr(b.bn2, "act", nn.GELU()),
@@ -411,6 +416,10 @@ LATER: dict[str, Callable[[nn.Module], object]] = {
     "a new parameter": lambda b: setattr(b.conv_dw, "weight", nn.Parameter(torch.ones(32, 1, 3, 3).double())),
     "statistics": lambda b: b.bn1.running_mean.add_(1.0),
     "weights written through .data": lambda b: b.conv_dw.weight.data.mul_(2),
+    "weights transposed in place": lambda b: setattr(b.conv_dw.weight, "data", b.conv_dw.weight.data.transpose(2, 3)),
+    "statistics as another view": later_strides,
+    "bias": lambda b: setattr(b.conv_pw, "bias", nn.Parameter(torch.arange(32.0).double() / 32)),
+    "bias of the projection": lambda b: setattr(b.conv_pwl, "bias", nn.Parameter(torch.ones(CHANNELS).double())),
     "loaded weights": lambda b: b.load_state_dict({k: v * 2 for k, v in b.state_dict().items()}),
 }
 

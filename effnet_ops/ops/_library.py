@@ -57,7 +57,7 @@ def define_inference(schema: str, fallback: Callable[..., Any], fake: Callable[.
     differentiable = fallbacks[operator._schema.name.partition("::")[2]]
 
     def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
             return differentiable(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
@@ -68,7 +68,7 @@ def define_inference(schema: str, fallback: Callable[..., Any], fake: Callable[.
 
 def call(operator: OpOverload, *args: Any) -> Any:
     """Call the operator, past its autograd kernel where gradients are off: that is Python, and half of the overhead."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or forward_ad._current_level >= 0:
         return operator(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*args)
@@ -86,6 +86,7 @@ def unobserved(x: Tensor) -> bool:
         and not torch._C._is_tracing()
         and not torch.is_autocast_enabled("cpu")
         and forward_ad._current_level < 0
+        and not x.is_neg()
     )
 
 
@@ -97,11 +98,11 @@ def is_nhwc(x: Tensor) -> bool:
 class Prepared:
     """A CPU kernel for one shape, layout and dtype of x and the tensors that its operator has accepted with it.
 
-    ``kernel.run(x, y)`` has the addresses of the tensors, so that a call does not unpack them; ``holds`` must be
-    asked before each ``run``. ``shape`` and ``layout`` are the output's.
+    ``kernel.run(x, y)`` has the addresses of the tensors, which are contiguous, so that a call does not unpack them;
+    ``holds`` must be asked before each ``run``. ``shape`` and ``layout`` are the output's.
     """
 
-    __slots__ = ("_addresses", "_kernel", "_layout", "_shape", "tensors")
+    __slots__ = ("_addresses", "_kernel", "_layout", "_shape", "_sizes", "tensors")
 
     def __init__(
         self,
@@ -111,7 +112,7 @@ class Prepared:
         layout: torch.memory_format = torch.channels_last,
     ) -> None:
         self._kernel, self._shape, self._layout, self.tensors = kernel, tuple(shape), layout, list(tensors)
-        self._addresses = list(map(Tensor.data_ptr, tensors))
+        self._addresses, self._sizes = list(map(Tensor.data_ptr, tensors)), list(map(Tensor.numel, tensors))
 
     @staticmethod
     def fits(x: Tensor) -> bool:
@@ -124,8 +125,13 @@ class Prepared:
         return prod(self._shape)
 
     def holds(self, x: Tensor) -> bool:
-        """Whether x fits, and the tensors are where they were: memory moves when it is sent to another process."""
-        return Prepared.fits(x) and list(map(Tensor.data_ptr, self.tensors)) == self._addresses
+        """Whether x fits, and the tensors' memory is as it was: it moves when it is sent to another process."""
+        return (
+            Prepared.fits(x)
+            and list(map(Tensor.data_ptr, self.tensors)) == self._addresses
+            and list(map(Tensor.numel, self.tensors)) == self._sizes
+            and all(map(Tensor.is_contiguous, self.tensors))
+        )
 
     def run(self, x: Tensor) -> Tensor:
         y = torch.empty(self._shape, dtype=x.dtype, memory_format=self._layout)
@@ -191,14 +197,23 @@ def register_autograd(
     def refuse(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(f"effnet_ops: double backward is not supported (through {name}); use the reference backend")
 
-    library.impl(name, _autograd_kernel(operator, setup_context, backward), "Autograd", with_keyset=True)
-    kernel = _autograd_kernel(backward_operator, lambda ctx, inputs, output: None, refuse)
+    def refuse_forward_mode(*args: Any) -> Any:
+        raise RuntimeError(
+            f"effnet_ops: forward-mode differentiation of the gradient of {name} is not supported; use the reference "
+            "backend"
+        )
+
+    kernel = _autograd_kernel(operator, setup_context, backward, fallbacks[name])
+    library.impl(name, kernel, "Autograd", with_keyset=True)
+    kernel = _autograd_kernel(backward_operator, lambda ctx, inputs, output: None, refuse, refuse_forward_mode)
     library.impl(backward_operator._schema.name, kernel, "Autograd", with_keyset=True)
 
 
 def _autograd_kernel(
-    operator: OpOverload, setup_context: Callable[..., None], backward: Callable[..., Any]
+    operator: OpOverload, setup_context: Callable[..., None], backward: Callable[..., Any], other: Callable[..., Any]
 ) -> Callable[..., Any]:
+    """``other`` runs in forward-mode differentiation and function transforms, into which PyTorch has to see."""
+
     def run(keyset: torch._C.DispatchKeySet, args: Sequence[Any]) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
@@ -219,6 +234,8 @@ def _autograd_kernel(
     function = type(operator._schema.name.replace("::", "_"), (torch.autograd.Function,), methods)
 
     def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+            return other(*args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return function.apply(*args, keyset)
         return run(keyset, args)

@@ -172,7 +172,9 @@ def _backward_fake(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return _library.empty_gradients(block.x, [block[i] for i in _POSITIONS], args[-1])
 
 
-_inference_operator = _library.define(f"mbconv_inference({_BLOCK}, {_CONFIG}) -> Tensor", _inference, _inference_fake)
+_inference_operator = _library.define_inference(
+    f"mbconv_inference({_BLOCK}, {_CONFIG}) -> Tensor", _inference, _inference_fake
+)
 _training_operator = _library.define(
     f"mbconv_training({_BLOCK}, {_CONFIG}, bool save_expanded) -> (Tensor, {', '.join(['Tensor'] * 10)})",
     _training,

@@ -61,7 +61,12 @@ class Folded(nn.Module):
 
     def cast(self, x: Tensor) -> Tensor:
         like = self._buffers.get("activations")
-        return x if like is None else x.to(like.dtype)
+        if like is None and isinstance(x, Tensor):
+            return x
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"x must be a tensor of floating-point numbers, got {kind}")
+        return x.to(like.dtype)
 
     def set_activations(self, dtype: torch.dtype) -> None:
         """Cast every input to ``dtype`` from now on."""
@@ -121,6 +126,9 @@ class Folded(nn.Module):
             if weight.dtype is not wanted or not fits:
                 rows = self.plain(name).detach().to(wanted)
                 self._parameters[name] = frozen(packing.pack(rows) if on_cpu else rows)
+            elif not weight.is_contiguous():
+                # model.to(memory_format=...) takes what has four axes for images.
+                self._parameters[name] = frozen(weight)
 
     def _product_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
         return dtype if dtype is torch.bfloat16 else compute_dtype(dtype)
@@ -129,6 +137,11 @@ class Folded(nn.Module):
         if mode:
             _refuse_to_train()
         return super().train(mode)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise RuntimeError(
+            f"torch.jit.script cannot compile {type(self).__name__}: script the model that was optimized instead"
+        )
 
 
 def _on_cpu(weight: Tensor) -> bool:
@@ -139,7 +152,8 @@ def _on_cpu(weight: Tensor) -> bool:
 def _refuse_to_train() -> NoReturn:
     raise RuntimeError(
         "this model cannot train: optimize_for_inference folded its batch normalisations into the convolutions. "
-        "Train the model that it was made from; call eval() on this one to use it on"
+        "Train the model that it was made from, and give that one, too, to functions that call train() themselves; "
+        "call eval() on this one to use it on"
     )
 
 
@@ -270,8 +284,15 @@ class FoldedPool(Folded):
 
     keepdim: bool
 
+    @staticmethod
+    def averages(pool: nn.Module) -> bool:
+        """Whether a module of the replaced class averages over the image, and gives that the shape of ``keepdim``."""
+        raise NotImplementedError
+
     def forward(self, x: Tensor) -> Tensor:
         arguments = (self.keepdim,)
+        if not self.averages(self):
+            return super().forward(x)
         if (known := self.prepared(x, arguments)) is not None:
             return known.run(x)
         if x.dim() == 4 and 0 not in x.shape and backends.select(x) == "cpu":
@@ -284,11 +305,13 @@ class FoldedAdaptivePool(FoldedPool, nn.AdaptiveAvgPool2d):
 
     keepdim = True
 
+    @staticmethod
+    def averages(pool: nn.AdaptiveAvgPool2d) -> bool:
+        return pool.output_size in (1, (1, 1))
 
-POOLS: dict[type[nn.Module], Callable[[Any], type[FoldedPool] | None]] = {
-    nn.AdaptiveAvgPool2d: lambda pool: FoldedAdaptivePool if pool.output_size in (1, (1, 1)) else None
-}
-"""What takes the place of a pool, by its class, or None where it is not the average over the image."""
+
+POOLS: dict[type[nn.Module], type[FoldedPool]] = {nn.AdaptiveAvgPool2d: FoldedAdaptivePool}
+"""What takes the place of a pool that is the average over the image, by its class."""
 
 
 _TENSORS = tuple(
@@ -465,6 +488,7 @@ class _Sequence:
         names = ("_modules", "_parameters", "_buffers", *HOOKS)
         watched = [sequence._modules, *states, *(state[name] for state in states for name in names)]
         self._links, self._snapshot = sequence._modules, Snapshot(watched)
+        self._modules, self._types = inner, list(map(type, inner))
         self._blocks = _blocks_of(sequence) or []
         numbers = [
             packed.SequenceBlock.of(block.expand_weight is not None, block.reduce_weight is not None, *_settings(block))
@@ -477,7 +501,8 @@ class _Sequence:
 
     def holds(self, sequence: FoldedSequence) -> bool:
         """Whether nothing has changed since. A replica has children of its own."""
-        return self._links is sequence._modules and self._snapshot.holds()
+        same = self._links is sequence._modules and self._snapshot.holds()
+        return same and list(map(type, self._modules)) == self._types
 
     def run(self, x: Tensor) -> Tensor | None:
         """The blocks in one call, or None where one of them would not run packed on what it is given."""

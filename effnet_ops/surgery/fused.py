@@ -435,7 +435,7 @@ def check_untouched(name: str, module: nn.Module) -> None:
 class _CachedPlan:
     """A plan with everything it was read from."""
 
-    __slots__ = ("_links", "_modules", "_read_from", "_snapshot", "plan")
+    __slots__ = ("_links", "_modules", "_read_from", "_snapshot", "_without_bias", "plan")
 
     def __init__(self, layer: FusedLayer) -> None:
         self._links = layer._modules
@@ -445,11 +445,15 @@ class _CachedPlan:
         inner = (state[name] for state in states for name in ("_modules", *HOOKS) if name in state)
         self._snapshot = Snapshot([layer._modules, *states, *inner])
         self._read_from = self._read(layer)
-        self.plan = describe_or_none(layer)
+        self.plan = plan = describe_or_none(layer)
+        stages = (plan.expand, plan.depthwise, plan.project) if isinstance(plan, BlockPlan) else ()
+        # Of parameters, all others are read at each call.
+        self._without_bias = [stage[0] for stage in stages if stage is not None]
 
     def _read(self, layer: FusedLayer) -> tuple[list[Any], list[type]]:
         return [getattr(layer, name) for name in layer.attributes], list(map(type, self._modules))
 
     def holds(self, layer: FusedLayer) -> bool:
         """Whether nothing has changed since. A replica that was made by copying __dict__ has children of its own."""
-        return self._links is layer._modules and self._snapshot.holds() and self._read(layer) == self._read_from
+        same = self._links is layer._modules and self._snapshot.holds() and self._read(layer) == self._read_from
+        return same and all(parameter(conv, "bias") is None for conv in self._without_bias)

@@ -113,6 +113,7 @@ def optimize_for_inference(model: nn.Module, *, dtype: torch.dtype | None = None
             the parameters of fused layers are kept in float32, except that products in bfloat16 have weights in
             bfloat16. The input of any floating dtype is cast, and outputs
             (tensors in tuples, lists and dictionaries too) come back in the dtype of the first tensor given.
+            Layers that are put into the copy later, such as another classifier, keep their own dtype.
             Other methods than the call itself, such as timm's ``forward_features``, return ``dtype``. On the CPU,
             autocast does not change the precision of the folded layers.
 
@@ -152,8 +153,8 @@ def _convert_head(model: nn.Module) -> None:
     """Convert the pool and the linear layers behind folded blocks, except where one does more than its class says."""
     for name, module in model.named_modules():
         linear = type(module) is nn.Linear and module.weight.dtype in FLOAT_DTYPES
-        pool = POOLS[type(module)](module) if type(module) in POOLS else None
-        if not linear and pool is None:
+        pool = POOLS.get(type(module))
+        if not linear and (pool is None or not pool.averages(module)):
             continue
         try:
             for inner_name, inner in module.named_modules():

@@ -84,16 +84,22 @@ class FoldedSelectPool(FoldedPool, SelectAdaptivePool2d):
 
     keepdim = False
 
+    @staticmethod
+    def averages(pool: SelectAdaptivePool2d) -> bool:
+        return _keeps_size(pool) is False
+
 
 def _keeps_size(pool: SelectAdaptivePool2d) -> bool | None:
     """Whether the average over the image is (N, C, 1, 1), or (N, C); None where the pool is none."""
-    average, behind = pool.pool, type(pool.flatten)
+    average, behind = pool.pool, pool.flatten
     if type(average) is not nn.AdaptiveAvgPool2d or average.output_size not in (1, (1, 1)):
         return None
-    return {nn.Flatten: False, nn.Identity: True}.get(behind)
+    if type(behind) is nn.Flatten:
+        return None if (behind.start_dim, behind.end_dim) not in ((1, -1), (1, 3)) else False
+    return True if type(behind) is nn.Identity else None
 
 
-POOLS[SelectAdaptivePool2d] = lambda pool: FoldedSelectPool if _keeps_size(pool) is False else None
+POOLS[SelectAdaptivePool2d] = FoldedSelectPool
 
 
 @fuses(SelectAdaptivePool2d, NETWORK_POOLS)
