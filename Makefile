@@ -57,9 +57,9 @@ gpu: $(BUILD)  ## on a machine with a GPU: build, test, measure in parts (repeat
 	@$(MAKE) --no-print-directory gpu-rows
 
 gpu-rows: $(BUILD)  ## the measuring part of gpu: GPU_SCRIPTS one after the other, GPU_SECONDS each, then docs/gpu.md
-	@echo "==> measuring; exit code 2 of a benchmark means that the time was up"
+	@echo "==> measuring; exit code 1 of a benchmark means failed rows, 2 that the time was up"
 	@for script in $(GPU_SCRIPTS); do \
-		$(BIN)/python benchmarks/gpu/$$script.py --seconds $(GPU_SECONDS) || [ $$? -eq 2 ] || exit 1; \
+		$(BIN)/python benchmarks/gpu/$$script.py --seconds $(GPU_SECONDS) || [ $$? -le 2 ] || exit 1; \
 	done
 	@$(BIN)/python benchmarks/gpu/choice.py || [ $$? -eq 3 ]
 	@$(BIN)/python benchmarks/gpu/report.py

@@ -382,6 +382,10 @@ def scale(x: Tensor, gate: Tensor, shift: Tensor | None = None) -> Tensor:
     return y
 
 
+_MOST_REGISTERS = 255
+"""Left to itself, the compiler spills some in order to fit one program more."""
+
+
 class Parameters(NamedTuple):
     """reduce (R, C), expand (C, R), with or without two trailing axes of 1, and their biases, all contiguous."""
 
@@ -405,7 +409,7 @@ def gate_forward(partials: Tensor, pixels: int, parameters: Parameters) -> tuple
         partials, *parameters[:4], pooled, gate, images, pixels, parts, config["slices"],
         C=channels, R=reduced, ACTIVATION=ACTIVATION_CODES[parameters.activation], GATE=GATE_CODES[parameters.gate],
         BLOCK_I=config["block_i"], BLOCK_C=config["block_c"], BLOCK_R=next_power_of_2(reduced),
-        num_warps=config["num_warps"],
+        num_warps=config["num_warps"], maxnreg=_MOST_REGISTERS,
     )  # fmt: skip
     return pooled, gate
 
@@ -448,7 +452,7 @@ def gate_backward(sums: Tensor, pixels: int, pooled: Tensor, parameters: Paramet
         C=channels, R=reduced, ROWS=rows,
         ACTIVATION=ACTIVATION_CODES[parameters.activation], GATE=GATE_CODES[parameters.gate],
         BLOCK_I=config["block_i"], BLOCK_C=config["block_c"], BLOCK_R=block_r, num_warps=config["num_warps"],
-        maxnreg=255,  # Left to itself, the compiler spills some in order to fit one program more.
+        maxnreg=_MOST_REGISTERS,
     )  # fmt: skip
     gradients = [None if p is None else torch.empty_like(p) for p in parameters[:4]]
     # Both gradients stay in registers, with 255 of them for each thread.

@@ -15,15 +15,19 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks" / "gpu"))
 
+import baselines
 import choice
 import counters
+import fp64
 import ours
+import precompile
 import tools
 import tune
 from ahead_of_time import tuned_for
-from baselines import REAL
-from rows import Job, Session, Work
+from baselines import DRY, REAL
+from rows import ATTEMPTS, Job, Session, Work
 
+import effnet_ops
 from effnet_ops.ops import gpu
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -234,9 +238,107 @@ def test_tool_that_the_time_cut_off_is_run_again(tmp_path: Path, monkeypatch: py
     assert "took more than" in rows(session.output)[-1]["failed"]
 
 
+def failing(problem: Exception) -> Job:
+    def prepare() -> Work:
+        raise problem
+
+    return Job("kernels", "depthwise", "ours", "1x1", "bf16", "forward", prepare)
+
+
+def test_kernel_that_does_not_fit_costs_its_own_row(tmp_path: Path) -> None:
+    """Whatever Triton raises; another process tries it once more, and no third one does."""
+
+    class OutOfResources(Exception):
+        pass
+
+    output = tmp_path / "machine.jsonl"
+    good = Job("kernels", "depthwise", "ours", "2x2", "bf16", "forward", lambda: Work(lambda: None))
+    for attempt in range(ATTEMPTS + 1):
+        session = Session("cpu", output)
+        assert session.run([failing(OutOfResources("shared memory")), good])
+        assert session.failures == (attempt < ATTEMPTS)
+    keys = [row["key"] for row in rows(output) if "key" in row]
+    assert keys.count(good.key) == 1 and len(keys) == 1 + ATTEMPTS
+    assert sum("identity" in row for row in rows(output)) == 1
+
+
+def test_lost_device_ends_the_run_after_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing works after an illegal access, not even what tidies up; later rows are left to another process."""
+
+    def illegal(*_: object) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    session = Session("cpu", tmp_path / "machine.jsonl")
+    session.device = torch.device("cuda")
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, illegal)
+    later = Job("kernels", "depthwise", "ours", "2x2", "bf16", "forward", lambda: pytest.fail("not now"))
+    assert not session.run([failing(RuntimeError("an illegal memory access was encountered")), later])
+    assert session.stopped.startswith("the device was lost by kernels | depthwise")
+    (row,) = (row for row in rows(session.output) if "key" in row)
+    assert "illegal memory access" in row["failed"]
+
+
+def test_what_the_targets_ask_is_measured_first() -> None:
+    networks = list(baselines.networks(REAL))
+    assert [job.provider for job in networks[:6:2]] == [
+        "eager channels_last",
+        "default channels_last",
+        "eager contiguous",
+    ]
+    b0 = [job for job in networks if job.operation == "efficientnet_b0"]
+    assert {job.shape for job in networks[:6]} == {"256x3x224x224"} and networks[: len(b0) // 2] == b0[: len(b0) // 2]
+    autotuned = [i for i, job in enumerate(networks) if job.provider.startswith("max-autotune")]
+    assert networks[autotuned[0]].shape == "256x3x224x224" and networks[autotuned[0]].mode == "forward"
+    assert autotuned[2:] == list(range(autotuned[2], len(networks)))
+    mine = [(job.operation, job.mode, job.shape.split("x")[0]) for job in ours.networks(REAL)]
+    order = [("forward", "256"), ("step", "128"), ("step", "256"), ("forward", "1"), ("forward", "32")]
+    assert list(dict.fromkeys(mine))[:5] == [("efficientnet_b0", *one) for one in order]
+    plain = list(baselines.depthwise(REAL))
+    shapes = len({job.shape for job in plain})
+    assert {(job.provider, job.dtype) for job in plain[: 2 * shapes]} == {("cudnn channels_last", "bf16")}
+
+
+def test_block_is_checked_against_the_stock_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What replaces it may be wrong in every precision."""
+    (job, *_) = ours.blocks(DRY)
+    right = job.prepare()
+    assert right.error() < right.allowed
+    replace = effnet_ops.replace_layers
+
+    def wrong(model: torch.nn.Module) -> None:
+        replace(model)
+        with torch.no_grad():
+            model.blocks[0][0].conv_dw.weight.mul_(2)
+
+    monkeypatch.setattr(effnet_ops, "replace_layers", wrong)
+    assert job.prepare().error() > right.allowed
+
+
+def test_moments_from_parts() -> None:
+    y = torch.randn(2, 5, 7, 3, dtype=torch.float64)
+    parts = [y[0, :2], y[0, 2:], y[1]]
+    rows = [part.flatten(0, -2) for part in parts]
+    partials = [torch.stack([torch.full((3,), len(r)), r.mean(0), len(r) * r.var(0, correction=0)]) for r in rows]
+    assert fp64.error(fp64.merged(torch.stack(partials)), fp64.moments(y)) < 1e-12
+
+
+def test_sums_of_a_gate() -> None:
+    """The third is that of slopes, here by differences."""
+    x, dx, norm = torch.randn(2, 6, 3), torch.randn(2, 6, 3).double(), torch.rand(3, 3) + 0.5
+    sums = fp64.gate_sums(dx, x, norm)
+    step = torch.zeros(3, 3)
+    step[2] = 1e-4
+    high, low = (torch.nn.functional.silu(fp64.norm(x, norm + sign * step)) for sign in (1, -1))
+    slope = (high - low) / (2 * step[2, 0].double())
+    centred = x.double() - norm[0].double()
+    expected = [dx * (high + low) / 2, dx * slope, slope, dx * slope * centred, slope * centred]
+    assert fp64.error([sums], [torch.stack(expected, 1).sum(2)]) < 1e-3
+
+
 @pytest.mark.parametrize("installed", [True, False])
 def test_one_call_on_a_lent_gpu(tmp_path: Path, installed: bool) -> None:
-    """Builds unless that was done, goes on after a part that ran out of time, and leaves all rows in $OUT."""
+    """Builds unless that was done, goes on after a part that lost the GPU, and leaves all rows in $OUT."""
     for name in ("benchmarks/gpu", "benchmarks/results/gpu", "bin", "out"):
         (tmp_path / name).mkdir(parents=True)
     script = shutil.copy(BENCHMARKS / "lent.sh", tmp_path / "benchmarks" / "gpu")
@@ -245,22 +347,28 @@ def test_one_call_on_a_lent_gpu(tmp_path: Path, installed: bool) -> None:
 case "$*" in
 -c*) [ -e {tmp_path}/installed ];;
 *pip*) echo "$TORCH_CUDA_ARCH_LIST" > {tmp_path}/installed;;
-*ours.py*) echo new >> {tmp_path}/benchmarks/results/gpu/h200.jsonl; exit 2;;
+*ours.py*) echo new >> $EFFNET_OPS_GPU_ROWS/h200.jsonl; exit 2;;
 esac"""
     tool(tmp_path / "bin", "python3", python)
     tool(tmp_path / "bin", "nvidia-smi", "echo 9.0")
     if installed:
         (tmp_path / "installed").touch()
-    environment = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "OUT": f"{tmp_path}/out"}
-    done = subprocess.run(
-        ["bash", script, "kernels"], env=environment, capture_output=True, text=True, check=False, cwd=tmp_path
-    )
+    done = lent(tmp_path, script, "kernels")
     assert done.returncode == 0, done.stderr
     calls = (tmp_path / "calls").read_text(encoding="utf-8")
     assert ("pip install" in calls) is not installed
     assert installed or (tmp_path / "installed").read_text(encoding="utf-8") == "9.0a\n"
-    assert calls.index("ours.py --part kernels") < calls.index("baselines.py --part depthwise")
-    assert (tmp_path / "out/h200.jsonl").read_text(encoding="utf-8") == "old\nnew\n"
+    assert calls.index("precompile.py") < calls.index("ours.py --part kernels") < calls.index("baselines.py --part net")
+    assert (tmp_path / "out/h200.jsonl").read_text(encoding="utf-8") == "old\nnew\nnew\nnew\n"
+    assert lent(tmp_path, script, "kernels", "0").returncode == 0
+    assert (tmp_path / "out/h200.jsonl").read_text(encoding="utf-8") == "old\n"
+
+
+def lent(folder: Path, script: str, *arguments: str, commit: str = "0123abc") -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PATH": f"{folder}/bin:{os.environ['PATH']}", "OUT": f"{folder}/out"}
+    environment["EFFNET_OPS_COMMIT"] = commit
+    command = ["bash", script, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=folder)
 
 
 def test_lent_gpu_without_a_build_measures_nothing(tmp_path: Path) -> None:
@@ -269,9 +377,9 @@ def test_lent_gpu_without_a_build_measures_nothing(tmp_path: Path) -> None:
     script = shutil.copy(BENCHMARKS / "lent.sh", tmp_path / "benchmarks" / "gpu")
     tool(tmp_path / "bin", "python3", f'echo "$*" >> {tmp_path}/calls; case "$*" in -c*) exit 1;; esac')
     tool(tmp_path / "bin", "nvidia-smi", "echo 8.0")
-    environment = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "OUT": f"{tmp_path}/out"}
-    done = subprocess.run(["bash", script, "kernels"], env=environment, capture_output=True, check=False)
+    done = lent(tmp_path, script, "kernels")
     assert done.returncode != 0 and ".py" not in (tmp_path / "calls").read_text(encoding="utf-8")
+    assert "EFFNET_OPS_COMMIT" in lent(tmp_path, script, "kernels", commit="").stderr
 
 
 def test_rows_know_their_commit_without_a_history(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,6 +396,54 @@ def test_reduced_table_under_the_sanitizer(tmp_path: Path) -> None:
     assert done.stdout.endswith("complete; 0 failed\n"), done.stdout[-2000:] + done.stderr[-2000:]
     (row,) = (row for row in rows(output) if "key" in row)
     assert (row["operation"], row["errors"], row["calls"]) == ("memcheck", 0, 30)
+
+
+# What a part launches for one shape, compiled for a GPU: how many kernels are compiled, and found in the cache.
+PRECOMPILED = """
+import json, sys
+import ours, precompile
+from baselines import DRY
+from shapes import Depthwise
+scale = DRY._replace(device=sys.argv[1])
+with precompile.compiling(precompile.this_gpu(90)) as counts:
+    ours.depthwise_kernel(scale, Depthwise(40, 3, 2, 30), "backward", "triton").run()
+print(json.dumps(counts))
+"""
+
+
+def test_precompiled_kernels_are_those_that_real_tensors_ask_for(tmp_path: Path) -> None:
+    """Another process, with real tensors, finds all of them in the cache, and compiles nothing."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(BENCHMARKS)}
+    environment.pop("TRITON_INTERPRET", None)
+
+    def counts(device: str) -> dict[str, int]:
+        command = [sys.executable, "-c", PRECOMPILED, device]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    assert counts("meta") == {"compiled": 2}
+    assert counts("cpu") == {"found": 2}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_precompiling_needs_a_gpu_or_its_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["precompile.py"])
+    assert precompile.main() == 3 and "--target" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_precompiling_in_parallel(tmp_path: Path) -> None:
+    """All that networks and single kernels launch; a second run has nothing to compile."""
+    arguments = ("--dry-run", "--target", "90", "--workers", "2", "--seconds", "1200")
+    parts = ("--part", "networks", "--part", "kernels")
+    environment = {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    first, second = (run("precompile.py", *arguments, *parts, **environment) for _ in range(2))
+    assert first.returncode == second.returncode == 0, first.stdout + second.stdout
+    assert ", 0 failed" in first.stdout and "0 kernels compiled, 0 found" not in first.stdout
+    assert second.stdout.startswith("0 kernels compiled, ") and ", 0 failed" in second.stdout
 
 
 def test_choice_by_what_was_measured() -> None:

@@ -50,7 +50,7 @@ class Scale(NamedTuple):
     """When the time is up, by time.monotonic()."""
 
 
-REAL = Scale("cuda", 256, (1, 32, 256), (128, 256), RESOLUTIONS, 1 << 30, 8192, ("default", "max-autotune"), 1000)
+REAL = Scale("cuda", 256, (256, 1, 32), (128, 256), RESOLUTIONS, 1 << 30, 8192, ("default", "max-autotune"), 1000)
 DRY = Scale("cpu", 2, (1,), (2,), dict.fromkeys(RESOLUTIONS, 32), 1 << 10, 16, (), 2)
 
 
@@ -92,10 +92,11 @@ def depthwise(scale: Scale) -> Iterator[Job]:
     # What other rows are compared with comes first, should the time end.
     for dtype in DTYPES:
         for layout in reversed(FORMATS):
-            for path in ("cudnn", "native"):
-                for shape in list(shapes)[: scale.most_layers]:
-                    for mode in ("forward", "both gradients", "input gradient", "weight gradient"):
-                        yield _depthwise_job(scale, shape, dtype, layout, path, mode)
+            for modes in (("forward", "both gradients"), ("input gradient", "weight gradient")):
+                for path in ("cudnn", "native"):
+                    for shape in list(shapes)[: scale.most_layers]:
+                        for mode in modes:
+                            yield _depthwise_job(scale, shape, dtype, layout, path, mode)
 
 
 def _depthwise_job(scale: Scale, shape: Depthwise, dtype: str, layout: str, path: str, mode: str) -> Job:
@@ -229,19 +230,36 @@ def step_of(module: nn.Module, x: Tensor, mode: str, provider: str, dtype: str) 
     return Work(step)
 
 
+def passes(scale: Scale) -> list[tuple[str, int]]:
+    """The (mode, batch) of networks, those first that the targets are about."""
+    forward = [("forward", batch) for batch in scale.inference_batches]
+    return [*forward[:1], *(("step", batch) for batch in scale.training_batches), *forward[1:]]
+
+
 def networks(scale: Scale) -> Iterator[Job]:
-    """Inference and training of whole networks, in bf16 under autocast; each also as the replay of a CUDA graph."""
-    for name in RESOLUTIONS:
-        side = scale.resolution[name]
-        for mode, batches in (("forward", scale.inference_batches), ("step", scale.training_batches)):
-            for batch in batches:
-                for provider, layout in [("eager", f) for f in FORMATS] + [
-                    (m, "channels_last") for m in scale.compile_modes
-                ]:
+    """Inference and training of whole networks, in bf16 under autocast; each also as the replay of a CUDA graph.
+
+    max-autotune takes minutes to compile, so but for the first pass of the first network it comes last.
+    """
+    quick = [("eager", "channels_last"), *((m, "channels_last") for m in scale.compile_modes if m != "max-autotune")]
+    quick.append(("eager", "contiguous"))
+    slow = [(m, "channels_last") for m in scale.compile_modes if m == "max-autotune"]
+    first, *others = RESOLUTIONS
+    all_passes = passes(scale)
+    for names, providers, chosen in (
+        ([first], quick, all_passes),
+        ([first], slow, all_passes[:1]),
+        (others, quick, all_passes),
+        ([first], slow, all_passes[1:]),
+        (others, slow, all_passes),
+    ):
+        for name in names:
+            for mode, batch in chosen:
+                for provider, layout in providers:
                     for graph in (False, True):
                         if graph and (scale.device == "cpu" or (mode == "step" and provider != "eager")):
                             continue
-                        yield _network_job(scale, name, side, mode, batch, provider, layout, graph)
+                        yield _network_job(scale, name, scale.resolution[name], mode, batch, provider, layout, graph)
 
 
 def _network_job(
@@ -369,7 +387,7 @@ def run_parts(parts: dict[str, Callable[[Scale], Iterator[Job]]], description: s
     scale = scale._replace(output=output, end=session.end)
     for name in options.part or parts:
         if not session.run(parts[name](scale)):
-            print(f"out of time in part {name!r}: run the same command again to go on")
+            print(f"{session.stopped}, in part {name!r}: run the same command again to go on")
             return 2
     print(f"complete; {session.failures} failed")
     return 1 if session.failures else 0

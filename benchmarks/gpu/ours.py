@@ -13,10 +13,11 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import fp64
 import timm
 import torch
 import torch.nn.functional as F
-from baselines import DTYPES, FORMATS, TOLERANCE, Scale, memory_of, profile_job, run_parts, step_of
+from baselines import DTYPES, FORMATS, TOLERANCE, Scale, memory_of, passes, profile_job, run_parts, step_of
 from rows import Job, Work, relative_error
 from shapes import RESOLUTIONS, Depthwise, Product, layers
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 import effnet_ops
 
 OURS = "effnet_ops"
+KERNEL_TOLERANCE = TOLERANCE[torch.bfloat16]
 WITH_BOTH = ("depthwise", "squeeze_excite")
 Function = Callable[..., Tensor]
 
@@ -86,6 +88,11 @@ def _random(scale: Scale, *size: int) -> Tensor:
     return torch.randn(size, device=scale.device).bfloat16()
 
 
+def _in_turn(scale: Scale, two: Tensor) -> Tensor:
+    """A batch in which two images alternate: what is summed over it is known from these two."""
+    return two[torch.arange(scale.batch, device=scale.device) % len(two)]
+
+
 def _vectors(scale: Scale, rows: int, channels: int) -> Tensor:
     return torch.rand(rows, channels, device=scale.device) + 0.5
 
@@ -98,7 +105,7 @@ def depthwise_kernel(scale: Scale, shape: Depthwise, mode: str, backend: str) ->
     batch, c, side = scale.batch, shape.channels, shape.size
     window = dict(stride=(shape.stride,) * 2, dilation=(1, 1))
     window["padding"] = resolve_padding((), (side, side), (shape.kernel,) * 2, *window.values())
-    x, norm = _random(scale, batch, side, side, c), _vectors(scale, 3, c)
+    x, norm = _in_turn(scale, _random(scale, 2, side, side, c)), _vectors(scale, 3, c)
     weight = torch.randn(c, 1, shape.kernel, shape.kernel, device=scale.device)
     size = output_size((side, side), (shape.kernel,) * 2, window["stride"], window["padding"], (1, 1))
     pixels, flops = side * side + size[0] * size[1], 2 * batch * c * size[0] * size[1] * shape.kernel**2
@@ -111,9 +118,15 @@ def depthwise_kernel(scale: Scale, shape: Depthwise, mode: str, backend: str) ->
                 return operators.cuda_depthwise_forward(nchw(x), weight, *fused, *place, "silu", "none", False, True)
             return depthwise.forward(x, weight, **window, norm=norm, activation="silu", statistics=True)
 
-        return Work(forward, bytes=2 * batch * c * pixels, flops=flops)
-    grad, a = (_random(scale, batch, *size, c) for _ in range(2))
-    gate, pooled = (torch.rand(batch, c, device=scale.device) for _ in range(2))
+        def error() -> float:
+            y, _, partials = forward()
+            y = y.permute(0, 2, 3, 1) if backend == "cuda" else y
+            expected = fp64.convolved(F.silu(fp64.norm(x[:2], norm)), weight, window)
+            return fp64.error([y[:2], *fp64.merged(partials)], [expected, *fp64.moments(expected)])
+
+        return Work(forward, bytes=2 * batch * c * pixels, flops=flops, error=error, allowed=KERNEL_TOLERANCE)
+    grad, a = (_in_turn(scale, _random(scale, 2, *size, c)) for _ in range(2))
+    gate, pooled = (_in_turn(scale, torch.rand(2, c, device=scale.device)) for _ in range(2))
     coefficients = _vectors(scale, 4, c)
 
     def backward() -> object:
@@ -127,12 +140,20 @@ def depthwise_kernel(scale: Scale, shape: Depthwise, mode: str, backend: str) ->
             gate=gate, pooled=pooled, norm=norm, activation="silu", size=(side, side), needs=(True, True, False),
         )  # fmt: skip
 
-    return Work(backward, bytes=4 * batch * c * pixels, flops=2 * flops)
+    def backward_error() -> float:
+        dx, dw, _, sums = backward()
+        dx = dx.permute(0, 2, 3, 1) if backend == "cuda" else dx
+        gated = grad[:2] * fp64.of_image(gate[:2], a) + fp64.of_image(pooled[:2], a)
+        g = fp64.norm_gradient(fp64.slope(a[:2], norm, gated), a[:2], coefficients)
+        expected, *totals = fp64.convolution_gradients(g, x[:2], norm, weight, window)
+        return fp64.error([dx[:2], dw, sums.sum(0)], [expected, *(batch / 2 * total for total in totals)])
+
+    return Work(backward, bytes=4 * batch * c * pixels, flops=2 * flops, error=backward_error, allowed=KERNEL_TOLERANCE)
 
 
 def plain(scale: Scale) -> Iterator[Job]:
     """Plain depthwise convolutions of B0 and B4, beside cuDNN's in the same part of the baselines."""
-    backends_here = gpu_backends(scale) if scale.device == "cuda" else ["cpu"]
+    backends_here = ["cpu"] if scale.device == "cpu" else gpu_backends(scale)
     for dtype in DTYPES:
         for backend in backends_here:
             for layout in ("channels_last", "contiguous"):
@@ -191,9 +212,10 @@ def _pointwise(scale: Scale, shape: Product, mode: str) -> Work:
 
     c_in, c_out, pixels, batch = shape.channels_in, shape.channels_out, shape.size**2, scale.batch
     projects = c_in > c_out
-    x, grad, a = _random(scale, batch, pixels, c_in), *(_random(scale, batch, pixels, c_out) for _ in range(2))
+    x, grad, a = (_in_turn(scale, _random(scale, 2, pixels, channels)) for channels in (c_in, c_out, c_out))
     weight = torch.randn(c_out, c_in, device=scale.device) / c_in**0.5
-    gate, image_scale = torch.rand(batch, c_in, device=scale.device), torch.ones(batch, device=scale.device)
+    gate = _in_turn(scale, torch.rand(2, c_in, device=scale.device))
+    image_scale = _in_turn(scale, torch.rand(2, device=scale.device) + 0.5)
     norm, coefficients = _vectors(scale, 3, c_in), _vectors(scale, 4, c_out)
     before: dict[str, Any] = dict(norm=norm, activation="silu", gate=gate) if projects else {}
     behind: dict[str, Any] = dict(coefficients=coefficients, a=a)
@@ -221,8 +243,29 @@ def _pointwise(scale: Scale, shape: Product, mode: str) -> Work:
         "weight gradient": (weight_gradient, 2 * c_out + c_in),
         "both gradients": (both_gradients, 2 * c_out + 2 * c_in),
     }[mode]
+
+    def error() -> float:
+        found, z, g = run(), x[:2].double(), grad[:2].double()
+        if projects:
+            z, g = F.silu(fp64.norm(z, norm)) * fp64.of_image(gate[:2], z), g * image_scale[:2, None, None].double()
+        if mode == "forward":
+            y = z @ weight.double().T
+            return fp64.error([found[0][:2], *fp64.merged(found[1])], [y, *fp64.moments(y)])
+        g = fp64.norm_gradient(g, a[:2], coefficients)
+        dw = batch / 2 * torch.einsum("npo,npi->oi", g, z)
+        if mode == "weight gradient":
+            return fp64.error(found[:1], [dw])
+        dx = g @ weight.double()
+        expected, made = [dx], [found[0][:2]]
+        if mode == "both gradients":
+            expected, made = [*expected, dw], [*made, found[1]]
+        if projects and found[-1].dim() == 4:
+            expected, made = [*expected, fp64.gate_sums(dx, x[:2], norm)], [*made, found[-1][:2].sum(1)]
+        return fp64.error(made, expected)
+
     products = 2 if mode == "both gradients" else 1
-    return Work(run, bytes=2 * batch * pixels * channels, flops=products * 2 * batch * pixels * c_in * c_out)
+    flops = products * 2 * batch * pixels * c_in * c_out
+    return Work(run, bytes=2 * batch * pixels * channels, flops=flops, error=error, allowed=KERNEL_TOLERANCE)
 
 
 def operations(scale: Scale) -> Iterator[Job]:
@@ -324,9 +367,13 @@ def blocks(scale: Scale) -> Iterator[Job]:
             def prepare(path: str = path, channels: int = channels, side: int = side, mode: str = mode) -> Work:
                 torch.manual_seed(0)
                 model = timm.create_model("efficientnet_b0").to(scale.device, memory_format=torch.channels_last)
+                stock = copy.deepcopy(model.train(mode == "step").get_submodule(path))
                 effnet_ops.replace_layers(model)
                 x = _random(scale, scale.batch, channels, side, side).contiguous(memory_format=torch.channels_last)
-                return step_of(model.train(mode == "step").get_submodule(path), x, mode, "eager", "bf16")
+                block = model.get_submodule(path)
+                work = step_of(block, x, mode, "eager", "bf16")
+                # A copy of the block in fp64 would run on our kernels, too.
+                return dataclasses.replace(work, error=(lambda: _error(block, stock, x)) if work.error else None)
 
             shape = f"{scale.batch}x{channels}x{side}x{side}"
             yield Job("blocks", f"block {path}", f"{OURS} channels_last", shape, "bf16", mode, prepare)
@@ -335,11 +382,10 @@ def blocks(scale: Scale) -> Iterator[Job]:
 def networks(scale: Scale) -> Iterator[Job]:
     """Networks after replace_layers, and in inference also after optimize_for_inference, with and without a graph."""
     for name in [n for n in RESOLUTIONS if n.startswith("efficientnet")]:
-        for mode, batches in (("forward", scale.inference_batches), ("step", scale.training_batches)):
-            for batch in batches:
-                for provider in ("replace_layers", *(["optimize_for_inference"] if mode == "forward" else [])):
-                    for graph in (False, True) if scale.device == "cuda" else (False,):
-                        yield _network_job(scale, name, mode, batch, provider, graph)
+        for mode, batch in passes(scale):
+            for provider in ("replace_layers", *(["optimize_for_inference"] if mode == "forward" else [])):
+                for graph in (False, True) if scale.device == "cuda" else (False,):
+                    yield _network_job(scale, name, mode, batch, provider, graph)
 
 
 def _network_job(scale: Scale, name: str, mode: str, batch: int, provider: str, graph: bool) -> Job:

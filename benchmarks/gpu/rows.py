@@ -5,6 +5,7 @@ Needs only PyTorch. On the CPU, for a dry run, every job runs once.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from tools import OutOfTime
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "gpu"
+RESULTS = Path(os.environ.get("EFFNET_OPS_GPU_ROWS") or ROOT / "benchmarks" / "results" / "gpu")
 PART_SECONDS = 540.0
 
 
@@ -109,8 +111,15 @@ def relative_error(out: Tensor, exact: Tensor) -> float:
     return ((out.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-30)).item()
 
 
+ATTEMPTS = 2
+"""How often a job that fails is tried, each time by another process."""
+
+
 class Session:
-    """Runs jobs until the time is used up; rows go to one file a GPU, and a key that is there is not run again."""
+    """Runs jobs until the time is used up; rows go to one file a GPU, and a key that is there is not run again.
+
+    ``stopped`` is why the last `run` ended before its jobs did.
+    """
 
     def __init__(self, device: str, output: Path | None, seconds: float = PART_SECONDS) -> None:
         self.device = torch.device(device)
@@ -118,31 +127,50 @@ class Session:
         self.identity = hashlib.sha1(json.dumps(self.environment, sort_keys=True).encode()).hexdigest()[:12]
         self.output = output
         self.end = time.monotonic() + seconds
-        self.done = self._existing()
+        self.done, self._introduced = self._existing()
         self.failures = 0
+        self.stopped = ""
         # Larger than any L2, and written between two calls: a user's tensors would not be in the cache either.
         self._flush = torch.empty(256 << 20 if device == "cuda" else 1, dtype=torch.uint8, device=self.device)
 
-    def _existing(self) -> set[str]:
+    def _existing(self) -> tuple[set[str], bool]:
+        """The keys that are measured here or have failed often enough, and whether the file knows this environment."""
         if self.output is None or not self.output.exists():
-            return set()
-        rows = [json.loads(line) for line in self.output.read_text(encoding="utf-8").splitlines()]
-        return {row["key"] for row in rows if row.get("environment") == self.identity and "key" in row}
+            return set(), False
+        lines = [json.loads(line) for line in self.output.read_text(encoding="utf-8").splitlines()]
+        rows = [line for line in lines if line.get("environment") == self.identity and "key" in line]
+        failures = Counter(row["key"] for row in rows if "failed" in row)
+        done = {row["key"] for row in rows if "failed" not in row or failures[row["key"]] >= ATTEMPTS}
+        return done, any(line.get("identity") == self.identity for line in lines)
 
     def run(self, jobs: Iterable[Job]) -> bool:
-        """Measure what is missing; False if the time ran out first."""
+        """Measure what is missing; False if the time ran out first, or the device was lost."""
         for job in jobs:
             if job.key in self.done:
                 continue
-            if time.monotonic() > self.end:
-                return False
             try:
+                if time.monotonic() > self.end:
+                    raise OutOfTime
                 row = self._measured(job)
             except OutOfTime:
+                self.stopped = "out of time"
                 return False
             self._write(job, row)
             self.done.add(job.key)
+            if "failed" in row and self.lost():
+                self.stopped = f"the device was lost by {job.key}"
+                return False
         return True
+
+    def lost(self) -> bool:
+        """Whether this process cannot use the device any more, as after an access out of bounds."""
+        if self.device.type != "cuda":
+            return False
+        try:
+            torch.cuda.synchronize()
+        except Exception:
+            return True
+        return False
 
     def _measured(self, job: Job) -> dict[str, Any]:
         try:
@@ -152,13 +180,17 @@ class Session:
                 raise RuntimeError(f"wrong result: error {error:.1e} where {work.allowed:.1e} is allowed")
             times = {} if work.run is None else self.times(work.run, job.graph)
             extra = work.extra() if work.extra else {}
-        except (RuntimeError, ValueError, TypeError, AssertionError) as problem:
+        except OutOfTime:
+            raise
+        except Exception as problem:
             self.failures += 1
             print(f"FAILED {job.key}: {problem}", flush=True)
             return {"failed": traceback.format_exception_only(problem)[-1].strip()[:500]}
         finally:
             if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+                # Of a lost device, which is found out where the row is written.
+                with contextlib.suppress(Exception):
+                    torch.cuda.empty_cache()
         row = {**times, "error": error, "bytes": work.bytes, "flops": work.flops}
         if work.bytes and times:
             row["gb_per_s"] = work.bytes / times["p50"] / 1e6
@@ -218,7 +250,8 @@ class Session:
             return
         self.output.parent.mkdir(parents=True, exist_ok=True)
         lines = []
-        if not self.done:
+        if not self._introduced:
+            self._introduced = True
             date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
             lines.append({"identity": self.identity, "environment": self.environment, "date": date})
         lines.append({"key": job.key, "environment": self.identity, **fields, **row})
@@ -255,6 +288,6 @@ def once(jobs: Iterable[Job], key: str, device: str) -> int:
 
 
 def output_path(device: str) -> Path:
-    """benchmarks/results/gpu/<name of the GPU>.jsonl"""
+    """benchmarks/results/gpu/<name of the GPU>.jsonl, or in the folder that EFFNET_OPS_GPU_ROWS names."""
     name = torch.cuda.get_device_name(0) if device == "cuda" else "cpu"
     return RESULTS / f"{re.sub('[^a-z0-9]+', '_', name.lower()).strip('_')}.jsonl"

@@ -3,8 +3,9 @@
 python benchmarks/gpu/tune.py                      # at most 9 minutes; shapes that have an entry are not timed again
 
 Each number of a configuration is halved and doubled in turn, and what is at least 3 % faster is kept. A configuration
-that does not compile, or whose result differs from the rule's, is dropped. Where a block would make both gradients of a
-product in one launch, two launches are timed, too, and the table says which it will be ("fits").
+that does not compile, or whose result differs from the rule's, is dropped; one that loses the device ends the script,
+and the rule stays. Where a block would make both gradients of a product in one launch, two launches are timed, too, and
+the table says which it will be ("fits").
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from unittest import mock
 import torch
 from baselines import DRY, REAL
 from ours import kernels
-from rows import PART_SECONDS, Session, relative_error
+from rows import PART_SECONDS, Job, Session, relative_error
 from torch import Tensor
 
 from effnet_ops.kernels import tuning
@@ -73,7 +74,9 @@ class Tuner:
                     return float("inf")
                 return self.session.times(self.run)["p50"]
             except Exception as problem:
-                print(f"  dropped {config}: {str(problem)[:100]}")
+                print(f"  dropped {config}: {str(problem)[:100]}", flush=True)
+                if self.session.lost():
+                    raise
                 return float("inf")
 
     def best(self) -> tuple[tuning.Config, float, float]:
@@ -104,26 +107,43 @@ def main() -> int:
         if time.monotonic() > session.end:
             print("out of time: run the same command again to go on")
             return 2
-        tuner = Tuner(session, job.prepare().run)
-        arch, bucket = tuning.architecture(session.device).name, tuning.bucket(tuner.shape)
-        entries = written["configurations"].setdefault(tuner.operation, {}).setdefault(arch, {})
-        if bucket in entries:
-            continue
-        config, elapsed, rule = tuner.best()
-        if elapsed == float("inf"):
-            print(f"{job.key}: nothing runs and gives the same result twice", flush=True)
-            continue
-        print(f"{job.key}: {rule:.4f} ms by the rule, {elapsed:.4f} ms with {config}", flush=True)
-        today = datetime.date.today().isoformat()
-        device, triton = session.environment["device"], session.environment["versions"].get("triton")
-        entries[bucket] = {**config, "origin": f"{device}, Triton {triton}, {today}: {elapsed:.4f} ms, rule {rule:.4f}"}
-        if not options.dry_run:
+        try:
+            found = tuned(session, job, written)
+        except Exception as problem:
+            print(f"FAILED {job.key}: {problem}", flush=True)
+            found = False
+        lost = session.lost()
+        if (found or lost) and not options.dry_run:
             tuning.TABLE.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
             # Two launches that are compared with one run as they were tuned.
             tuning.table.cache_clear()
             tuning._chosen.cache_clear()
+        if lost:
+            print(f"the device was lost by {job.key}: run the same command again to go on")
+            return 2
     print("complete")
     return 0
+
+
+def tuned(session: Session, job: Job, written: dict[str, Any]) -> bool:
+    """Whether the shape of this job had no entry in the table ``written``, and has one now."""
+    tuner = Tuner(session, job.prepare().run)
+    arch, bucket = tuning.architecture(session.device).name, tuning.bucket(tuner.shape)
+    entries = written["configurations"].setdefault(tuner.operation, {}).setdefault(arch, {})
+    if bucket in entries:
+        return False
+    today = datetime.date.today().isoformat()
+    # What stays if one of the others loses the device, so that the next run does not begin with this shape again.
+    entries[bucket] = {**tuner.config, "origin": f"rule: another configuration lost the device, {today}"}
+    config, elapsed, rule = tuner.best()
+    if elapsed == float("inf"):
+        del entries[bucket]
+        print(f"{job.key}: nothing runs and gives the same result twice", flush=True)
+        return False
+    print(f"{job.key}: {rule:.4f} ms by the rule, {elapsed:.4f} ms with {config}", flush=True)
+    device, triton = session.environment["device"], session.environment["versions"].get("triton")
+    entries[bucket] = {**config, "origin": f"{device}, Triton {triton}, {today}: {elapsed:.4f} ms, rule {rule:.4f}"}
+    return True
 
 
 if __name__ == "__main__":
