@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import math
+import operator
 from collections.abc import Iterable, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -13,6 +16,9 @@ from effnet_ops.reference.activation import ACTIVATIONS, GATES
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SAME: tuple[int, ...] = ()
 """TensorFlow's SAME padding as operators take it: resolved inside, from the input's size."""
+
+LARGEST = 2**31 - 1
+"""Of strides, paddings and dilations: no image has so many pixels, and sums of them still fit into 64 bits."""
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> ValueError:
@@ -25,39 +31,72 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> ValueError:
 
 
 def check_activation(name: str) -> None:
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise unknown_name("activation", name, ACTIVATIONS)
 
 
 def check_gate(name: str) -> None:
-    if name not in GATES:
+    if not isinstance(name, str) or name not in GATES:
         raise unknown_name("gate", name, GATES)
 
 
+def check_count(name: str, value: int, minimum: int = 1) -> int:
+    """``value`` as an int of at least ``minimum``, or ValueError."""
+    try:
+        count = minimum - 1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        count = minimum - 1
+    if count < minimum:
+        raise ValueError(f"{name} must be a whole number of at least {minimum}, got {value!r}")
+    return count
+
+
+def check_number(name: str, value: float, minimum: float) -> None:
+    """``value`` is a finite number of at least ``minimum``, or ValueError."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not minimum <= value < math.inf:
+        raise ValueError(f"{name} must be a number of at least {minimum:g}, got {value!r}")
+
+
 def pair(name: str, value: int | Sequence[int], minimum: int) -> tuple[int, int]:
-    """``value`` as (vertical, horizontal), each at least ``minimum``."""
-    items = (value, value) if isinstance(value, int) else tuple(value)
-    if len(items) != 2 or not all(isinstance(v, int) for v in items):
+    """``value`` as (vertical, horizontal), each at least ``minimum`` and at most `LARGEST`."""
+    items = _integers(value, 2)
+    if len(items) != 2:
         raise ValueError(f"{name} must be an int or a pair of ints, got {value!r}")
-    if min(items) < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
+    for item in items:
+        if not minimum <= item <= LARGEST:
+            bound = f"at least {minimum}" if item < minimum else f"at most {LARGEST}"
+            raise ValueError(f"{name} must be {bound}, got {value!r}")
     return items
 
 
 def padding_sides(padding: int | str | Sequence[int]) -> tuple[int, ...]:
-    """``padding`` as (top, bottom, left, right), or `SAME` for "same"."""
+    """``padding`` as (top, bottom, left, right), each at most `LARGEST`, or `SAME` for "same"."""
     if isinstance(padding, str):
         if padding.lower() != "same":
             raise unknown_name("padding", padding, ["same"])
         return SAME
-    sides = (padding,) * 4 if isinstance(padding, int) else tuple(padding)
+    sides = _integers(padding, 4)
     if len(sides) == 2:
         sides = (sides[0], sides[0], sides[1], sides[1])
-    if len(sides) != 4 or not all(isinstance(v, int) for v in sides):
+    if len(sides) != 4:
         raise ValueError(f'padding must be an int, a pair, (top, bottom, left, right) or "same", got {padding!r}')
-    if min(sides) < 0:
-        raise ValueError(f"padding must not be negative, got {padding!r}")
+    for side in sides:
+        if not 0 <= side <= LARGEST:
+            bound = "not be negative" if side < 0 else f"be at most {LARGEST}"
+            raise ValueError(f"padding must {bound}, got {padding!r}")
     return sides
+
+
+def _integers(value: object, copies: int) -> tuple[int, ...]:
+    """A whole number as so many ints, several as they are, () for anything else; NumPy's are as good as Python's."""
+    if isinstance(value, int):
+        return (value,) * copies
+    try:
+        if isinstance(value, (tuple, list)) or hasattr(value, "__iter__"):
+            return tuple([item if isinstance(item, int) else operator.index(item) for item in value])
+        return (operator.index(value),) * copies
+    except TypeError:
+        return ()
 
 
 def resolve_padding(

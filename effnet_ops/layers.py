@@ -56,7 +56,7 @@ class DepthwiseConv2d(nn.Conv2d):
         dtype=None,
     ) -> None:
         checks.check_activation(activation)
-        kernel_size = checks.pair("kernel_size", kernel_size, 1)
+        channels, kernel_size = checks.check_count("channels", channels), checks.pair("kernel_size", kernel_size, 1)
         stride, dilation = checks.pair("stride", stride, 1), checks.pair("dilation", dilation, 1)
         super().__init__(
             channels, channels, kernel_size, stride, 0, dilation, channels, bias, device=device, dtype=dtype
@@ -97,6 +97,7 @@ class PaddedConv2d(nn.Conv2d):
         device=None,
         dtype=None,
     ) -> None:
+        in_channels, out_channels = _channels(in_channels, out_channels)
         kernel_size, stride = checks.pair("kernel_size", kernel_size, 1), checks.pair("stride", stride, 1)
         super().__init__(in_channels, out_channels, kernel_size, stride, bias=bias, device=device, dtype=dtype)
         self.padding = _stored_padding(padding)
@@ -139,6 +140,7 @@ class ConvNormAct(nn.Module):
     ) -> None:
         super().__init__()
         checks.check_activation(activation)
+        in_channels, out_channels = _channels(in_channels, out_channels)
         factory = {"device": device, "dtype": dtype}
         padding = _half(kernel_size) if padding is None else padding
         self.activation = activation
@@ -169,8 +171,7 @@ class SqueezeExcite(nn.Module):
         super().__init__()
         checks.check_activation(activation)
         checks.check_gate(gate)
-        if squeezed < 1:
-            raise ValueError(f"squeezed must be at least 1, got {squeezed}")
+        channels, squeezed = checks.check_count("channels", channels), checks.check_count("squeezed", squeezed)
         factory = {"device": device, "dtype": dtype}
         self.activation, self.gate = activation, gate
         self.conv_reduce = nn.Conv2d(channels, squeezed, 1, **factory)
@@ -211,6 +212,8 @@ class MBConv(nn.Module):
         activation: none, relu, relu6, silu or hardswish. gate: sigmoid or hard_sigmoid.
         drop_path_rate: probability, in [0, 1), that training drops the branch of an image (arXiv 1603.09382).
         eps, momentum: of the normalisations.
+
+    Raises ValueError for a size, ratio or name that does not fit.
     """
 
     def __init__(
@@ -235,10 +238,15 @@ class MBConv(nn.Module):
         checks.check_activation(activation)
         checks.check_gate(gate)
         check_rate("drop_path_rate", drop_path_rate)
+        checks.check_number("expand_ratio", expand_ratio, 0)
+        checks.check_number("se_ratio", se_ratio, 0)
+        in_channels, out_channels = _channels(in_channels, out_channels)
         stride = checks.pair("stride", stride, 1)
         padding = _half(kernel_size) if padding is None else padding
         factory = {"device": device, "dtype": dtype}
         channels = expanded_channels(in_channels, expand_ratio)
+        if channels < 1:
+            raise ValueError(f"expand_ratio must leave a channel of {in_channels}, got {expand_ratio!r}")
         squeezed = squeezed_channels(in_channels, se_ratio)
 
         def norm(size: int) -> nn.BatchNorm2d:
@@ -334,7 +342,9 @@ def dense_conv(
     **factory,
 ) -> nn.Conv2d:
     """A dense convolution without a bias: ``nn.Conv2d`` where that can pad so, else `PaddedConv2d`."""
+    in_channels, out_channels = _channels(in_channels, out_channels)
     kernel_size, sides = checks.pair("kernel_size", kernel_size, 1), checks.padding_sides(padding)
+    stride = checks.pair("stride", stride, 1)
     if kernel_size == (1, 1) and sides == checks.SAME:
         sides = (0, 0, 0, 0)
     if sides == checks.SAME or sides[::2] != sides[1::2]:
@@ -355,6 +365,10 @@ def check_rate(name: str, rate: float) -> None:
     """``rate`` is a probability in [0, 1), or ValueError."""
     if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0.0 <= rate < 1.0:
         raise ValueError(f"{name} must be a rate in [0, 1), got {rate!r}")
+
+
+def _channels(in_channels: int, out_channels: int) -> tuple[int, int]:
+    return checks.check_count("in_channels", in_channels), checks.check_count("out_channels", out_channels)
 
 
 def _half(kernel_size: int | Sequence[int]) -> tuple[int, int]:

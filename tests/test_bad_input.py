@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import normal
@@ -79,8 +80,18 @@ CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: depthwise(stride=(1, 0)), ValueError, "stride must be at least 1, got (1, 0)"),
     (lambda: depthwise(stride=(1, 1, 1)), ValueError, "stride must be an int or a pair"),
     (lambda: depthwise(stride=(1.0, 1.0)), ValueError, "stride must be an int or a pair"),
+    (lambda: depthwise(stride=1.5), ValueError, "stride must be an int or a pair of ints, got 1.5"),
+    (lambda: depthwise(stride=None), ValueError, "stride must be an int or a pair of ints, got None"),
+    (lambda: depthwise(stride="11"), ValueError, "stride must be an int or a pair of ints, got '11'"),
+    (lambda: depthwise(stride=torch.tensor(1)), ValueError, "stride must be an int or a pair of ints, got tensor(1)"),
+    (lambda: depthwise(stride=np.float64(1)), ValueError, "stride must be an int or a pair of ints, got"),
+    (lambda: depthwise(stride=2**64), ValueError, "stride must be at most 2147483647, got 18446744073709551616"),
     (lambda: depthwise(dilation=0), ValueError, "dilation must be at least 1"),
+    (lambda: depthwise(dilation=(1, 2**31)), ValueError, "dilation must be at most 2147483647, got (1, 2147483648)"),
     (lambda: depthwise(padding=-1), ValueError, "padding must not be negative, got -1"),
+    (lambda: depthwise(padding=None), ValueError, "padding must be an int, a pair, (top, bottom, left, right) or"),
+    (lambda: depthwise(padding=0.5), ValueError, 'or "same", got 0.5'),
+    (lambda: depthwise(padding=2**64), ValueError, "padding must be at most 2147483647, got 18446744073709551616"),
     (lambda: depthwise(padding=(1, 2, 3)), ValueError, "padding must be an int, a pair"),
     (lambda: depthwise(padding="sam"), ValueError, "unknown padding 'sam'; did you mean 'same'"),
     (lambda: depthwise(weight=torch.zeros(8, 1, 7, 7)), ValueError, "does not fit into x of shape (2, 8, 6, 5)"),
@@ -88,6 +99,8 @@ CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: depthwise(torch.zeros(2, 8, 0, 5)), ValueError, "does not fit"),
     (lambda: depthwise(activation="slu"), ValueError, "unknown activation 'slu'; did you mean 'silu'"),
     (lambda: depthwise(activation="ReLU6"), ValueError, "did you mean 'relu6'"),
+    (lambda: depthwise(activation=["silu"]), ValueError, "unknown activation ['silu']; did you mean 'silu'"),
+    (lambda: depthwise(activation=None), ValueError, "unknown activation None"),
     (lambda: pointwise(X[0]), ValueError, "x must be (N, C, H, W)"),
     (lambda: pointwise(X.int()), TypeError, "got torch.int32"),
     (lambda: pointwise(weight=torch.zeros(4, 7, 1, 1)), ValueError, "weight must have shape (any, 8, 1, 1)"),
@@ -107,6 +120,7 @@ CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: excite(eb=torch.zeros(2)), ValueError, "expand_bias must have shape (8)"),
     (lambda: excite(eb=torch.zeros(8, dtype=torch.float64)), TypeError, "expand_bias must be torch.float32"),
     (lambda: excite(gate="sigmid"), ValueError, "unknown gate 'sigmid'; did you mean 'sigmoid'"),
+    (lambda: excite(gate=["sigmoid"]), ValueError, "unknown gate ['sigmoid']; did you mean 'sigmoid'"),
     (lambda: excite(activation="x"), ValueError, "unknown activation 'x'"),
     (lambda: block(X[0]), ValueError, "x must be (N, C, H, W)"),
     (lambda: block(X.long()), TypeError, "got torch.int64"),
@@ -152,6 +166,12 @@ CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
 def test_error_names_the_culprit(call: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         call()
+
+
+@pytest.mark.parametrize("two", [np.int64(2), [2, 2], np.array([2, 2]), (np.int32(2), 2)], ids=repr)
+def test_whole_numbers_of_any_kind_are_whole_numbers(two: Any) -> None:
+    y = depthwise(X, stride=two, padding=two, dilation=two)
+    assert y.shape == depthwise(X, stride=2, padding=2, dilation=2).shape == (2, 8, 3, 3)
 
 
 def test_nothing_is_written_before_an_error() -> None:

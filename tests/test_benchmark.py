@@ -26,7 +26,7 @@ from effnet_ops.benchmark.providers import PROVIDERS, Job
 from effnet_ops.benchmark.rows import Results, Row, environment
 from effnet_ops.benchmark.timing import percentiles, ratio
 from effnet_ops.benchmark.worker import receive, send, serve
-from effnet_ops.cli import app, bench
+from effnet_ops.cli import MOST_THREADS, app, bench
 from effnet_ops.cli.console import console
 
 TINY = Settings("test_efficientnet", batch=1, threads=1, resolution=32, rounds=2, seconds=0.0)
@@ -164,6 +164,63 @@ def test_unknown_names_are_one_line_with_the_closest_match(arguments: tuple[str,
     assert result.exit_code == 2
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "message"),
+    [
+        ("--json", "folder", "cannot write {path}: Is a directory"),
+        ("--json", "file/rows.json", "cannot write {path}: "),
+        ("--plot", "file", "cannot write into the folder {path}: File exists"),
+        ("--plot", "file/plots", "cannot write into the folder {path}: "),
+    ],
+)
+def test_an_output_is_refused_before_the_work(
+    option: str, name: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr(bench, "compare", lambda *args: pytest.fail("it has begun"))
+    path = tmp_path / name
+    result = run("--model", "test_efficientnet", option, path)
+    assert result.exit_code == 2
+    assert message.format(path=path) in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_what_cannot_be_written_or_measured_is_no_wrong_output(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(bench, "compare", lambda settings, providers, report: [row(p20=1.0, p50=1.0, p80=1.0)])
+    monkeypatch.setattr(Results, "add", full)
+    result = run("--model", "test_efficientnet", "--json", tmp_path / "rows.json")
+    assert result.exit_code == 2 and result.stderr == "effnet-ops: [Errno 28] No space left on device\n"
+    monkeypatch.undo()
+    result = run("--model", "effnet_ops:efficientnet_b0", "--resolution", 2**31, "--peers", "eager")
+    assert result.exit_code == 2 and "cannot be measured: " in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_threads_have_an_end() -> None:
+    result = run("--threads", MOST_THREADS + 1)
+    assert result.exit_code == 2
+    assert "--threads" in result.stderr and str(MOST_THREADS) in result.stderr
+
+
+@pytest.mark.parametrize("width", [1, 60, 80, 120])
+def test_a_narrow_terminal_cuts_no_number(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def words() -> list[str]:
+        with console.capture() as captured:
+            bench.show_providers(replace(TINY, threads=1), rows)
+        assert "1 thread of" in " ".join(captured.get().split())
+        return captured.get().translate(str.maketrans("│┃", "  ")).split()
+
+    times = dict(p20=8.123, p50=8.456, p80=1234.5, round_medians=[8.1, 8.2], error=3.2e-7, peak_rss_bytes=12345678)
+    rows = [row(provider=name, **times) for name in ("optimize_for_inference", "replace_layers", "openvino")]
+    monkeypatch.setattr(console, "width", width)
+    narrow = words()
+    for figure in ("8.46", "(8.12", "1234.50)", "1.00x", "(1.00", "12.3", "3.2e-07"):
+        assert narrow.count(figure) >= 3, figure
+    assert {"optimize", "inference", "replace", "layers"} <= set(narrow)
 
 
 def test_a_missing_peer_is_named_with_what_installs_it(

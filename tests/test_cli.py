@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import builtins
+import importlib.metadata
 import importlib.resources
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +19,7 @@ from typer.testing import CliRunner, Result
 
 import effnet_ops
 from effnet_ops.benchmark.timing import interleave
-from effnet_ops.cli import app, cases, check, demo, pictures
+from effnet_ops.cli import app, cases, check, demo, info, pictures
 from effnet_ops.cli.console import console
 from effnet_ops.cli.pictures import lite0, preprocess, read_image
 
@@ -71,6 +73,14 @@ def test_python_m_runs_the_command_without_importing_optional_packages() -> None
     assert effnet_ops.__version__ in done.stdout
 
 
+def test_an_installation_from_before_the_renaming_fails_loudly() -> None:
+    """Its script imports main; an empty function of that name would do nothing and call that a success."""
+    assert not hasattr(effnet_ops.cli, "main")
+    project = (Path(__file__).resolve().parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+    (target,) = re.findall(r'^effnet-ops = "(.*)"$', project, re.MULTILINE)
+    assert importlib.metadata.EntryPoint("effnet-ops", target, "console_scripts").load() is app
+
+
 def test_unknown_command_and_missing_argument_are_usage_errors() -> None:
     assert run("clasify").exit_code == 2
     assert run("classify").exit_code == 2
@@ -83,6 +93,14 @@ def test_info_lists_versions_and_every_backend_with_its_reason() -> None:
         assert name in result.output
     for reason in filter(None, effnet_ops.available_backends().values()):
         assert reason in result.output
+
+
+def test_one_shape_is_no_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = {name: {"backend": "cuda" if name == "a" else "triton", "origin": "measured"} for name in "abc"}
+    entry = {"default": "triton", "origin": "bytes", "shapes": shapes}
+    monkeypatch.setattr(info.gpu, "table", lambda: {"mbconv": entry})
+    expected = "triton (bytes); cuda at 1 shape (measured); triton at 2 shapes (measured)"
+    assert info._gpu_choice() == {"mbconv": expected}
 
 
 def test_check_passes_and_covers_every_operator() -> None:
@@ -105,7 +123,7 @@ def test_check_fails_where_an_operator_is_wrong(monkeypatch: pytest.MonkeyPatch)
     result = run("check", "--dtype", "float32", "--backend", "reference")
     assert result.exit_code == 1
     assert [line for line in result.output.splitlines() if "FAIL" in line and "pointwise_conv2d" in line]
-    assert "1 of the rows above are wrong" in result.output
+    assert "rows above that are wrong: 1" in result.output
 
 
 def test_check_reports_an_operator_that_raises(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,6 +303,33 @@ def test_summary_shows_the_published_figures() -> None:
     assert run("summary", "efficientnet_b0", "--resolution", 0).exit_code == 2
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("summary", "efficientnet_b0", "--resolution", "99999999"),
+        ("scale", "family"),
+        ("scale", "plan", "--budget", "2GMACs"),
+        ("scale", "compare", "--base", "efficientnet_b0", "--objective", "published", "--budget", "2GMACs"),
+    ],
+    ids=lambda arguments: arguments[1],
+)
+def test_a_narrow_terminal_cuts_no_number(arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    def figures() -> list[str]:
+        return sorted(re.findall(r"(?<!\S)[\d.,]+[\dx%](?!\S)", run(*arguments).stdout))
+
+    whole = figures()
+    monkeypatch.setattr(console, "width", 60)
+    assert len(whole) > 15
+    assert figures() == whole
+
+
+@pytest.mark.parametrize(("width", "lines"), [(80, 15), (100, 12), (200, 12)])
+def test_names_fold_before_a_table_leaves_the_terminal(width: int, lines: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "width", width)
+    shown = run("scale", "plan", "--budget", "2GMACs").stdout.splitlines()
+    assert max(map(len, shown)) <= width and len(shown) <= lines
+
+
 @pytest.fixture
 def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     """The demo with Lite0 alone: the other libraries have their tests in test_surgery*.py."""
@@ -315,6 +360,39 @@ def test_demo_fails_where_replacing_changes_the_logits(
     result = run("demo", "--seconds", 0, "--output", tmp_path / "demo.png")
     assert result.exit_code == 1
     assert "not the same" in result.output
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("file/demo.png", "cannot write {path}: "),
+        ("folder", "cannot write {path}: Is a directory"),
+        ("demo.xyz", "unknown kind of picture 'xyz' (known: png,"),
+        ("demo.pngg", "did you mean 'png'"),
+    ],
+)
+def test_demo_refuses_an_output_before_the_work(
+    output: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr(demo, "_photographs", lambda: pytest.fail("it has begun"))
+    path = tmp_path / output
+    result = run("demo", "--output", path)
+    assert result.exit_code == 2
+    assert message.format(path=path) in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_demo_takes_a_picture_that_cannot_be_written_for_no_wrong_result(
+    small_demo: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(demo, "_save_picture", full)
+    result = run("demo", "--seconds", 0, "--output", tmp_path / "demo.png")
+    assert (result.exit_code, result.stderr) == (2, "effnet-ops: [Errno 28] No space left on device\n")
+    assert not list(tmp_path.iterdir())
 
 
 def test_speed_table_times_both_layouts_before_and_after(monkeypatch: pytest.MonkeyPatch) -> None:

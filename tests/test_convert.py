@@ -179,6 +179,8 @@ def test_files_that_are_not_what_they_should_be(state) -> None:
         convert(state, "torchvision")
     with pytest.raises(ValueError, match="another network"):
         convert(state, "timm:efficientnet_b0")
+    with pytest.raises(TypeError, match="state_dict must be a mapping of names to tensors, got NoneType"):
+        convert_state_dict(None, source="timm", target="torchvision")
     with pytest.raises(TypeError, match=r"state_dict\['state_dict'\] must be a tensor, got"):
         convert({"state_dict": state})
 

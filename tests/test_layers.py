@@ -6,6 +6,7 @@ import copy
 import functools
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from timm.layers import Conv2dSame
@@ -334,12 +335,30 @@ def test_squeeze_excite_equals_timm(calls: list[str]) -> None:
         (lambda: layers.MBConv(8, 8, drop_path_rate=1.0), "drop_path_rate"),
         (lambda: layers.MBConv(8, 8, stride=0), "stride"),
         (lambda: layers.MBConv(8, 8, padding="valid"), "'valid'"),
+        (lambda: layers.MBConv(-1, 3), "in_channels must be a whole number of at least 1, got -1"),
+        (lambda: layers.MBConv(8, 2.5), "out_channels must be a whole number"),
+        (lambda: layers.MBConv(8, 8, expand_ratio=0), "expand_ratio must leave a channel of 8, got 0"),
+        (lambda: layers.MBConv(8, 8, expand_ratio=float("nan")), "expand_ratio must be a number of at least 0"),
+        (lambda: layers.MBConv(8, 8, expand_ratio="6"), "expand_ratio must be a number"),
+        (lambda: layers.MBConv(8, 8, se_ratio=-2), "se_ratio must be a number of at least 0, got -2"),
+        (lambda: layers.MBConv(8, 8, se_ratio=None), "se_ratio must be a number"),
+        (lambda: layers.DepthwiseConv2d(0, 3), "channels must be a whole number of at least 1, got 0"),
         (lambda: layers.DepthwiseConv2d(8, 0), "kernel_size"),
         (lambda: layers.DepthwiseConv2d(8, 3, padding=-1), "padding"),
         (lambda: layers.ConvNormAct(8, 8, 3, activation="gelu"), "'gelu'"),
-        (lambda: layers.SqueezeExcite(8, 0), "squeezed"),
+        (lambda: layers.ConvNormAct(3, 0, 3), "out_channels must be"),
+        (lambda: layers.ConvNormAct(3, 8, 3, stride=None), "stride must be an int"),
+        (lambda: layers.PaddedConv2d(0, 8, 3), "in_channels must be"),
+        (lambda: layers.SqueezeExcite(0, 1), "channels must be"),
+        (lambda: layers.SqueezeExcite(8, 0), "squeezed must be a whole number of at least 1, got 0"),
     ],
 )
 def test_bad_arguments_are_named(build: Callable, culprit: str) -> None:
     with pytest.raises(ValueError, match=culprit):
         build()
+
+
+def test_channels_and_ratios_may_be_numpys() -> None:
+    ours = layers.MBConv(np.int64(8), np.int32(8), expand_ratio=np.float32(2), se_ratio=np.float64(0.5))
+    assert ours.conv_pw.out_channels == 16 and ours.se.conv_reduce.out_channels == 4
+    assert type(ours.conv_pw.in_channels) is int

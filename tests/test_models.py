@@ -182,7 +182,10 @@ def test_bad_arguments_are_named(name, keywords: dict, culprit: str) -> None:
         (lambda: StageSpec(1, 3, 1, 6, 16, block="fused"), "unknown block 'fused'"),
         (lambda: StageSpec(0, 3, 1, 6, 16), "repeats"),
         (lambda: StageSpec(1, 3, 1, 0.5, 16), "expand_ratio"),
+        (lambda: StageSpec(1, 3, 1, float("nan"), 16), "expand_ratio must be a number of at least 1"),
+        (lambda: StageSpec(1, 3, 1, None, 16), "expand_ratio must be a number"),
         (lambda: StageSpec(1, 3, 1, 6, 16, se_ratio=2.0), "se_ratio"),
+        (lambda: StageSpec(1, 3, 1, 6, 16, se_ratio="half"), "se_ratio must lie in"),
         (lambda: ArchitectureSpec(()), "at least one stage"),
         (lambda: ArchitectureSpec(TINY.architecture.stages, activation="swish"), "'swish'"),
         (lambda: ScaledSpec(TINY.architecture, width=0.0), "width"),
@@ -190,6 +193,8 @@ def test_bad_arguments_are_named(name, keywords: dict, culprit: str) -> None:
         (lambda: ScaledSpec(TINY.architecture, resolution=224.5), "resolution"),
         (lambda: Convention(padding="valid"), "unknown padding 'valid'"),
         (lambda: Convention(eps=-1.0), "eps"),
+        (lambda: Convention(momentum=None), "momentum must lie in"),
+        (lambda: model_spec(["efficientnet_b0"]), "unknown model"),
     ],
 )
 def test_bad_specifications_are_named(build: Callable, culprit: str) -> None:

@@ -202,6 +202,11 @@ def test_bad_arguments_are_named() -> None:
         (dict(batch=0), "batch must be a whole number"),
         (dict(dtype=torch.int8), "dtype must be"),
         (dict(backend="cuda9"), "unknown backend 'cuda9'"),
+        (dict(device="gpu"), "device 'gpu' cannot be used"),
+        (dict(device=None), "device None cannot be used"),
+        (dict(device=torch.device("meta")), "device 'meta' cannot be timed, only cpu and cuda can"),
     ):
         with pytest.raises(ValueError, match=message):
             LatencyTable(**keywords)
+    with pytest.raises(ValueError, match="device 'meta' cannot be timed"):
+        scaling.machine_peaks(device="meta")

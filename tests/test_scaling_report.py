@@ -75,6 +75,7 @@ def test_plan_within_milliseconds(instant: None) -> None:
     result = run("plan", "--budget", "13ms")
     assert result.exit_code == 0, result.output
     assert "within 13 ms" in result.output and "12.5 ms" in result.output  # 23 blocks, stem and head
+    assert result.stderr == "effnet-ops: measuring layers; the times are kept for the next call\n"
 
 
 @pytest.mark.parametrize(
@@ -88,7 +89,11 @@ def test_plan_within_milliseconds(instant: None) -> None:
         (("search", "--objective", "digit"), "did you mean 'digits'"),
         (("search", "--objective", "os:nothing"), "cannot be loaded"),
         (("search", "--objective", "os:sep"), "is not a function"),
+        (("search", "--budget", "5ms", "--base", "eficientnet_b0"), "did you mean 'efficientnet_b0'"),
+        (("search", "--budget", "5ms", "--tolerance", "2"), "tolerance must lie in"),
         (("compare", "--budget", "10GMACss"), "did you mean"),
+        (("compare", "--budget", "1ms"), "give --budget in MACs, FLOPs, params or B"),
+        (("report", "--no-measure", "--variant", "optimised"), "did you mean 'optimized'"),
         (("report", "--gamma", "0"), "gamma must be a number of at least 1"),
     ],
 )
@@ -101,11 +106,26 @@ def test_bad_input_is_one_line(arguments: tuple[str, ...], message: str) -> None
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(("--dtype", "float23"), "did you mean 'float32'"), (("--device", "cudax"), "device 'cudax' cannot be used")],
+    [
+        (("--dtype", "float23"), "did you mean 'float32'"),
+        (("--variant", "optimised"), "did you mean 'optimized'"),
+        (("--device", "cudax"), "device 'cudax' cannot be used"),
+        (("--device", "meta"), "device 'meta' cannot be timed, only cpu and cuda can"),
+        (("--device", "mps"), "device 'mps' cannot be timed"),
+    ],
 )
-def test_bad_measuring_is_named(options: tuple[str, ...], message: str) -> None:
-    result = run("plan", "--budget", "5ms", *options)
-    assert result.exit_code == 2 and message in result.stderr
+@pytest.mark.parametrize("budget", ["5ms", "2GMACs"])
+def test_bad_measuring_is_named_before_anything_is_kept(
+    options: tuple[str, ...], message: str, budget: str, tmp_path: Path
+) -> None:
+    result = run("plan", "--budget", budget, *options)
+    assert result.exit_code == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_cache_that_is_none_is_one_line(tmp_path: Path) -> None:
+    result = run("plan", "--budget", "5ms", "--cache", tmp_path)
+    assert result.exit_code == 2 and "Is a directory" in result.stderr and len(result.stderr.splitlines()) == 1
 
 
 def test_search_ranks_and_resumes(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,7 @@ app = typer.Typer(
 )
 app.add_typer(scale.app)
 
+MOST_THREADS = 4 * (os.cpu_count() or 1)
 Backend = Annotated[str | None, typer.Option(help="Run on this backend only (see `effnet-ops info`).")]
 
 
@@ -30,7 +32,7 @@ def _version(wanted: bool) -> None:
 
 
 @app.callback()
-def main(
+def _effnet_ops(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
 ) -> None:
     pass
@@ -96,7 +98,9 @@ def _bench(
     ),
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Images at once; repeat for several.  [1]")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="float32 or bfloat16; repeat for both.  [float32]")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Of every provider; by default PyTorch's number.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=MOST_THREADS, help="Of every provider; by default PyTorch's number.")
+    ] = None,
     resolution: Annotated[int | None, typer.Option(min=1, help="Height and width; by default the model's own.")] = None,
     peers: Annotated[str | None, typer.Option(help="Only these beside ours, with commas between them.")] = None,
     layers: Annotated[bool, typer.Option("--layers", help="Each layer too, beside the machine's peaks.")] = False,

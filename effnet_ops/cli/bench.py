@@ -21,7 +21,8 @@ from effnet_ops.benchmark.providers import DTYPES, PROVIDERS, Provider
 from effnet_ops.benchmark.rows import Results, Row, cpu_model, environment
 from effnet_ops.benchmark.timing import ratio
 from effnet_ops.checks import unknown_name
-from effnet_ops.cli.console import console, fail, need
+from effnet_ops.cli.console import bad_input, console, counted, fail, need, need_file, need_folder, show
+from effnet_ops.models.files import first_line
 
 OURS = [provider.name for provider in PROVIDERS.values() if provider.ours]
 
@@ -54,11 +55,13 @@ def run(tasks: Sequence[Task], output: Path | None, fresh: bool, plots: Path | N
     if plots is not None:
         need("matplotlib", extra="bench")
     _check(tasks)
+    if plots is not None:
+        need_folder(plots)
+    if output is not None:
+        need_file(output)
     here, rows, problems = environment(), [], 0
-    try:
+    with bad_input():
         results = Results(output) if output else None
-    except ValueError as error:
-        fail(error)
     for task in tasks:
         if results and not fresh and task.measured(results.fresh(here)):
             console.print(f"{_title(task.settings)}: already in {output}", highlight=False, soft_wrap=True)
@@ -67,14 +70,17 @@ def run(tasks: Sequence[Task], output: Path | None, fresh: bool, plots: Path | N
         rows += found
         problems += sum(row.problem is not None for row in found)
         if results:
-            results.add(found, here)
+            with bad_input():
+                results.add(found, here)
     if plots is not None:
         from effnet_ops.benchmark.plots import draw
 
-        for path in draw(results.rows if results else rows, plots):
+        with bad_input():
+            paths = draw(results.rows if results else rows, plots)
+        for path in paths:
             console.print(f"plot: {path}", highlight=False, soft_wrap=True)
     if problems:
-        console.print(f"[red]{problems} of the rows above have no times[/red]")
+        console.print(f"[red]rows above without times: {problems}[/red]")
         raise typer.Exit(1)
 
 
@@ -95,7 +101,10 @@ def _do(task: Task) -> list[Row]:
     """Measure and show one task."""
     with progress() as report:
         if task.providers:
-            found = compare(task.settings, task.providers, report)
+            try:
+                found = compare(task.settings, task.providers, report)
+            except (ValueError, RuntimeError) as error:
+                fail(f"{_title(task.settings)} cannot be measured: {first_line(error)}")
         else:
             try:
                 peaks, found = profile(task.settings, report)
@@ -103,7 +112,7 @@ def _do(task: Task) -> list[Row]:
                 console.print(f"[red]layers of {_title(task.settings)}: {escape(str(error))}[/red]")
                 return [task.settings.row(NETWORK, layer=task.settings.model, problem=str(error))]
     if task.providers:
-        show(task.settings, found)
+        show_providers(task.settings, found)
         return found
     show_layers(task.settings, peaks, found)
     return [*peaks.rows(), *found]
@@ -156,24 +165,26 @@ def progress() -> Iterator[Report]:
 
 
 def _title(settings: Settings) -> str:
-    return f"{settings.model}, {settings.shape}, {settings.dtype}, {settings.threads} threads"
+    return f"{settings.model}, {settings.shape}, {settings.dtype}, {counted(settings.threads, 'thread')}"
 
 
-def show(settings: Settings, rows: Sequence[Row]) -> None:
+def show_providers(settings: Settings, rows: Sequence[Row]) -> None:
     """The providers' times and how many times as long as ours they take, the fastest first."""
     table = Table(
         title=f"{_title(settings)} of {cpu_model()}",
         title_justify="left",
         caption="ms and ratios: median (20th to 80th percentile); a ratio says how many times as long it takes.",
     )
-    for heading in ("", "ms", *(f"over {name}" for name in OURS), "peak MB", "error", ""):
-        table.add_column(heading, overflow="fold", no_wrap=not table.columns)
+    table.add_column("", overflow="fold")
+    for heading in ("ms", *(f"over {name.replace('_', ' ')}" for name in OURS), "peak MB", "error"):
+        table.add_column(heading)
+    table.add_column("", overflow="fold")
     for row in sorted(rows, key=lambda row: row.p50 or float("inf")):
         memory = "" if row.peak_rss_bytes is None else f"{row.peak_rss_bytes / 1e6:.1f}"
         error = "" if row.error is None else f"{row.error:.1e}"
         remark = f"[red]{escape(row.problem)}[/red]" if row.problem else row.choice or ""
         table.add_row(row.provider, times(row), *(_over(row, rows, name) for name in OURS), memory, error, remark)
-    console.print(table)
+    show(table)
 
 
 def times(row: Row) -> str:
@@ -206,7 +217,7 @@ def show_layers(settings: Settings, peaks: Peaks, rows: Sequence[Row]) -> None:
             if row.provider == provider:
                 table.add_row(row.layer.removeprefix(settings.model).strip(), row.operation, row.shape, *_rates(row))
         if table.row_count:
-            console.print(table)
+            show(table)
 
 
 def _rates(row: Row) -> tuple[str, str, str]:

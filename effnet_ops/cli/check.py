@@ -16,7 +16,7 @@ import effnet_ops
 from effnet_ops import backends
 from effnet_ops.checks import FLOAT_DTYPES, unknown_name
 from effnet_ops.cli.cases import Case, Inputs, all_cases
-from effnet_ops.cli.console import console, fail
+from effnet_ops.cli.console import console, fail, show
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -70,10 +70,10 @@ def run(backend: str | None, dtype: str | None) -> None:
             results = list(
                 track(_results(name, device, dtypes), f"{name} on {device}", console=console, transient=True)
             )
-            console.print(_table(f"{name} on {device}", results))
+            show(_table(f"{name} on {device}", results))
             failed += sum(not result.passed for result in results)
     if failed:
-        console.print(f"[red]{failed} of the rows above are wrong[/red]")
+        console.print(f"[red]rows above that are wrong: {failed}[/red]")
         raise typer.Exit(1)
     console.print("[green]all within their bounds[/green]")
 
@@ -142,8 +142,9 @@ def _error(out: Tensor, ref: Tensor) -> float:
 
 def _table(title: str, results: list[Result]) -> Table:
     table = Table(title=title, title_justify="left")
-    for heading in ("operator", "dtype", "forward / bound", "gradient / bound", ""):
+    for heading in ("operator", "dtype", "forward / bound", "gradient / bound"):
         table.add_column(heading)
+    table.add_column("", overflow="fold")
     for result in results:
         bound = BOUNDS[result.dtype]
         errors = (f"{result.forward:.1e} / {bound.forward:.0e}", f"{result.gradient:.1e} / {bound.gradient:.0e}")

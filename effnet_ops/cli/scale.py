@@ -119,4 +119,4 @@ def _report(
     from effnet_ops.cli.scale_laws import Measuring
     from effnet_ops.cli.scale_report import report
 
-    report(output, (alpha, beta, gamma), Measuring(variant, batch, dtype, device, cache) if measure else None)
+    report(output, (alpha, beta, gamma), Measuring(variant, batch, dtype, device, cache), measure)

@@ -12,8 +12,8 @@ from rich.table import Table
 
 from effnet_ops import scaling
 from effnet_ops.checks import unknown_name
-from effnet_ops.cli.console import console, need
-from effnet_ops.cli.scale_laws import Measuring, bad_input, measured
+from effnet_ops.cli.console import bad_input, console, counted, need, show
+from effnet_ops.cli.scale_laws import Measuring, measured
 from effnet_ops.models import ScaledSpec, model_spec
 from effnet_ops.scaling import Budget, CompoundScaling, DigitsTraining, Objective, published_accuracy
 from effnet_ops.scaling.digits import TINY
@@ -30,22 +30,24 @@ def search(
     top: int,
     measuring: Measuring,
 ) -> None:
-    with bad_input(), measured(constraint["budget"], measuring) as cost:
-        chosen = _objective(objective)
-        result = scaling.search(
-            _base(base), **constraint, cost=cost, objective=chosen, seeds=range(seeds), **run, progress=True
-        )
-    table = Table(title=f"the best of {len(result.points)} networks, {result.new} runs made now", title_justify="left")
+    with bad_input():
+        spec, chosen = _base(base), _objective(objective)
+        with measured(constraint["budget"], measuring) as cost:
+            result = scaling.search(
+                spec, **constraint, cost=cost, objective=chosen, seeds=range(seeds), **run, progress=True
+            )
+    title = f"the best of {counted(len(result.points), 'network')}, {counted(result.new, 'run')} made now"
+    table = Table(title=title, title_justify="left")
     for heading in ("alpha", "beta", "gamma", "score", "deviation", "params (M)", "MACs (G)"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     if cost is not None:
-        table.add_column("time (ms)", justify="right")
+        table.add_column("time (ms)", justify="right", no_wrap=True)
     for row in result.points[:top]:
         law = row.point.law
         cells = [f"{law.alpha:g}", f"{law.beta:g}", f"{law.gamma:g}", f"{row.score:.4g}", f"{row.deviation:.2g}"]
         cells += [f"{row.parameters / 1e6:.3f}", f"{row.macs / 1e9:.4f}"]
         table.add_row(*cells, *([f"{row.cost * 1e3:.2f}"] if cost is not None else []))
-    console.print(table)
+    show(table)
     if objective == "published":
         console.print(f"score: fitted top-1 (%), good to {scaling.accuracy_fit().residual:.2f}; nothing was trained")
 
@@ -60,18 +62,21 @@ def compare(
 ) -> None:
     with bad_input():
         spec = _base(base)
-        wanted = budgets or [Budget("macs", 3 * scaling.count(spec).macs)]
+        wanted = [Budget.parse(budget) for budget in budgets or ()] or [Budget("macs", 3 * scaling.count(spec).macs)]
+        if any(budget.kind == "latency" for budget in wanted):
+            raise ValueError("compare measures no times: give --budget in MACs, FLOPs, params or B, such as 2GMACs")
         laws, chosen = {"compound": CompoundScaling(*coefficients)}, _objective(objective)
         result = scaling.compare(spec, wanted, laws=laws, objective=chosen, seeds=range(seeds), **run, progress=True)
-    table = Table(title=f"{spec.name} scaled, {result.new} runs made now", title_justify="left")
-    for heading in ("", "MACs", "params (M)", "score", "deviation", "gain over unscaled"):
-        table.add_column(heading, justify="left" if heading == "" else "right")
+    table = Table(title=f"{spec.name} scaled, {counted(result.new, 'run')} made now", title_justify="left")
+    table.add_column("", overflow="fold")
+    for heading in ("MACs", "params (M)", "score", "deviation", "gain over unscaled"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in result.outcomes:
         gain, error = row.gain(result.base)
         shown = "" if row is result.base else f"{gain:+.4g}" + (f" ± {error:.2g}" if error == error else "")
         costs = f"{row.contender.factor:.2f}x", f"{row.contender.parameters / 1e6:.3f}"
         table.add_row(row.contender.way, *costs, f"{row.score:.4g}", f"{row.deviation:.2g}", shown)
-    console.print(table)
+    show(table)
     console.print("gain: mean over the seeds and its standard error, each seed against itself")
 
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from effnet_ops.cli.console import console, fail
+from effnet_ops.cli.console import bad_input, console, show
 from effnet_ops.scaling import Count, ReceptiveField, count, receptive_field
 
 
 def run(model: str, resolution: int | None) -> None:
-    try:
+    with bad_input():
         costs, field = count(model, resolution), receptive_field(model)
-    except ValueError as error:
-        fail(error)
-    console.print(_table(costs, field))
+    show(_table(costs, field))
     if any(stage.sees_all for stage in field.stages):
         console.print(
             "sees: receptive field of the convolutions; squeeze-and-excitation makes every block see the whole image"
@@ -23,13 +21,14 @@ def run(model: str, resolution: int | None) -> None:
 def _table(costs: Count, field: ReceptiveField) -> Table:
     height, width = costs.resolution
     table = Table(title=f"{costs.name} at {height}x{width}", title_justify="left", show_footer=True)
-    table.add_column("stage", "total")
-    table.add_column("blocks", str(sum(stage.blocks for stage in costs.stages)), justify="right")
-    table.add_column("output")
-    table.add_column("parameters", f"{costs.parameters:,}", justify="right")
-    table.add_column("MACs (M)", f"{costs.macs / 1e6:,.2f}", justify="right")
-    table.add_column("share", "100 %", justify="right")
-    table.add_column("sees", justify="right")
+    figures = dict(justify="right", no_wrap=True)
+    table.add_column("stage", "total", overflow="fold")
+    table.add_column("blocks", str(sum(stage.blocks for stage in costs.stages)), **figures)
+    table.add_column("output", no_wrap=True)
+    table.add_column("parameters", f"{costs.parameters:,}", **figures)
+    table.add_column("MACs (M)", f"{costs.macs / 1e6:,.2f}", **figures)
+    table.add_column("share", "100 %", **figures)
+    table.add_column("sees", **figures)
     sizes = {stage.name: f"{stage.size} px" for stage in field.stages}
     for stage in costs.stages:
         table.add_row(

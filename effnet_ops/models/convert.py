@@ -67,9 +67,11 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], *, source: str, target:
     Raises:
         ValueError: an unknown library or model; a missing, unexpected or misshapen entry (named); a target library
             without this network; models that are different networks, or compute with another eps or padding.
-        TypeError: an entry that is no tensor.
+        TypeError: a state dict that is none, or an entry that is no tensor.
     """
     source_model, target_model = _parse("source", source), _parse("target", target)
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict must be a mapping of names to tensors, got {type(state_dict).__name__}")
     for key, value in state_dict.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"state_dict[{key!r}] must be a tensor, got {type(value).__name__}")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from effnet_ops import layers
+from effnet_ops.checks import check_count
 from effnet_ops.models.family import model_spec
 from effnet_ops.models.spec import BlockSpec, ScaledSpec
 
@@ -36,7 +36,7 @@ class _Trunk(nn.Module):
         super().__init__()
         layers.check_rate("drop_path_rate", drop_path_rate)
         self.spec = spec
-        self.in_chans = _checked_count("in_chans", in_chans, minimum=1)
+        self.in_chans = check_count("in_chans", in_chans)
         self.drop_path_rate = drop_path_rate
         self.grad_checkpointing = False
         padding = "same" if spec.convention.padding == "same" else 1
@@ -122,7 +122,7 @@ class EfficientNet(_Trunk):
 
     def reset_classifier(self, num_classes: int) -> None:
         """A new, initialised classifier for ``num_classes`` on the device and in the dtype of the network."""
-        self.num_classes = _checked_count("num_classes", num_classes, minimum=0)
+        self.num_classes = check_count("num_classes", num_classes, minimum=0)
         like = {"device": self.conv_head.weight.device, "dtype": self.conv_head.weight.dtype}
         self.classifier = nn.Linear(self.num_features, num_classes, **like) if num_classes else nn.Identity()
         self.classifier.train(self.training)
@@ -229,13 +229,7 @@ def create_model(
         raise TypeError(f"name must be a model's name or a ScaledSpec, got {type(name).__name__}")
     spec = name if isinstance(name, ScaledSpec) else model_spec(name)
     if features_only:
-        _checked_count("num_classes", num_classes, minimum=0)
+        check_count("num_classes", num_classes, minimum=0)
         layers.check_rate("drop_rate", 0.0 if drop_rate is None else drop_rate)
         return EfficientNetFeatures(spec, in_chans, drop_path_rate)
     return EfficientNet(spec, num_classes, in_chans, drop_rate, drop_path_rate)
-
-
-def _checked_count(name: str, value: Any, minimum: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"{name} must be a whole number of at least {minimum}, got {value!r}")
-    return value

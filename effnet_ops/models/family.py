@@ -116,7 +116,7 @@ def model_spec(name: str) -> ScaledSpec:
     library, _, model = name.rpartition(":") if isinstance(name, str) else ("", "", name)
     library = library.removeprefix("effnet_ops:") or "effnet_ops"
     models = _library(library).models
-    if model not in models:
+    if not isinstance(model, str) or model not in models:
         kind = "model" if library == "effnet_ops" else f"{library} model"
         raise unknown_name(kind, model, models)
     member, convention = models[model]

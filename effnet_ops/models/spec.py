@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from effnet_ops.checks import check_activation, check_gate, unknown_name
+from effnet_ops.checks import check_activation, check_gate, check_number, unknown_name
 from effnet_ops.layers import check_rate, expanded_channels, squeezed_channels
 
 BLOCKS = ("mbconv",)
@@ -29,8 +29,7 @@ class Convention:
         if self.padding not in PADDINGS:
             raise unknown_name("padding", self.padding, PADDINGS)
         _check_positive("eps", self.eps)
-        if not 0.0 <= self.momentum <= 1.0:
-            raise ValueError(f"momentum must lie in [0, 1], got {self.momentum!r}")
+        _check_share("momentum", self.momentum)
 
 
 @dataclass(frozen=True)
@@ -53,10 +52,8 @@ class StageSpec:
             raise unknown_name("block", self.block, BLOCKS)
         for name in ("repeats", "kernel_size", "stride", "out_channels"):
             _check_count(name, getattr(self, name))
-        if self.expand_ratio < 1:
-            raise ValueError(f"expand_ratio must be at least 1, got {self.expand_ratio!r}")
-        if not 0.0 <= self.se_ratio <= 1.0:
-            raise ValueError(f"se_ratio must lie in [0, 1], got {self.se_ratio!r}")
+        check_number("expand_ratio", self.expand_ratio, 1)
+        _check_share("se_ratio", self.se_ratio)
 
 
 @dataclass(frozen=True)
@@ -195,6 +192,11 @@ def round_repeats(repeats: int, depth: float) -> int:
 def _check_positive(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value < math.inf:
         raise ValueError(f"{name} must be a positive number, got {value!r}")
+
+
+def _check_share(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} must lie in [0, 1], got {value!r}")
 
 
 def _check_count(name: str, value: int) -> None:

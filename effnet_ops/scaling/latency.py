@@ -28,12 +28,14 @@ from torch import Tensor, nn
 from effnet_ops import _native, backends, layers
 from effnet_ops.checks import FLOAT_DTYPES, unknown_name
 from effnet_ops.models import EfficientNet, ScaledSpec, create_model
+from effnet_ops.models.files import first_line
 from effnet_ops.scaling.laws import base_spec
 from effnet_ops.scaling.machine import cpu_model, version
 from effnet_ops.scaling.network import conv_size
 from effnet_ops.scaling.rows import Row, RowFile
 
 VARIANTS = ("optimized", "fused", "stock")
+DEVICES = ("cpu", "cuda")
 FORMAT = "effnet_ops latency table"
 QUIET = 0.02
 """A call counts as undisturbed while its threads waited for at most this share of its time."""
@@ -108,13 +110,14 @@ class LatencyTable:
     Args:
         variant: "optimized" (`optimize_for_inference`), "fused" (as `create_model` and `replace_layers` run) or "stock"
             (PyTorch's own operations, one by one).
-        dtype: of the activations. batch: images in a call. device: "cpu", "cuda" ...
+        dtype: of the activations. batch: images in a call. device: "cpu", "cuda", "cuda:1" ...
         backend: ask for one (`use_backend`); None leaves the choice, and stock takes the reference.
         path: a file that keeps the times, with their provenance; see `default_path`. None: in memory only.
         rounds: calls of each layer; the median counts. See `measure_rounds` for machines that others use, too.
 
     Raises:
-        ValueError: an unknown variant or backend, a dtype or batch out of range, a file that is damaged.
+        ValueError: an unknown variant or backend, a dtype or batch out of range, a device that is not there or that
+            cannot be timed, a file that is damaged.
         ForeignFile: times of another machine, another build or another setting in the file.
     """
 
@@ -139,7 +142,7 @@ class LatencyTable:
         if backend is not None and backend not in backends.BACKENDS:
             raise unknown_name("backend", backend, backends.BACKENDS)
         self.variant, self.dtype, self.batch, self.rounds = variant, dtype, batch, rounds
-        self.device = torch.device(device)
+        self.device = _timed_device(device)
         self.backend = "reference" if variant == "stock" else backend
         self.entries: dict[str, Timing] = {}
         self._file = None if path is None else RowFile(path, self.provenance, fields=("key", *Timing._fields))
@@ -325,6 +328,17 @@ def native_build() -> str:
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12] if file else "none"
 
 
+def _timed_device(device: str | torch.device) -> torch.device:
+    """``device``, or ValueError where it is not there, or where nobody here knows when its work is done."""
+    try:
+        found = torch.device(device)
+        if found.type in DEVICES:
+            return torch.empty(0, device=found).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"device {device!r} cannot be used: {first_line(error)}") from None
+    raise ValueError(f"device {str(device)!r} cannot be timed, only {' and '.join(DEVICES)} can")
+
+
 def _part(model: EfficientNet, name: str) -> Callable[[Tensor], Tensor]:
     if name == "stem":
         return model.forward_stem
@@ -360,8 +374,11 @@ class Peaks(NamedTuple):
 
 
 def machine_peaks(dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", rounds: int = 7) -> Peaks:
-    """The best of several runs of a square matrix product and of a copy (bytes read and written) beyond the caches."""
-    device = torch.device(device)
+    """The best of several runs of a square matrix product and of a copy (bytes read and written) beyond the caches.
+
+    Raises ValueError for a device that is not there or that cannot be timed.
+    """
+    device = _timed_device(device)
     side, elements = (1024, 2**25) if device.type == "cpu" else (8192, 2**29)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     source, target = (torch.ones(elements, device=device) for _ in range(2))
