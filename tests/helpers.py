@@ -177,8 +177,12 @@ def rounded_convolutions(dtype: torch.dtype | None) -> Iterator[None]:
         yield
 
 
-def mbconv_tensors(case: MBConvCase) -> Tensors:
-    """Random parameters of a block by name, in fp64; see `trained_statistics` for ``case.trained``."""
+def mbconv_tensors(case: MBConvCase, products: torch.dtype | None = None) -> Tensors:
+    """Random parameters of a block by name, in fp64; see `trained_statistics` for ``case.trained``.
+
+    Tensor cores round the weights of products to a half ``products``: they get numbers that it has, so that this too
+    moves nothing across the corners of an activation (see `mbconv_bounds`).
+    """
     batch, channels = case.shape[:2]
     wide = case.expanded or channels
     tensors: Tensors = {"x": normal(*case.shape)}
@@ -207,6 +211,9 @@ def mbconv_tensors(case: MBConvCase) -> Tensors:
         tensors["drop_path"] = torch.tensor([0.0, 1.25, 1.25, 0.0][:batch], dtype=torch.float64)
     if case.trained:
         trained_statistics(case, tensors)
+    if products in HALF:
+        for name in {"expand.weight", "project.weight"} & tensors.keys():
+            tensors[name] = tensors[name].to(products).double()
     return tensors
 
 

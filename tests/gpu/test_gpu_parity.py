@@ -116,14 +116,14 @@ def test_squeeze_excite(case: SECase, layout: str, dtype: torch.dtype, gpu_backe
 @pytest.mark.parametrize(("case", "layout"), laid_out(MBCONV), ids=names(MBCONV))
 @by_dtype
 def test_mbconv(case: MBConvCase, layout: str, dtype: torch.dtype, training: bool) -> None:
-    parity(mbconv_function(case, training), mbconv_tensors(case), dtype, layout, **mbconv_bounds(case, dtype))
+    parity(mbconv_function(case, training), mbconv_tensors(case, dtype), dtype, layout, **mbconv_bounds(case, dtype))
 
 
 @by_dtype
 def test_realistic_size(dtype: torch.dtype) -> None:
     """Many programs at once: what the interpreter, which runs them in turn, cannot show."""
     case = MBConvCase("b0_stage_3", (32, 24, 56, 56), 40, 144, 6, kernel=(5, 5), stride=2)
-    function, tensors = mbconv_function(case, True), mbconv_tensors(case)
+    function, tensors = mbconv_function(case, True), mbconv_tensors(case, dtype)
     parity(function, tensors, dtype, "channels_last", **mbconv_bounds(case, dtype))
 
 

@@ -37,13 +37,13 @@ ALL = [(case, dtype, training, LAYOUTS[1]) for case in MBCONV for dtype in DTYPE
 
 @pytest.mark.parametrize(("case", "dtype", "training", "layout"), MIXED, ids=names(CASES))
 def test_block(case: MBConvCase, dtype: torch.dtype, training: bool, layout: str) -> None:
-    check(mbconv_function(case, training), mbconv_tensors(case), dtype, layout, **mbconv_bounds(case, dtype))
+    check(mbconv_function(case, training), mbconv_tensors(case, dtype), dtype, layout, **mbconv_bounds(case, dtype))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("case", "dtype", "training", "layout"), ALL)
 def test_block_in_every_way(case: MBConvCase, dtype: torch.dtype, training: bool, layout: str) -> None:
-    check(mbconv_function(case, training), mbconv_tensors(case), dtype, layout, **mbconv_bounds(case, dtype))
+    check(mbconv_function(case, training), mbconv_tensors(case, dtype), dtype, layout, **mbconv_bounds(case, dtype))
 
 
 @pytest.mark.parametrize("name", ["b0_style", "no_expansion_residual", "lite"])
@@ -61,7 +61,7 @@ def test_both_gradients_of_products_in_one_launch(name: str, monkeypatch: pytest
 def test_half_parameters() -> None:
     case, dtype = next(case for case in MBCONV if case.name == "no_expansion_residual"), torch.bfloat16
     bounds = mbconv_bounds(case, dtype)
-    check(mbconv_function(case, True), mbconv_tensors(case), dtype, parameter_dtype=dtype, **bounds)
+    check(mbconv_function(case, True), mbconv_tensors(case, dtype), dtype, parameter_dtype=dtype, **bounds)
 
 
 @pytest.mark.parametrize(("case", "dtype"), [(c, DTYPES[(i + 1) % 4]) for i, c in enumerate(CASES)], ids=names(CASES))
