@@ -659,7 +659,7 @@ def _forward_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
     if not exact and taps <= 30 and max(shape["dilation_h"], shape["dilation_w"]) == 1:
         return {**tile, "COLS": columns}
     # Left to itself, the compiler spills a few in order to fit one program more.
-    many = shape["float16"] and taps >= 25 and shape["stride_h"] > 1
+    many = taps > 9 and shape["stride_h"] > 1
     return {**tile, "COLS": columns, "REGISTERS": 255 if many else 168}
 
 
