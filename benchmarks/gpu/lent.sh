@@ -16,7 +16,7 @@ cp -r benchmarks/results/gpu/. "$OUT"
 export EFFNET_OPS_GPU_ROWS=$OUT
 
 # PyTorch's compiler would give its own process another cache than the one that is filled here.
-export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$HOME/.triton/cache}
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${HOME:-/tmp}/.triton/cache}
 
 runs='import effnet_ops
 reasons = {name: effnet_ops.available_backends()[name] for name in ("cuda", "triton")}
