@@ -17,7 +17,9 @@ export PYTHONSAFEPATH=1
 export PYTHONPATH="$PWD/$target"
 
 "$python" -c "import effnet_ops; print('==> testing', effnet_ops.__file__); assert 'sanitized' in effnet_ops.__file__"
+# What is left out tests how the C library's allocator behaves, whose place the sanitizer's takes.
 exec "$python" -m pytest -q -p no:cacheprovider \
     tests/test_depthwise.py tests/test_pointwise.py tests/test_squeeze_excite.py tests/test_mbconv.py tests/test_packed.py \
     tests/test_conv_norm.py \
-    tests/test_native.py "$@"
+    tests/test_native.py \
+    --deselect tests/test_conv_norm.py::test_large_outputs_are_not_faulted_in_at_each_call "$@"
