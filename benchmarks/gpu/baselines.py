@@ -13,6 +13,7 @@ import argparse
 import copy
 import dataclasses
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -270,21 +271,23 @@ def _network_job(
         model = timm.create_model(name).to(scale.device, memory_format=FORMATS[layout]).train(mode == "step")
         x = torch.randn(batch, 3, side, side, device=scale.device).contiguous(memory_format=FORMATS[layout])
         work = step_of(model, x, mode, provider, "bf16")
-        return dataclasses.replace(work, extra=lambda: memory_of(work.run, model, x, mode))
+        # What autograd keeps of a compiled model is the compiler's choice: its peak tells.
+        saved = mode == "step" and provider == "eager"
+        return dataclasses.replace(work, extra=lambda: memory_of(work.run, model if saved else None, x))
 
     return Job("networks", name, f"{provider} {layout}", f"{batch}x3x{side}x{side}", "bf16", mode, prepare, graph)
 
 
-def memory_of(run: Callable[[], object], model: nn.Module, x: Tensor, mode: str) -> dict[str, Any]:
-    """Bytes at the peak of one call beyond those held before it, and what autograd keeps in between."""
+def memory_of(run: Callable[[], object], saving: nn.Module | None, x: Tensor) -> dict[str, Any]:
+    """Bytes at the peak of one call beyond those held before it, and what autograd keeps in a step of ``saving``."""
     found: dict[str, Any] = {}
     if x.is_cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
         found["peak_bytes"] = torch.cuda.max_memory_allocated() - before
-    if mode == "step":
-        found["saved_bytes"] = saved_bytes(model, x)
+    if saving is not None:
+        found["saved_bytes"] = saved_bytes(saving, x)
     return found
 
 
@@ -366,14 +369,21 @@ PARTS = {
 }
 
 
+def chosen(jobs: Iterator[Job], only: re.Pattern[str] | None) -> Iterator[Job]:
+    """The jobs whose key has a match of ``only``."""
+    return jobs if only is None else (job for job in jobs if only.search(job.key))
+
+
 def run_parts(parts: dict[str, Callable[[Scale], Iterator[Job]]], description: str | None) -> int:
     """The command line that all benchmarks here share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=parts, action="append", help="only this part; may be repeated")
+    parser.add_argument("--only", type=re.compile, metavar="REGEX", help="only rows whose key has a match")
     parser.add_argument("--seconds", type=float, default=PART_SECONDS, help="stop after this time, to be run again")
     parser.add_argument("--output", type=Path, help="a .jsonl file; by default one named after the GPU")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, once")
     parser.add_argument("--once", metavar="KEY", help="run one row's call in a profiler's range; no row is written")
+    parser.add_argument("--warm", action="store_true", help="run each call once, to fill compilers' caches; no rows")
     options = parser.parse_args()
     if not options.dry_run and not torch.cuda.is_available():
         print("no GPU here: nothing is measured (--dry-run exercises everything on the CPU)", file=sys.stderr)
@@ -382,11 +392,15 @@ def run_parts(parts: dict[str, Callable[[Scale], Iterator[Job]]], description: s
     torch.backends.cudnn.benchmark = True
     if options.once:
         return once((job for name in options.part or parts for job in parts[name](scale)), options.once, scale.device)
+    if options.warm:
+        for job in (job for name in options.part or parts for job in chosen(parts[name](scale), options.only)):
+            job.prepare().run()
+        return 0
     output = options.output if options.dry_run else options.output or output_path(scale.device)
     session = Session(scale.device, output, options.seconds)
     scale = scale._replace(output=output, end=session.end)
     for name in options.part or parts:
-        if not session.run(parts[name](scale)):
+        if not session.run(chosen(parts[name](scale), options.only)):
             print(f"{session.stopped}, in part {name!r}: run the same command again to go on")
             return 2
     print(f"complete; {session.failures} failed")

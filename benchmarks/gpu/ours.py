@@ -76,7 +76,7 @@ def kernels(scale: Scale) -> Iterator[Job]:
                     f"{OURS} triton",
                     str(shape),
                     mode,
-                    lambda s=shape, m=mode: _pointwise(scale, s, m),
+                    lambda s=shape, m=mode: pointwise_kernel(scale, s, m),
                 )
 
 
@@ -206,8 +206,8 @@ def _both_fit(scale: Scale, shape: Product) -> bool:
     return pointwise.both_fit(grad, weight, of_image=projects, per_image=projects, normalised=projects)
 
 
-def _pointwise(scale: Scale, shape: Product, mode: str) -> Work:
-    """An expansion if the product widens, else a projection: they carry different neighbours."""
+def pointwise_kernel(scale: Scale, shape: Product, mode: str) -> Work:
+    """A block's product in training: an expansion if it widens, else a projection; they carry different neighbours."""
     from effnet_ops.kernels import pointwise
 
     c_in, c_out, pixels, batch = shape.channels_in, shape.channels_out, shape.size**2, scale.batch
@@ -404,7 +404,7 @@ def _network_job(scale: Scale, name: str, mode: str, batch: int, provider: str, 
         return dataclasses.replace(
             work,
             error=(lambda: _error(model, stock, x)) if mode == "forward" else None,
-            extra=lambda: memory_of(work.run, model, x, mode),
+            extra=lambda: memory_of(work.run, model if mode == "step" else None, x),
         )
 
     return Job("networks", name, f"{OURS} {provider}", f"{batch}x3x{side}x{side}", "bf16", mode, prepare, graph)
@@ -425,7 +425,8 @@ def _inference(model: nn.Module, stock: nn.Module, x: Tensor) -> Work:
         with torch.no_grad():
             return relative_error(model(small), copy.deepcopy(stock).double()(small.double()))
 
-    return Work(torch.no_grad()(lambda: model(x)), error=error, allowed=2 * TOLERANCE[DTYPES["bf16"]])
+    run = torch.no_grad()(lambda: model(x))
+    return Work(run, error=error, allowed=2 * TOLERANCE[DTYPES["bf16"]], extra=lambda: memory_of(run, None, x))
 
 
 def profile(scale: Scale) -> Iterator[Job]:

@@ -15,15 +15,17 @@ import contextlib
 import functools
 import multiprocessing
 import os
+import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
 
 import ours
 import sanitize
+import smoke
 import timm
 import torch
 from baselines import DRY, REAL, Scale, passes
@@ -121,22 +123,26 @@ def _make_launcher(kernel: Any) -> None:
         CudaLauncher(kernel.src, kernel.metadata)
 
 
-def _rows(part: Callable[[Scale], Iterator[Any]], scale: Scale) -> Iterator[Callable[[], object]]:
-    """The rows of a part of ours.py that run on Triton kernels."""
+Call = tuple[str, Callable[[], object]]
+
+
+def _rows(part: Callable[[Scale], Iterator[Any]], scale: Scale) -> Iterator[Call]:
+    """The rows of a part of ours.py that run on Triton kernels, by their keys."""
     for job in part(scale):
         if job.provider in (ours.OURS, f"{ours.OURS} triton") or job.provider.startswith(f"{ours.OURS} triton "):
-            yield lambda job=job: job.prepare().run()
+            yield job.key, lambda job=job: job.prepare().run()
 
 
-def networks(scale: Scale) -> Iterator[Callable[[], object]]:
-    """The blocks of the networks, and the networks after `optimize_for_inference`."""
+def networks(scale: Scale) -> Iterator[Call]:
+    """The blocks of the networks, and the networks after `optimize_for_inference`: "efficientnet_b0 256 forward .."."""
     for name in ("efficientnet_b0", "efficientnet_b4", "efficientnet_b2"):
         side = scale.resolution[name]
         for mode, batch in passes(scale):
+            key = f"{name} {batch} {mode}"
             for path, channels, size in layers(name, side).blocks[: scale.most_layers]:
-                yield functools.partial(_block, name, path, mode, (batch, channels, size, size))
+                yield f"{key} {path}", functools.partial(_block, name, path, mode, (batch, channels, size, size))
             if mode == "forward":
-                yield functools.partial(_optimized, name, (batch, 3, side, side))
+                yield f"{key} optimized", functools.partial(_optimized, name, (batch, 3, side, side))
 
 
 def _model(name: str) -> torch.nn.Module:
@@ -165,13 +171,21 @@ def _optimized(name: str, size: tuple[int, ...]) -> None:
         model(_images(size, torch.float32))
 
 
-PARTS: dict[str, Callable[[Scale], Iterator[Callable[[], object]]]] = {
+PARTS: dict[str, Callable[[Scale], Iterator[Call]]] = {
+    "smoke": smoke.launches,
     "networks": networks,
     "kernels": functools.partial(_rows, ours.kernels),
     "depthwise": functools.partial(_rows, ours.plain),
     "operations": functools.partial(_rows, ours.operations),
-    "sanitizer": lambda scale: (call for _, call in sanitize.calls(scale, "triton")),
+    "sanitizer": lambda scale: sanitize.calls(scale, "triton"),
 }
+
+
+class Wanted(NamedTuple):
+    """A part's calls whose name has a match of the pattern ``only``."""
+
+    part: str
+    only: str = ""
 
 
 def on_meta(scale: Scale) -> Scale:
@@ -179,10 +193,11 @@ def on_meta(scale: Scale) -> Scale:
 
 
 @functools.cache
-def calls(part: str, dry: bool, gpu: Gpu) -> list[Callable[[], object]]:
-    """What a part runs, in order."""
+def calls(part: str, dry: bool, gpu: Gpu) -> list[Call]:
+    """What a part runs, in order, with names."""
     with (
         mock.patch.object(ours, "gpu_backends", lambda scale: ["triton"]),
+        mock.patch.object(smoke, "gpu_backends", lambda scale: ["triton"]),
         mock.patch.object(tuning, "architecture", lambda device: gpu.architecture),
     ):
         return list(PARTS[part](on_meta(DRY if dry else REAL)))
@@ -191,16 +206,48 @@ def calls(part: str, dry: bool, gpu: Gpu) -> list[Callable[[], object]]:
 def compile_call(part: str, index: int, dry: bool, gpu: Gpu) -> Counter[str]:
     """Compile what one call of a part launches."""
     _register_on_meta()
+    name, call = calls(part, dry, gpu)[index]
     with compiling(gpu) as counts, effnet_ops.use_backend("triton"):
         try:
-            calls(part, dry, gpu)[index]()
+            call()
         except Exception as problem:
-            counts[f"call {index} of {part}: {type(problem).__name__}: {str(problem)[:200]}"] += 1
+            counts[f"call {name!r} of {part}: {type(problem).__name__}: {str(problem)[:200]}"] += 1
     return counts
 
 
-def _compile_task(task: tuple[str, int, bool, Gpu]) -> Counter[str]:
-    return compile_call(*task)
+def _compile_task(task: tuple[int, str, int, bool, Gpu]) -> tuple[int, Counter[str]]:
+    return task[0], compile_call(*task[1:])
+
+
+def fill(
+    wanted: Sequence[Wanted], gpu: Gpu, *, dry: bool = False, seconds: float, workers: int | None = None,
+    method: str = "spawn", finished: Callable[[Wanted], object] = lambda one: None,
+) -> Counter[str]:  # fmt: skip
+    """Compile what is wanted, in that order, in processes started by ``method``; what was counted, failures by name.
+
+    ``finished`` is told each time that all of one are done. Raises `multiprocessing.TimeoutError` after ``seconds``.
+    """
+    end = time.monotonic() + seconds
+    tasks = []
+    for which, (part, only) in enumerate(wanted):
+        chosen = (i for i, (name, _) in enumerate(calls(part, dry, gpu)) if re.search(only, name))
+        tasks += [(which, part, i, dry, gpu) for i in chosen]
+    left = Counter(which for which, *_ in tasks)
+    counts: Counter[str] = Counter()
+    # Each process compiles on one core, and none of them may hold memory of the GPU.
+    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    for which, one in enumerate(wanted):
+        if not left[which]:
+            finished(one)
+    with multiprocessing.get_context(method).Pool(workers or os.cpu_count()) as pool:
+        results = pool.imap_unordered(_compile_task, tasks)
+        for _ in tasks:
+            which, found = results.next(timeout=max(end - time.monotonic(), 0.0))
+            counts += found
+            left[which] -= 1
+            if not left[which]:
+                finished(wanted[which])
+    return counts
 
 
 def this_gpu(target: int | None) -> Gpu:
@@ -209,11 +256,21 @@ def this_gpu(target: int | None) -> Gpu:
     return Gpu(tuning.architecture(torch.device("cuda", 0)), launchers=True)
 
 
+def say(counts: Counter[str], seconds: float) -> int:
+    """Print what `fill` counted; the exit code."""
+    compiled, found = counts.pop("compiled", 0), counts.pop("found", 0)
+    for failure, times in counts.most_common(20):
+        print(f"FAILED {times} times: {failure}")
+    print(f"{compiled} kernels compiled, {found} found, {len(counts)} failed; {seconds:.0f} s", flush=True)
+    return 1 if counts else 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=PARTS, action="append", help="only this part; may be repeated")
+    parser.add_argument("--only", default="", metavar="REGEX", help="only calls whose name has a match")
     parser.add_argument("--seconds", type=float, default=120.0, help="stop after this time")
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--workers", type=int)
     parser.add_argument("--target", type=int, choices=[int(name[3:]) for name in tuning.ARCHITECTURES])
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes")
     options = parser.parse_args()
@@ -221,23 +278,14 @@ def main() -> int:
         print("no GPU here: --target says what to compile for", file=sys.stderr)
         return 3
     start = time.monotonic()
-    gpu, dry = this_gpu(options.target), options.dry_run
-    tasks = [(part, i, dry, gpu) for part in options.part or PARTS for i in range(len(calls(part, dry, gpu)))]
-    counts: Counter[str] = Counter()
-    # Each process compiles on one core, and none of them may hold memory of the GPU.
-    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    with multiprocessing.get_context("spawn").Pool(options.workers) as pool:
-        results = pool.imap_unordered(_compile_task, tasks)
-        try:
-            for _ in tasks:
-                counts += results.next(timeout=max(options.seconds + start - time.monotonic(), 0.0))
-        except multiprocessing.TimeoutError:
-            print("out of time: the rest is compiled by who needs it")
-    compiled, found = counts.pop("compiled", 0), counts.pop("found", 0)
-    for failure, times in counts.most_common(20):
-        print(f"FAILED {times} times: {failure}")
-    print(f"{compiled} kernels compiled, {found} found, {len(counts)} failed; {time.monotonic() - start:.0f} s")
-    return 1 if counts else 0
+    wanted = [Wanted(part, options.only) for part in options.part or PARTS]
+    settings = {"dry": options.dry_run, "seconds": options.seconds, "workers": options.workers}
+    try:
+        counts = fill(wanted, this_gpu(options.target), **settings)
+    except multiprocessing.TimeoutError:
+        print("out of time: the rest is compiled by who needs it")
+        return 0
+    return say(counts, time.monotonic() - start)
 
 
 if __name__ == "__main__":

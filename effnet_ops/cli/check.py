@@ -103,13 +103,12 @@ def _measure(word: str, cases: list[Case], backend: str, device: str, dtype: tor
     try:
         for case in cases:
             for layout in LAYOUTS:
-                inputs = {name: _cast(value, name, device, dtype, layout) for name, value in case.inputs.items()}
+                inputs = {name: cast(value, name, device, dtype, layout) for name, value in case.inputs.items()}
                 exact = {name: value.double() for name, value in inputs.items()}
                 with effnet_ops.use_backend("reference"):
-                    weights = _weights(case.function(exact), dtype)
-                    ref = _differentiate(case.function, exact, weights)
+                    ref = differentiate(case.function, exact, dtype)
                 with effnet_ops.use_backend(backend):
-                    out = _differentiate(case.function, inputs, weights)
+                    out = differentiate(case.function, inputs, dtype)
                 forward = max(forward, _error(out[0], ref[0]))
                 gradient = max(gradient, *(_error(o, r) for o, r in zip(out[1:], ref[1:], strict=True)))
     except RuntimeError as error:
@@ -117,7 +116,7 @@ def _measure(word: str, cases: list[Case], backend: str, device: str, dtype: tor
     return Result(word, dtype, forward, gradient, "")
 
 
-def _cast(value: Tensor, name: str, device: str, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
+def cast(value: Tensor, name: str, device: str, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
     """Activations in ``dtype``; parameters too, but fp32 where that is half, as in mixed-precision training."""
     if name == "x":
         return value.to(device, dtype).contiguous(memory_format=layout)
@@ -129,11 +128,11 @@ def _weights(y: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.device, dtype)
 
 
-def _differentiate(function: Callable[[Inputs], Tensor], inputs: Inputs, weights: Tensor) -> list[Tensor]:
-    """The output y of the function, and the gradient of sum(y * weights) for each input."""
+def differentiate(function: Callable[[Inputs], Tensor], inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
+    """The output y of the function, and the gradient of sum(y * w) for each input; w has numbers of ``dtype``."""
     leaves = {name: value.detach().requires_grad_() for name, value in inputs.items()}
     y = function(leaves)
-    return [y.detach(), *torch.autograd.grad(y, list(leaves.values()), weights.to(y.dtype))]
+    return [y.detach(), *torch.autograd.grad(y, list(leaves.values()), _weights(y, dtype).to(y.dtype))]
 
 
 def _error(out: Tensor, ref: Tensor) -> float:
