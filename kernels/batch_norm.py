@@ -16,6 +16,7 @@ from torch import Tensor
 
 from effnet_ops.kernels import tuning
 from effnet_ops.kernels.activation import ACTIVATION_CODES, activate, narrow, widen
+from effnet_ops.kernels.launching import launch
 from effnet_ops.kernels.layout import cdiv
 from effnet_ops.kernels.tuning import Architecture, Config
 
@@ -279,7 +280,7 @@ def finalize(
     parts, _, channels = partials.shape
     norm, mean, var = (partials.new_empty(size) for size in ((3, channels), channels, channels))
     running_mean, running_var, momentum = running or (None, None, 0.0)
-    finalize_kernel[(cdiv(channels, _BLOCK_C),)](
+    launch(finalize_kernel, (cdiv(channels, _BLOCK_C),),
         partials, gamma, beta, norm, mean, var, running_mean, running_var, parts,
         C=channels, EPS=eps, MOMENTUM=momentum, BLOCK_S=_BLOCK_S, BLOCK_C=_BLOCK_C, num_warps=4,
     )  # fmt: skip
@@ -319,7 +320,7 @@ def finalize_backward(
         for dtype in (gamma_dtype, beta_dtype)
     )
     coefficients = norm.new_empty(4, channels)
-    finalize_backward_kernel[(cdiv(channels, _BLOCK_C),)](
+    launch(finalize_backward_kernel, (cdiv(channels, _BLOCK_C),),
         partials, norm, var, gamma, beta, coefficients, parts, count,
         C=channels, EPS=eps, CONSTANT=constant, BLOCK_S=_BLOCK_S, BLOCK_C=_BLOCK_C, num_warps=4,
     )  # fmt: skip
@@ -346,7 +347,7 @@ def constant_norms(norms: Sequence[ConstantNorm], like: Tensor) -> list[Tensor]:
     arguments += [None, None, None, None, None, 0] * (3 - len(norms))
     eps = [norm.eps for norm in norms] + [0.0] * (3 - len(norms))
     grid = (cdiv(max(norm.channels for norm in norms), 128),)
-    constant_norms_kernel[grid](*arguments, *eps, 128, num_warps=4)
+    launch(constant_norms_kernel, grid, *arguments, *eps, 128, num_warps=4)
     return results
 
 
@@ -383,7 +384,7 @@ def apply(
     config = tuning.choose("batch_norm_apply", shape, a.device)
     y = torch.empty_like(a)
     grid = (cdiv(images * pixels, config["block_p"]) * cdiv(channels, config["block_c"]),)
-    apply_kernel[grid](
+    launch(apply_kernel, grid,
         a, norm, image_scale, residual, y, images * pixels, pixels,
         C=channels, ACTIVATION=ACTIVATION_CODES[activation], BLOCK_P=config["block_p"], BLOCK_C=config["block_c"],
         num_warps=config["num_warps"],
@@ -397,7 +398,7 @@ def gradient_sums(grad: Tensor, a: Tensor, norm: Tensor, image_scale: Tensor | N
     shape = {"pixels": images * pixels, "channels": channels, "element_size": a.element_size()}
     config = tuning.choose("batch_norm_gradient_sums", shape, a.device)
     partials = norm.new_empty(config["parts"], 2, channels)
-    gradient_sums_kernel[(config["parts"] * cdiv(channels, config["block_c"]),)](
+    launch(gradient_sums_kernel, (config["parts"] * cdiv(channels, config["block_c"]),),
         grad, a, norm, image_scale, partials, images * pixels, pixels, config["parts"],
         C=channels, BLOCK_P=config["block_p"], BLOCK_C=config["block_c"], STAGES=config["stages"],
         num_warps=config["num_warps"],

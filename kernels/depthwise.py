@@ -27,6 +27,7 @@ from effnet_ops.kernels.activation import (
     narrow,
     normalise,
 )
+from effnet_ops.kernels.launching import launch
 from effnet_ops.kernels.layout import cdiv, next_power_of_2
 from effnet_ops.kernels.reduction import sum_partials
 from effnet_ops.kernels.tuning import Architecture, Config
@@ -506,7 +507,7 @@ def forward(
         return y, sums, partials
     blocks = {name: config[name] for name in ("BLOCK_P", "BLOCK_C", "ROWS", "COLS")}
     grid = (batch * parts * cdiv(channels, config["BLOCK_C"]),)
-    depthwise_fwd_kernel[grid](
+    launch(depthwise_fwd_kernel, grid,
         x, weight, norm, gate, out_norm, bias, grad, y, sums, partials, height, width, *size, window.padding[0],
         window.padding[2], C=channels, **window.constants(), ACTIVATION=ACTIVATION_CODES[activation],
         OUT_ACTIVATION=ACTIVATION_CODES[out_activation], OFFSET=_offset(x, y), ACC=accumulator(x.dtype), **blocks,
@@ -576,7 +577,7 @@ def backward(
     sums = empty(needs[0] and norm is not None, walkers, 2, channels)
     pixels = x if norm is not None or activation != "none" or needs[1] else None
     blocks = {name: config[name] for name in ("BLOCK_P", "BLOCK_C", "ROWS", "COLS")}
-    depthwise_bwd_kernel[(walkers * slabs,)](
+    launch(depthwise_bwd_kernel, (walkers * slabs,),
         grad, a, pixels, weight, a_norm, coefficients, gate, pooled, norm,
         residual, dx, dw, db, sums, batch, walkers, *size, *out_size, window.padding[0], window.padding[2],
         C=channels, **window.constants(), A_ACTIVATION=ACTIVATION_CODES[a_activation],

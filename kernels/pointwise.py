@@ -30,6 +30,7 @@ from effnet_ops.kernels.activation import (
     widen,
 )
 from effnet_ops.kernels.batch_norm import wide
+from effnet_ops.kernels.launching import launch
 from effnet_ops.kernels.layout import cdiv, next_power_of_2
 from effnet_ops.kernels.reduction import sum_partials
 from effnet_ops.kernels.tuning import Architecture, Config
@@ -912,7 +913,7 @@ def forward(
     if statistics:
         partials = torch.empty((images * parts, 3, c_out), dtype=wide(x), device=x.device)
     grid = (images * parts * cdiv(c_out, config["block_kept"]),)
-    pointwise_fwd_kernel[grid](
+    launch(pointwise_fwd_kernel, grid,
         x, weight, y, norm, gate, bias, out_norm, image_scale, residual, grad, partials, pixels, x.shape[1], parts,
         C_IN=c_in,
         C_OUT=c_out,
@@ -1062,12 +1063,12 @@ def _launch_input_gradient(
     )
     pixels = (shape["pixels"], grad.shape[1], config["parts"])
     if both:
-        pointwise_bwd_kernel_both[grid](
+        launch(pointwise_bwd_kernel_both, grid,
             grad, a, weight, x, dx, products, coefficients, image_scale, residual, norm, gate, sums, *pixels,
             **constants,
         )  # fmt: skip
     else:
-        pointwise_bwd_kernel_input[grid](
+        launch(pointwise_bwd_kernel_input, grid,
             grad, a, weight, x, dx, coefficients, image_scale, residual, norm, sums, *pixels, **constants,
             RESIDENT=_resident(c_out, config["block_reduced"]),
         )  # fmt: skip
@@ -1101,7 +1102,7 @@ def weight_gradient(
     if bias is not None:
         bias_partials = torch.empty((splits, c_out), dtype=wide(x), device=x.device)
     blocks = cdiv(c_in, config["block_in"]) * cdiv(c_out, config["block_out"])
-    pointwise_bwd_kernel_weight[(splits * blocks,)](
+    launch(pointwise_bwd_kernel_weight, (splits * blocks,),
         grad, a, x, partials, bias_partials, coefficients, image_scale, norm, gate,
         images, pixels, x.shape[1], splits,
         C_IN=c_in,

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from effnet_ops.kernels.activation import INTERPRETED, narrow, widen
+from effnet_ops.kernels.launching import launch
 from effnet_ops.kernels.layout import cdiv
 
 
@@ -34,5 +35,5 @@ def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
     out = torch.empty(partials.shape[1:], dtype=dtype, device=partials.device)
     size = out.numel()
     grid = (cdiv(size, _BLOCK),)
-    sum_partials_kernel[grid](partials, out, partials.shape[0], size, _BLOCK_S, _BLOCK, num_warps=4)
+    launch(sum_partials_kernel, grid, partials, out, partials.shape[0], size, _BLOCK_S, _BLOCK, num_warps=4)
     return out

@@ -25,6 +25,7 @@ from effnet_ops.kernels.activation import (
     widen,
 )
 from effnet_ops.kernels.batch_norm import channel_block, wide
+from effnet_ops.kernels.launching import launch
 from effnet_ops.kernels.layout import cdiv, next_power_of_2
 from effnet_ops.kernels.tuning import Architecture, Config
 
@@ -360,7 +361,7 @@ def pool(x: Tensor, norm: Tensor | None = None, activation: str = "none", other:
     config = tuning.choose("squeeze_excite_pool", _pool_shape(x), x.device)
     partials = torch.empty((images, config["parts"], channels), dtype=wide(x), device=x.device)
     grid = (images * config["parts"] * cdiv(channels, config["block_c"]),)
-    pool_kernel[grid](
+    launch(pool_kernel, grid,
         x, other, norm, partials, pixels, config["parts"],
         C=channels, ACTIVATION=ACTIVATION_CODES[activation], BLOCK_P=config["block_p"], BLOCK_C=config["block_c"],
         STAGES=config["stages"], num_warps=config["num_warps"],
@@ -375,7 +376,7 @@ def scale(x: Tensor, gate: Tensor, shift: Tensor | None = None) -> Tensor:
     config = tuning.choose("squeeze_excite_scale", shape, x.device)
     y = torch.empty_like(x)
     grid = (cdiv(images * pixels, config["block_p"]) * cdiv(channels, config["block_c"]),)
-    scale_kernel[grid](
+    launch(scale_kernel, grid,
         x, gate, shift, y, images * pixels, pixels,
         C=channels, BLOCK_P=config["block_p"], BLOCK_C=config["block_c"], num_warps=config["num_warps"],
     )  # fmt: skip
@@ -405,7 +406,7 @@ def gate_forward(partials: Tensor, pixels: int, parameters: Parameters) -> tuple
     config = tuning.choose("squeeze_excite_gate", shape, partials.device)
     pooled, gate = partials.new_empty(images, channels), partials.new_empty(images, channels)
     grid = (cdiv(images, config["block_i"]) * config["slices"],)
-    gate_fwd_kernel[grid](
+    launch(gate_fwd_kernel, grid,
         partials, *parameters[:4], pooled, gate, images, pixels, parts, config["slices"],
         C=channels, R=reduced, ACTIVATION=ACTIVATION_CODES[parameters.activation], GATE=GATE_CODES[parameters.gate],
         BLOCK_I=config["block_i"], BLOCK_C=config["block_c"], BLOCK_R=next_power_of_2(reduced),
@@ -446,7 +447,7 @@ def gate_backward(sums: Tensor, pixels: int, pooled: Tensor, parameters: Paramet
     reduced_grad, hidden = (pooled.new_empty(images, reduced) for _ in range(2))
     partials = pooled.new_empty(images, 2, channels) if rows == 5 else None
     block_r = next_power_of_2(reduced)
-    gate_bwd_kernel[(cdiv(images, config["block_i"]),)](
+    launch(gate_bwd_kernel, (cdiv(images, config["block_i"]),),
         sums, pooled, *parameters[:4], expanded_grad, reduced_grad, hidden, gate, pooled_grad, partials,
         images, pixels, parts,
         C=channels, R=reduced, ROWS=rows,
@@ -457,7 +458,7 @@ def gate_backward(sums: Tensor, pixels: int, pooled: Tensor, parameters: Paramet
     gradients = [None if p is None else torch.empty_like(p) for p in parameters[:4]]
     # Both gradients stay in registers, with 255 of them for each thread.
     block_c = 32 if block_r <= 128 else 16
-    gate_bwd_kernel_weight[(cdiv(channels, block_c),)](
+    launch(gate_bwd_kernel_weight, (cdiv(channels, block_c),),
         expanded_grad, reduced_grad, hidden, pooled, *gradients, images,
         C=channels, R=reduced, BLOCK_I=16, BLOCK_C=block_c, BLOCK_R=max(16, block_r),
         num_warps=4 if block_r <= 256 else 8,

@@ -214,9 +214,8 @@ def step_of(module: nn.Module, x: Tensor, mode: str, provider: str, dtype: str) 
         def error() -> float:
             with torch.no_grad():
                 small = x[: min(len(x), 4)]
-                exact = copy.deepcopy(module).double()(small.double())
                 with autocast:
-                    return relative_error(module(small), exact)
+                    return relative_error(module(small), in_double(module, small))
 
         return Work(forward, error=error, allowed=TOLERANCE[DTYPES[dtype]] * 2)
     leaf = x.detach().requires_grad_(x.is_floating_point())
@@ -229,6 +228,12 @@ def step_of(module: nn.Module, x: Tensor, mode: str, provider: str, dtype: str) 
         return loss.backward()
 
     return Work(step)
+
+
+def in_double(module: nn.Module, x: Tensor) -> Tensor:
+    """What a copy of the module makes of x in fp64; cuDNN would try out each of its algorithms for seconds."""
+    with torch.autocast(x.device.type, enabled=False), torch.backends.cudnn.flags(enabled=False):
+        return copy.deepcopy(module).double()(x.double())
 
 
 def passes(scale: Scale) -> list[tuple[str, int]]:
@@ -341,22 +346,28 @@ def profile_job(scale: Scale, label: str, change: Callable[[nn.Module], object],
         change(model)
         x = torch.randn(batch, 3, side, side, device=scale.device).contiguous(memory_format=torch.channels_last)
         work = step_of(model, x, "step", provider, "bf16")
-        return dataclasses.replace(work, extra=lambda: {"kernel_ms": kernel_times(work.run)})
+        return dataclasses.replace(work, extra=lambda: kernel_times(work.run))
 
     return Job("profile", "efficientnet_b0", label, f"{batch}x3x{side}x{side}", "bf16", "step", prepare)
 
 
-def kernel_times(run: Callable[[], object]) -> dict[str, float]:
-    """Milliseconds on the device in one call, a kernel class."""
+LONGEST = 24
+
+
+def kernel_times(run: Callable[[], object]) -> dict[str, Any]:
+    """Milliseconds on the device in one call, by kernel class; and those of the kernels that take longest, by name."""
     run()
     with torch.profiler.profile(acc_events=True) as profiler:
         run()
     totals: dict[str, float] = {}
+    kernels: dict[str, list[float]] = {}
     for event in profiler.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
-            label = kernel_class(event.name)
-            totals[label] = totals.get(label, 0.0) + event.device_time / 1e3
-    return totals
+            label, milliseconds = kernel_class(event.name), event.device_time / 1e3
+            totals[label] = totals.get(label, 0.0) + milliseconds
+            kernels.setdefault(event.name[:80], []).append(milliseconds)
+    longest = sorted(kernels.items(), key=lambda item: -sum(item[1]))[:LONGEST]
+    return {"kernel_ms": totals, "longest": {name: [len(times), sum(times)] for name, times in longest}}
 
 
 PARTS = {

@@ -74,21 +74,28 @@ def parts(scale: Scale) -> list[Part]:
     stock, compiled, ours = "eager channels_last", "default channels_last", "effnet_ops .*"
     networks, filled = ("--part", "networks", "--only"), ("fill networks",)
     warm = ("compile forward", "compile step")
+
+    def fused(backend: str) -> tuple[str, ...]:
+        return "--part", "kernels", "--only", rf"\| depthwise \| effnet_ops {backend}"
+
     plain, cudnn = r"channels_last \| \S* \S* \S* \| bf16", r"cudnn channels_last \| .* bf16 \| (forward|both)"
     return [
         Part("smoke: cuda", "smoke", ("--only", "effnet_ops (cuda|cpu)"), 60),
-        Part("smoke: triton", "smoke", ("--only", SMALL % "effnet_ops (triton|replace)"), 90, ("fill smoke",)),
+        Part("smoke: triton", "smoke", ("--only", SMALL % "effnet_ops triton"), 90, ("fill smoke",)),
+        Part("smoke: network", "smoke", ("--only", "effnet_ops replace_layers"), 30),
         Part("tests: cuda", "tests", ("-n", "4", "-k", "cuda"), 45),
         Part("limits", "baselines", ("--part", "machine", "--only", "copy|bf16"), 20, warm),
         Part("B0: stock", "baselines", (*networks, b0 % stock), 40),
         Part("B0: ours", "ours", (*networks, b0 % ours), 60, filled),
         Part("B0: compiled", "baselines", (*networks, b0 % compiled), 90, warm),
-        Part("depthwise: fused", "ours", ("--part", "kernels", "--only", r"\| depthwise"), 80, ("fill depthwise",)),
+        Part("depthwise: cuda", "ours", fused("cuda"), 60),
         Part("depthwise: cuDNN", "baselines", ("--part", "depthwise", "--only", cudnn), 60),
         Part("depthwise: ours", "ours", ("--part", "depthwise", "--only", plain), 60, ("fill plain",)),
         Part("batch 1: ours", "ours", (*networks, latency % ours), 40, ("fill batch 1",)),
         Part("batch 1: stock", "baselines", (*networks, latency % stock), 30),
-        Part("profile", "ours", ("--part", "profile"), 20),
+        Part("profile: ours", "ours", ("--part", "profile"), 20),
+        Part("profile: stock", "baselines", ("--part", "profile", "--only", "eager"), 20),
+        Part("depthwise: triton", "ours", fused("triton"), 60, ("fill depthwise",)),
         Part("B4: ours", "ours", (*networks, b4 % ours), 60, ("fill B4",)),
         Part("B4: stock", "baselines", (*networks, b4 % stock), 40),
         Part("products", "ours", ("--part", "kernels", "--only", r"\| pointwise"), 80, ("fill products",)),
@@ -105,8 +112,12 @@ def parts(scale: Scale) -> list[Part]:
     ]
 
 
-def fills(scale: Scale) -> list[tuple[str, str, str]]:
-    """What is compiled for Triton meanwhile, in order: its name, the part of precompile.py, and which calls of it."""
+Fill = tuple[str, str, str]
+"""What is compiled for Triton: its name, the part of precompile.py, and a pattern for the calls of that."""
+
+
+def fills(scale: Scale) -> list[Fill]:
+    """What is compiled for Triton meanwhile, in order."""
     many, step = scale.inference_batches[0], scale.training_batches[-1]
     return [
         ("fill smoke", "smoke", SMALL % ""),
@@ -289,16 +300,16 @@ class Processes:
     def gpu(self, architecture: Sequence[Any]) -> Any:
         return self.precompile.Gpu(self.precompile.tuning.Architecture(*architecture), launchers=True)
 
-    def in_background(self, warm: Sequence[Part], gpu: Any, seconds: float, scale: Scale) -> None:
+    def in_background(self, warm: Sequence[Part], gpu: Any, seconds: float, fill: Sequence[Fill]) -> None:
         """Begin to fill the compilers' caches; without a GPU only PyTorch's."""
         self.background = {part.name: self.start(self.script, part, part.seconds) for part in warm}
         if gpu is not None:
-            self.background["fill"] = self.start(self.fill, gpu, seconds, scale)
+            self.background["fill"] = self.start(self.fill, gpu, seconds, fill)
 
-    def fill(self, gpu: Any, seconds: float, scale: Scale) -> int:
-        """Compile what `fills` lists, and say so."""
+    def fill(self, gpu: Any, seconds: float, wanted: Sequence[Fill]) -> int:
+        """Compile what is wanted of `fills`, and say so."""
         begin = time.monotonic()
-        listed = {self.precompile.Wanted(part, only): name for name, part, only in fills(scale)}
+        listed = {self.precompile.Wanted(part, only): name for name, part, only in wanted}
 
         def finished(one: Any) -> None:
             print(f"{listed[one]} after {time.monotonic() - begin:.0f} s", flush=True)
@@ -415,7 +426,10 @@ def measure(options: argparse.Namespace, folder: Path, began: float) -> int:
         described = json.loads((folder / "gpu.json").read_text(encoding="utf-8"))
         gpu, rows = processes.gpu(described["architecture"]), folder / described["rows"]
     schedule = Schedule(options.seconds - (time.monotonic() - began), processes.run, processes.ready)
-    processes.in_background(warmups(scale), gpu, options.seconds, scale)
+    chosen = [part for part in parts(scale) if part.name in (options.part or [part.name])]
+    needed = {name for part in chosen for name in part.needs}
+    warm = [part for part in warmups(scale) if part.name in needed]
+    processes.in_background(warm, gpu, options.seconds, [one for one in fills(scale) if one[0] in needed])
 
     def go_on(part: Part) -> bool:
         if rows.exists() and not options.dry_run:
@@ -428,7 +442,7 @@ def measure(options: argparse.Namespace, folder: Path, began: float) -> int:
         return not stop
 
     try:
-        schedule.run([part for part in parts(scale) if part.name in (options.part or [part.name])], go_on)
+        schedule.run(chosen, go_on)
     finally:
         processes.stop()
         text = "\n".join(summary(rows, schedule.taken))
