@@ -212,10 +212,8 @@ def step_of(module: nn.Module, x: Tensor, mode: str, provider: str, dtype: str) 
                 return runner(x)
 
         def error() -> float:
-            with torch.no_grad():
-                small = x[: min(len(x), 4)]
-                with autocast:
-                    return relative_error(module(small), in_double(module, small))
+            with torch.no_grad(), autocast:
+                return relative_error(module(x)[:4], in_double(module, x[:4]))
 
         return Work(forward, error=error, allowed=TOLERANCE[DTYPES[dtype]] * 2)
     leaf = x.detach().requires_grad_(x.is_floating_point())

@@ -82,7 +82,7 @@ def parts(scale: Scale) -> list[Part]:
     return [
         Part("smoke: cuda", "smoke", ("--only", "effnet_ops (cuda|cpu)"), 60),
         Part("smoke: triton", "smoke", ("--only", SMALL % "effnet_ops triton"), 90, ("fill smoke",)),
-        Part("smoke: network", "smoke", ("--only", "effnet_ops replace_layers"), 30),
+        Part("smoke: network", "smoke", ("--only", "effnet_ops replace_layers"), 30, ("fill smoke",)),
         Part("tests: cuda", "tests", ("-n", "4", "-k", "cuda"), 45),
         Part("limits", "baselines", ("--part", "machine", "--only", "copy|bf16"), 20, warm),
         Part("B0: stock", "baselines", (*networks, b0 % stock), 40),
@@ -196,9 +196,9 @@ class Schedule:
 
 
 def install() -> None:
-    """Make the package importable here, with the CUDA library that came along."""
-    if (carried := CARRIED / "_cuda.so").exists():
-        shutil.copy2(carried, ROOT / "effnet_ops")
+    """Make the package importable here, with the libraries that came along."""
+    for library in CARRIED.glob("*.so"):
+        shutil.copy2(library, ROOT / "effnet_ops")
     if importlib.util.find_spec("effnet_ops") is None:
         _pip(EFFNET_OPS_BUILD="none")
         # What makes an editable install importable is read when Python starts.

@@ -23,6 +23,7 @@ from baselines import (
     TOLERANCE,
     Scale,
     in_double,
+    kernel_times,
     memory_of,
     passes,
     profile_job,
@@ -37,6 +38,8 @@ import effnet_ops
 
 OURS = "effnet_ops"
 KERNEL_TOLERANCE = TOLERANCE[torch.bfloat16]
+CHECKED = 4
+"""Images of a batch that are compared with fp64."""
 WITH_BOTH = ("depthwise", "squeeze_excite")
 Function = Callable[..., Tensor]
 
@@ -177,8 +180,8 @@ def plain(scale: Scale) -> Iterator[Job]:
 
 def _plain_job(scale: Scale, shape: Depthwise, dtype: str, layout: str, backend: str, mode: str) -> Job:
     def prepare() -> Work:
-        x = torch.randn(scale.batch, shape.channels, shape.size, shape.size, device=scale.device)
-        x = x.to(DTYPES[dtype]).contiguous(memory_format=FORMATS[layout])
+        two = torch.randn(2, shape.channels, shape.size, shape.size, device=scale.device).to(DTYPES[dtype])
+        x = _in_turn(scale, two).contiguous(memory_format=FORMATS[layout])
         weight = torch.randn(shape.channels, 1, shape.kernel, shape.kernel, device=scale.device)
         settings = dict(stride=shape.stride, padding=shape.kernel // 2)
 
@@ -188,16 +191,18 @@ def _plain_job(scale: Scale, shape: Depthwise, dtype: str, layout: str, backend:
 
         leaves = [value.detach().requires_grad_() for value in (x, weight)]
         y = forward(*leaves)
-        grad, both = torch.randn_like(y), mode == "both gradients"
+        grad, both = _in_turn(scale, torch.randn_like(y[:2])), mode == "both gradients"
+        grad = grad.contiguous(memory_format=FORMATS[layout])
 
         def error() -> float:
-            few = [x[:2].detach().requires_grad_(), weight.detach().requires_grad_()]
-            exact = [value.detach().double().requires_grad_() for value in few]
-            outs = forward(*few), F.conv2d(*exact, **settings, groups=shape.channels)
-            if not both:
-                return relative_error(*(out.detach() for out in outs))
-            pairs = [torch.autograd.grad(out, of, grad[:2].to(out)) for out, of in zip(outs, (few, exact), strict=True)]
-            return max(relative_error(*pair) for pair in zip(*pairs, strict=True))
+            exact = [value.detach().double().requires_grad_() for value in (two, weight)]
+            with torch.backends.cudnn.flags(enabled=False):
+                expected = F.conv2d(*exact, **settings, groups=shape.channels)
+                if not both:
+                    return relative_error(y[:2].detach(), expected.detach())
+                dx, dw = torch.autograd.grad(expected, exact, grad[:2].to(expected))
+            found = torch.autograd.grad(y, leaves, grad, retain_graph=True)
+            return max(relative_error(found[0][:2], dx), relative_error(found[1], scale.batch / 2 * dw))
 
         moved = ((2 if both else 1) * x.numel() + y.numel()) * x.element_size()
         run = torch.no_grad()(lambda: forward(x, weight))
@@ -424,25 +429,34 @@ def _network_job(scale: Scale, name: str, mode: str, batch: int, provider: str, 
 
 
 def _error(model: nn.Module, stock: nn.Module, x: Tensor) -> float:
-    """Against the stock network in fp64, on the first images."""
-    small = x[: min(len(x), 4)]
+    """Against the stock network in fp64, on the first images of the whole batch: fewer would run other kernels."""
     with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16):
-        return relative_error(model(small), in_double(stock, small))
+        return relative_error(model(x)[:CHECKED], in_double(stock, x[:CHECKED]))
 
 
 def _inference(model: nn.Module, stock: nn.Module, x: Tensor) -> Work:
     def error() -> float:
-        small = x[: min(len(x), 4)]
         with torch.no_grad():
-            return relative_error(model(small), in_double(stock, small))
+            return relative_error(model(x)[:CHECKED], in_double(stock, x[:CHECKED]))
 
     run = torch.no_grad()(lambda: model(x))
     return Work(run, error=error, allowed=2 * TOLERANCE[DTYPES["bf16"]], extra=lambda: memory_of(run, None, x))
 
 
 def profile(scale: Scale) -> Iterator[Job]:
-    """Time a kernel class of one training step of B0 after replace_layers."""
+    """Time a kernel of a training step of B0 after replace_layers, and of inference after optimize_for_inference."""
     yield profile_job(scale, f"{OURS} replace_layers", effnet_ops.replace_layers)
+    batch, side = scale.inference_batches[0], scale.resolution["efficientnet_b0"]
+
+    def prepare() -> Work:
+        stock = timm.create_model("efficientnet_b0").to(scale.device, memory_format=torch.channels_last).eval()
+        model = effnet_ops.optimize_for_inference(stock, dtype=torch.bfloat16)
+        x = torch.randn(batch, 3, side, side, device=scale.device).contiguous(memory_format=torch.channels_last)
+        run = torch.no_grad()(lambda: model(x))
+        return Work(run, extra=lambda: kernel_times(run))
+
+    fields = "efficientnet_b0", f"{OURS} optimize_for_inference", f"{batch}x3x{side}x{side}", "bf16", "forward"
+    yield Job("profile", *fields, prepare)
 
 
 PARTS = {

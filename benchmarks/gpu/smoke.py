@@ -115,13 +115,18 @@ def network(scale: Scale) -> Iterator[Job]:
         yield Job("smoke", "efficientnet_b0", f"{OURS} replace_layers", "4x3x96x96", "fp32", mode, prepare)
 
 
-def _times_stocks_error(scale: Scale, mode: str) -> float:
+def _stock(device: str, mode: str) -> tuple[nn.Module, Tensor]:
+    """B0 as timm builds it, and images."""
     torch.manual_seed(0)
-    stock = timm.create_model("efficientnet_b0", drop_rate=0.0).to(scale.device, memory_format=torch.channels_last)
-    stock.train(mode == "step")
+    model = timm.create_model("efficientnet_b0", drop_rate=0.0).to(device, memory_format=torch.channels_last)
+    x = torch.randn(IMAGES, 3, 96, 96, device=device).contiguous(memory_format=torch.channels_last)
+    return model.train(mode == "step"), x
+
+
+def _times_stocks_error(scale: Scale, mode: str) -> float:
+    stock, x = _stock(scale.device, mode)
     ours, exact = copy.deepcopy(stock), copy.deepcopy(stock).double()
     effnet_ops.replace_layers(ours)
-    x = torch.randn(4, 3, 96, 96, device=scale.device).contiguous(memory_format=torch.channels_last)
     # The first call of ours is recorded, and the second launches that.
     reference, theirs, _, found = (_outcome(model, x, mode) for model in (exact, stock, ours, ours))
     floor = 2e-6 if mode == "forward" else 2e-5
@@ -131,7 +136,9 @@ def _times_stocks_error(scale: Scale, mode: str) -> float:
 def _outcome(model: nn.Module, x: Tensor, mode: str) -> Tensor:
     """The logits, or all gradients of a training step."""
     dtype = next(model.parameters()).dtype
-    with torch.set_grad_enabled(mode == "step"), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    # In fp64 cuDNN would try out each of its algorithms for seconds.
+    cudnn = torch.backends.cudnn.flags(enabled=dtype is not torch.float64, allow_tf32=False)
+    with torch.set_grad_enabled(mode == "step"), cudnn:
         y = model(x.to(dtype))
         if mode == "forward":
             return y
@@ -150,6 +157,14 @@ def launches(scale: Scale) -> Iterator[tuple[str, Callable[[], object]]]:
     for job, call in (*kernels(scale), *functions(scale)):
         if job.provider == f"{OURS} triton":
             yield job.key, call
+    for mode in ("forward", "step"):
+        yield f"network {mode}", lambda mode=mode: _launch_network(scale, mode)
+
+
+def _launch_network(scale: Scale, mode: str) -> None:
+    model, x = _stock(scale.device, mode)
+    effnet_ops.replace_layers(model)
+    _outcome(model, x, mode)
 
 
 if __name__ == "__main__":
