@@ -32,8 +32,9 @@ INTERPRET := TRITON_INTERPRET=1 $(PYTEST) tests/interpreter
 # Seconds of each benchmark; together with the tests a part stays under nine minutes.
 GPU_SECONDS ?= 105
 GPU_SCRIPTS ?= baselines ours sanitize counters
+CARRY_PYTHON ?=
 
-.PHONY: help demo test test-all bench-cpu gpu gpu-rows lint format sanitize clean
+.PHONY: help demo test test-all bench-cpu gpu gpu-carry gpu-rows lint format sanitize clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -63,6 +64,9 @@ gpu-rows: $(BUILD)  ## the measuring part of gpu: GPU_SCRIPTS one after the othe
 	done
 	@$(BIN)/python benchmarks/gpu/choice.py || [ $$? -eq 3 ]
 	@$(BIN)/python benchmarks/gpu/report.py
+
+gpu-carry: $(BUILD)  ## build what travels to a lent GPU; CARRY_PYTHON names an interpreter of that machine's version
+	@$(BIN)/python benchmarks/gpu/carry.py $(CARRY_PYTHON)
 
 bench-cpu: $(BUILD)  ## measure inference against every peer; rows and plots in benchmarks/results
 	@$(BIN)/python benchmarks/end_to_end.py $(BENCH_ARGS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,8 +19,11 @@ import baselines
 import choice
 import counters
 import fp64
+import lent
 import ours
 import precompile
+import sanitize
+import smoke
 import tools
 import tune
 from ahead_of_time import tuned_for
@@ -95,8 +98,13 @@ def test_page_from_rows(measured: Path, tmp_path: Path) -> None:
     ):
         assert f"# {heading}" in page
     assert "### Kernels\n\nNot measured." in page and "Nothing has been measured yet" not in page
-    for plot in tmp_path.glob("*.png"):
-        assert f"]({plot.name})" in page
+    assert not list(tmp_path.glob("*.png"))
+    assert (
+        run("report.py", "--output", str(tmp_path / "gpu.md"), "--results", str(measured.parent), "--plots").returncode
+        == 0
+    )
+    page = (tmp_path / "gpu.md").read_text(encoding="utf-8")
+    assert all(f"]({plot.name})" in page for plot in tmp_path.glob("*.png"))
     assert (tmp_path / "gpu_machine_networks.png").exists()
 
 
@@ -336,50 +344,138 @@ def test_sums_of_a_gate() -> None:
     assert fp64.error([sums], [torch.stack(expected, 1).sum(2)]) < 1e-3
 
 
-@pytest.mark.parametrize("installed", [True, False])
-def test_one_call_on_a_lent_gpu(tmp_path: Path, installed: bool) -> None:
-    """Builds unless that was done, goes on after a part that lost the GPU, and leaves all rows in $OUT."""
-    for name in ("benchmarks/gpu", "benchmarks/results/gpu", "bin", "out"):
-        (tmp_path / name).mkdir(parents=True)
-    script = shutil.copy(BENCHMARKS / "lent.sh", tmp_path / "benchmarks" / "gpu")
-    (tmp_path / "benchmarks/results/gpu/h200.jsonl").write_text("old\n", encoding="utf-8")
-    python = f"""echo "$*" >> {tmp_path}/calls
-case "$*" in
--c*) [ -e {tmp_path}/installed ];;
-*pip*) echo "$TORCH_CUDA_ARCH_LIST" > {tmp_path}/installed;;
-*ours.py*) echo new >> $EFFNET_OPS_GPU_ROWS/h200.jsonl; exit 2;;
-esac"""
-    tool(tmp_path / "bin", "python3", python)
-    tool(tmp_path / "bin", "nvidia-smi", "echo 9.0")
-    if installed:
-        (tmp_path / "installed").touch()
-    done = lent(tmp_path, script, "kernels")
-    assert done.returncode == 0, done.stderr
-    calls = (tmp_path / "calls").read_text(encoding="utf-8")
-    assert ("pip install" in calls) is not installed
-    assert installed or (tmp_path / "installed").read_text(encoding="utf-8") == "9.0a\n"
-    assert calls.index("precompile.py") < calls.index("ours.py --part kernels") < calls.index("baselines.py --part net")
-    assert (tmp_path / "out/h200.jsonl").read_text(encoding="utf-8") == "old\nnew\nnew\nnew\n"
-    assert lent(tmp_path, script, "kernels", "0").returncode == 0
-    assert (tmp_path / "out/h200.jsonl").read_text(encoding="utf-8") == "old\n"
+class Clock:
+    """Stands for time: parts take as long as they are told, and sleeping passes it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
 
 
-def lent(folder: Path, script: str, *arguments: str, commit: str = "0123abc") -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PATH": f"{folder}/bin:{os.environ['PATH']}", "OUT": f"{folder}/out"}
-    environment["EFFNET_OPS_COMMIT"] = commit
-    command = ["bash", script, *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=folder)
+def scheduled(seconds: float, takes: dict[str, list[tuple[float, int]]], ready_at: float = 0.0) -> lent.Schedule:
+    """A schedule whose part ``name`` takes so long and ends with that code, at its first, second, .. start."""
+    clock, left = Clock(), {name: list(runs) for name, runs in takes.items()}
+
+    def run(part: lent.Part, limit: float) -> int:
+        took, code = left[part.name].pop(0)
+        clock.now += min(took, limit)
+        return code if took <= limit else lent.TOO_LONG
+
+    return lent.Schedule(seconds, run, lambda name: clock.now >= ready_at, clock, clock.sleep)
 
 
-def test_lent_gpu_without_a_build_measures_nothing(tmp_path: Path) -> None:
-    for name in ("benchmarks/gpu", "bin", "out"):
-        (tmp_path / name).mkdir(parents=True)
-    script = shutil.copy(BENCHMARKS / "lent.sh", tmp_path / "benchmarks" / "gpu")
-    tool(tmp_path / "bin", "python3", f'echo "$*" >> {tmp_path}/calls; case "$*" in -c*) exit 1;; esac')
-    tool(tmp_path / "bin", "nvidia-smi", "echo 8.0")
-    done = lent(tmp_path, script, "kernels")
-    assert done.returncode != 0 and ".py" not in (tmp_path / "calls").read_text(encoding="utf-8")
-    assert "EFFNET_OPS_COMMIT" in lent(tmp_path, script, "kernels", commit="").stderr
+def part(name: str, seconds: float = 50.0, needs: tuple[str, ...] = ()) -> lent.Part:
+    return lent.Part(name, "ours", (), seconds, needs)
+
+
+def endings(schedule: lent.Schedule) -> list[tuple[str, str]]:
+    return [(taken.name, taken.ending) for taken in schedule.taken]
+
+
+def test_parts_of_a_lent_gpu_have_deadlines() -> None:
+    """A part that takes too long costs its own time, and none begins when the whole time is up."""
+    schedule = scheduled(100 + lent.GRACE, {"a": [(10, 0)], "b": [(500, 0)], "c": [(39.5, 1)], "d": []})
+    schedule.run([part("a"), part("b"), part("c"), part("d")])
+    assert endings(schedule) == [
+        ("a", "complete"), ("b", f"exit code {lent.TOO_LONG}"), ("c", "failed rows"), ("d", "out of time"),
+    ]  # fmt: skip
+    assert [taken.ran for taken in schedule.taken[:2]] == [10, 50]
+    schedule = scheduled(60 + lent.GRACE, {"a": [(500, 0)], "b": [(500, 0)], "c": []})
+    schedule.run([part("a"), part("b"), part("c")])
+    assert [taken.ran for taken in schedule.taken] == [50, 10, 0] and schedule.taken[2].ending == "not begun"
+
+
+def test_part_that_lost_the_gpu_goes_on_in_another_process() -> None:
+    schedule = scheduled(500, {"a": [(10, lent.LOST), (10, lent.LOST), (10, 0)], "b": [(1, lent.LOST)] * 20})
+    schedule.run([part("a"), part("b")])
+    assert endings(schedule) == [("a", "complete"), ("b", f"lost the GPU {lent.LOSSES} times")]
+
+
+def test_part_waits_for_what_is_compiled_but_not_for_ever() -> None:
+    schedule = scheduled(500, {"a": [(10, 0)], "b": [(10, 0)]}, ready_at=30)
+    schedule.run([part("a"), part("b", needs=("fill",))])
+    assert [taken.waited for taken in schedule.taken] == pytest.approx([0, 20], abs=0.5)
+    schedule = scheduled(500, {"a": [(10, 0)]}, ready_at=1e9)
+    schedule.run([part("a", needs=("fill",))])
+    assert schedule.taken[0].waited == pytest.approx(lent.PATIENCE, abs=0.5) and schedule.taken[0].ran == 10
+
+
+def test_nothing_is_measured_of_what_is_wrong(tmp_path: Path) -> None:
+    schedule = scheduled(500, {"smoke: cuda": [(1, 1)], "B0: ours": []})
+    schedule.run([part("smoke: cuda"), part("B0: ours")], lambda done: done.name != "smoke: cuda")
+    assert endings(schedule) == [("smoke: cuda", "failed rows")]
+    lines = [{"key": str(i), "part": "smoke", "provider": "effnet_ops cuda", "failed": "wrong"} for i in range(3)]
+    lines += [{"key": str(i), "part": "smoke", "provider": "effnet_ops cuda", "error": 0.0} for i in range(2, 5)]
+    output = tmp_path / "rows.jsonl"
+    output.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    assert not lent.mostly_wrong(output, "effnet_ops cuda"), "the last row of a key counts"
+    output.write_text("".join(json.dumps(line) + "\n" for line in lines[:4]), encoding="utf-8")
+    assert lent.mostly_wrong(output, "effnet_ops cuda") and not lent.mostly_wrong(output, "effnet_ops triton")
+
+
+def test_order_of_a_lent_gpu() -> None:
+    """Right or wrong, then limits, B0 and depthwise convolutions, then all else; what each needs is compiled before."""
+    names = [one.name for one in lent.parts(REAL)]
+    first = ["smoke: cuda", "smoke: triton", "limits", "B0: stock", "B0: ours", "B0: compiled", "depthwise: cuda"]
+    assert [name for name in names if name in first] == first
+    assert max(names.index(name) for name in first) < min(names.index(name) for name in ("batch 1: ours", "B4: ours"))
+    made = {name for name, *_ in lent.fills(REAL)} | {one.name for one in lent.warmups(REAL)}
+    assert {need for one in lent.parts(REAL) for need in one.needs} == made
+
+
+def test_every_part_of_a_lent_gpu_has_rows() -> None:
+    """Its pattern fits rows that its script has."""
+    everything = {"baselines": baselines.PARTS, "ours": ours.PARTS, "smoke": {"smoke": smoke.smoke}}
+    everything |= {"sanitize": {"sanitizer": sanitize.sanitizer}}
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (ours, smoke, sanitize):
+            patch.setattr(module, "gpu_backends", lambda scale: ["cuda", "triton"])
+        patch.setattr(ours, "_both_fit", lambda scale, shape: False)
+        keys = {
+            script: [job.key for jobs in scripts.values() for job in jobs(REAL._replace(device="cuda"))]
+            for script, scripts in everything.items()
+        }
+    for one in [*lent.parts(REAL), *lent.warmups(REAL)]:
+        if one.script in keys and "--only" in one.arguments:
+            pattern = one.arguments[one.arguments.index("--only") + 1]
+            assert any(re.search(pattern, key) for key in keys[one.script]), one
+    for name, script, only in lent.fills(REAL):
+        gpu_there = precompile.this_gpu(90)
+        assert any(re.search(only, call) for call, _ in precompile.calls(script, False, gpu_there)), name
+
+
+def test_dry_run_of_a_lent_gpu(tmp_path: Path) -> None:
+    """The same command on the CPU; a second one has nothing left to measure, and says so."""
+    chosen = [word for name in ("limits", "B0: ours", "depthwise: cuDNN", "traffic") for word in ("--part", name)]
+    arguments = ("--dry-run", "--seconds", "300", "--output", str(tmp_path), *chosen)
+    first = run("lent.py", *arguments)
+    assert first.returncode == 0, first.stdout + first.stderr
+    found = [row for row in rows(tmp_path / "cpu.jsonl") if "key" in row]
+    assert {row["part"] for row in found} == {"machine", "networks", "depthwise", "traffic"}
+    measured = [row for row in found if "failed" not in row]
+    assert all(set(row["seconds"]) == {"prepare", "check", "time", "extra"} for row in measured)
+    assert all("ncu was not found" in row["failed"] for row in found if "failed" in row)
+    assert "B0: ours             waited    0 s" in first.stdout and (tmp_path / "summary.txt").exists()
+    again = run("lent.py", *arguments)
+    assert again.returncode == 0
+    assert [row for row in rows(tmp_path / "cpu.jsonl") if "p50" in row] == [row for row in found if "p50" in row]
+
+
+def test_rows_of_a_lent_gpu_belong_to_a_commit(tmp_path: Path) -> None:
+    done = run("lent.py", "--output", str(tmp_path), EFFNET_OPS_COMMIT="")
+    assert done.returncode == 2 and "EFFNET_OPS_COMMIT must name the commit" in done.stderr
+
+
+@pytest.mark.slow
+def test_smoke_test_interpreted(tmp_path: Path) -> None:
+    arguments = ("--dry-run", "--output", str(tmp_path / "rows.jsonl"), "--only", "fused|bf16 . gradients")
+    done = run("smoke.py", *arguments, TRITON_INTERPRET="1")
+    assert done.stdout.endswith("complete; 0 failed\n"), done.stdout[-3000:] + done.stderr[-3000:]
 
 
 def test_rows_know_their_commit_without_a_history(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -444,6 +540,19 @@ def test_precompiling_in_parallel(tmp_path: Path) -> None:
     assert first.returncode == second.returncode == 0, first.stdout + second.stdout
     assert ", 0 failed" in first.stdout and "0 kernels compiled, 0 found" not in first.stdout
     assert second.stdout.startswith("0 kernels compiled, ") and ", 0 failed" in second.stdout
+
+
+def test_choice_where_nearly_all_measured_shapes_agree() -> None:
+    """Then the model has no say on the others, either."""
+    operator = "depthwise_conv2d_backward"
+    base = {operator: {"default": "triton", "origin": choice.MODEL, "shapes": {"c": {"backend": "triton"}}}}
+    few = [choice.Compared(operator, str(i), 1.0, 2.0) for i in range(choice.ENOUGH - 1)]
+    table = choice.overlaid(json.loads(json.dumps(base)), few, "measured")[operator]
+    assert table["default"] == "triton" and "c" in table["shapes"] and len(table["shapes"]) == choice.ENOUGH
+    many = [*few, *few[:3], choice.Compared(operator, "other", 2.0, 1.0)]
+    table = choice.overlaid(base, many, "measured")[operator]
+    assert (table["default"], table["origin"]) == ("cuda", "measured")
+    assert table["shapes"] == {"other": {"backend": "triton", "origin": "measured"}}
 
 
 def test_choice_by_what_was_measured() -> None:

@@ -22,6 +22,7 @@ import ctypes
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from math import ceil
 from pathlib import Path
@@ -258,15 +259,20 @@ def modelled(library: Path) -> Iterator[Compared]:
 
 
 _SHAPE = re.compile(r"(\d+)x(\d+)x(\d+)x(\d+)(?: k(\d+) s(\d+))?")
+ENOUGH, MOST = 8, 0.9
+"""So many measured shapes, of which so large a part says the same, decide for an operator."""
+_PARTS = ("depthwise", "operations", "kernels")
 _MODES = {"forward": "", "backward": "_backward", "both gradients": "_backward"}
 
 
 def measured(rows: list[dict[str, Any]]) -> Iterator[Compared]:
-    """Both backends' milliseconds, where rows have both: plain convolutions in every dtype, and public functions."""
+    """Both backends' milliseconds, where rows have both: plain convolutions in every dtype, public functions, or else
+    the kernels with all that a block fuses into them.
+    """
     found: dict[tuple[str, str], dict[str, float]] = {}
-    for row in rows:
+    for row in sorted((row for row in rows if row["part"] in _PARTS), key=lambda row: _PARTS.index(row["part"])):
         backend = re.fullmatch(r"effnet_ops (cuda|triton)(?: channels_last)?", row["provider"])
-        if backend is None or row["part"] not in ("depthwise", "operations") or row["mode"] not in _MODES:
+        if backend is None or row["mode"] not in _MODES:
             continue
         if row["operation"] not in ("depthwise", "squeeze_excite"):
             continue
@@ -296,9 +302,18 @@ def table(comparisons: list[Compared], origin: str) -> dict[str, Any]:
 
 
 def overlaid(base: dict[str, Any], comparisons: list[Compared], origin: str) -> dict[str, Any]:
-    """The model's table with every shape that was measured as it was measured."""
+    """The model's table with every shape that was measured as it was measured.
+
+    Where nearly all measured shapes of an operator say the same, the others follow them, and not the model.
+    """
+    for operator in dict.fromkeys(c.operator for c in comparisons):
+        better = Counter(c.better for c in comparisons if c.operator == operator)
+        (backend, most), *_ = better.most_common()
+        if better.total() >= ENOUGH and most >= MOST * better.total():
+            base[operator] = {"default": backend, "origin": origin, "shapes": {}}
     for c in comparisons:
-        base[c.operator]["shapes"][c.bucket] = {"backend": c.better, "origin": origin}
+        if c.better != base[c.operator]["default"] or base[c.operator]["origin"] != origin:
+            base[c.operator]["shapes"][c.bucket] = {"backend": c.better, "origin": origin}
     return base
 
 

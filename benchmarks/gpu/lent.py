@@ -16,6 +16,7 @@ library for build/lent; without it, or where it does not load, it is built here.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import importlib.util
 import json
 import multiprocessing
@@ -86,14 +87,14 @@ def parts(scale: Scale) -> list[Part]:
         Part("tests: cuda", "tests", ("-n", "4", "-k", "cuda"), 45),
         Part("limits", "baselines", ("--part", "machine", "--only", "copy|bf16"), 20, warm),
         Part("B0: stock", "baselines", (*networks, b0 % stock), 40),
-        Part("B0: ours", "ours", (*networks, b0 % ours), 60, filled),
+        Part("B0: ours", "ours", (*networks, b0 % ours), 120, filled),
         Part("B0: compiled", "baselines", (*networks, b0 % compiled), 90, warm),
         Part("depthwise: cuda", "ours", fused("cuda"), 60),
-        Part("depthwise: cuDNN", "baselines", ("--part", "depthwise", "--only", cudnn), 60),
+        Part("depthwise: cuDNN", "baselines", ("--part", "depthwise", "--only", cudnn), 90),
         Part("depthwise: ours", "ours", ("--part", "depthwise", "--only", plain), 60, ("fill plain",)),
         Part("batch 1: ours", "ours", (*networks, latency % ours), 40, ("fill batch 1",)),
         Part("batch 1: stock", "baselines", (*networks, latency % stock), 30),
-        Part("profile: ours", "ours", ("--part", "profile"), 20),
+        Part("profile: ours", "ours", ("--part", "profile"), 30),
         Part("profile: stock", "baselines", ("--part", "profile", "--only", "eager"), 20),
         Part("depthwise: triton", "ours", fused("triton"), 60, ("fill depthwise",)),
         Part("B4: ours", "ours", (*networks, b4 % ours), 60, ("fill B4",)),
@@ -266,6 +267,8 @@ class Processes:
             with self.log.open("a") as log:
                 os.dup2(log.fileno(), 1)
                 os.dup2(log.fileno(), 2)
+            # Where it was when its time was up.
+            faulthandler.register(signal.SIGTERM, all_threads=True, chain=True)
             sys.exit(target(*arguments))
 
         process = self.context.Process(target=begin)

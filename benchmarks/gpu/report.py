@@ -1,6 +1,6 @@
-"""Writes docs/gpu.md and its plots from the committed rows: what was measured, apart from what was only derived.
+"""Writes docs/gpu.md from the committed rows: what was measured, apart from what was only derived.
 
-python benchmarks/gpu/report.py                    # every file in benchmarks/results/gpu
+python benchmarks/gpu/report.py                    # every file in benchmarks/results/gpu; --plots draws them, too
 """
 
 from __future__ import annotations
@@ -32,11 +32,14 @@ COPY_TARGETS = (
 """Kernels, and the percentage of the copy bandwidth that each must reach: mode, window, sides, percent."""
 RATIO_TARGETS = (("forward", 2.0), ("both gradients", 2.5))
 """Times faster than cuDNN, channels_last, bf16: geometric mean over the depthwise convolutions of B0 and B4."""
-OTHER_TARGETS = (
-    ("pointwise with its fusions", "70 % of the copy bandwidth"),
-    ("B0 inference, batch 256", "2x eager channels_last, 1.5x the better torch.compile mode"),
-    ("B0 inference, batch 1, CUDA graph", "0.5 ms"),
+NETWORK_TARGETS = (
+    ("B0 inference, batch 256, against eager channels_last", "forward", "256", ("eager channels_last",), "2x"),
+    ("B0 inference, batch 256, against torch.compile", "forward", "256", ("default", "max-autotune"), "1.5x"),
+    ("B0 training step, batch 256, against eager channels_last", "step", "256", ("eager channels_last",), "1x"),
+    ("B0 training step, batch 256, against torch.compile", "step", "256", ("default", "max-autotune"), "1x"),
 )
+"""Our fastest way against the fastest of these, with and without a CUDA graph: mode, batch, providers, times."""
+LATENCY_TARGET = ("B0 inference, batch 1, CUDA graph", "0.5 ms")
 
 Row = dict[str, Any]
 
@@ -147,8 +150,35 @@ def _targets(measured: Measured | None) -> list[str]:
         values = [] if measured is None else ratios(measured, "cuda", "channels_last", "bf16", mode)
         found = f"{geometric_mean(values):.2f}x" if values else "not measured"
         lines.append([f"plain depthwise of B0 and B4, {mode}, geometric mean", f"{times}x cuDNN channels_last", found])
-    lines += [[what, least, "see above" if measured else "not measured"] for what, least in OTHER_TARGETS]
+    products = [row for row in rows_of(measured, "kernels") if row["operation"] == "pointwise"]
+    worst = min((row["gb_per_s"] for row in products), default=None)
+    found = f"{100 * worst / measured.copy:.0f} %" if worst and measured and measured.copy else "not measured"
+    lines.append(["pointwise with its fusions", "70 % of the copy bandwidth", found])
+    for title, mode, batch, others, times in NETWORK_TARGETS:
+        lines.append([title, times, _against(rows_of(measured, "networks"), mode, batch, others)])
+    latency = _fastest(rows_of(measured, "networks"), "forward", "1", (OURS,))
+    lines.append([*LATENCY_TARGET, f"{latency:.2f} ms" if latency else "not measured"])
     return table(["what", "at least", "measured"], lines)
+
+
+def rows_of(measured: Measured | None, part: str) -> list[Row]:
+    return [] if measured is None else measured.of(part)
+
+
+def _fastest(rows: list[Row], mode: str, batch: str, providers: tuple[str, ...]) -> float | None:
+    """Milliseconds of B0 on the fastest of the providers, which begin with these names."""
+    times = (
+        row["p50"]
+        for row in rows
+        if row["operation"] == "efficientnet_b0" and (row["mode"], row["shape"].split("x")[0]) == (mode, batch)
+        if row["provider"].startswith(providers)
+    )
+    return min(times, default=None)
+
+
+def _against(rows: list[Row], mode: str, batch: str, others: tuple[str, ...]) -> str:
+    ours, theirs = _fastest(rows, mode, batch, (OURS,)), _fastest(rows, mode, batch, others)
+    return f"{theirs / ours:.2f}x" if ours and theirs else "not measured"
 
 
 def _counters(measured: Measured) -> list[str]:
@@ -204,6 +234,15 @@ def _sanitizer(measured: Measured) -> list[str]:
     return table(["tool", "kernels", "reduced table", "errors"], lines)
 
 
+def _smoke(measured: Measured) -> list[str]:
+    """The largest error of each operator, backend, dtype and direction; of a network, over the stock network's."""
+    groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
+    for row in measured.of("smoke"):
+        groups[tuple(row[name] for name in ("operation", "provider", "dtype", "mode"))].append(row)
+    lines = [[*key, str(len(rows)), f"{max(row['error'] for row in rows):.1e}"] for key, rows in groups.items()]
+    return table(["operator", "provider", "dtype", "direction", "calls", "largest error"], lines)
+
+
 def _machine(measured: Measured) -> list[str]:
     lines = []
     for row in measured.of("machine"):
@@ -257,6 +296,7 @@ def section(measured: Measured, plots: list[str]) -> list[str]:
     lines += [f"![{plot}]({plot})\n" for plot in plots]
     parts = (
         ("Limits of the machine", "machine", _machine),
+        ("Errors against fp64", "smoke", _smoke),
         ("Kernels", "kernels", _kernels),
         ("Depthwise against cuDNN", "depthwise", _ratios),
         ("What limits the slowest kernels", "counters", _counters),
@@ -360,7 +400,7 @@ def _draw_networks(measured: Measured, axes: Any) -> bool:
     return bool(rows)
 
 
-def render(files: list[Path], folder: Path) -> str:
+def render(files: list[Path], folder: Path, plots: bool) -> str:
     """The text of docs/gpu.md; plots go into ``folder``."""
     lines = ["# On a GPU", "", "Written by `benchmarks/gpu/report.py`; edit that, or measure with `make gpu`.", ""]
     measured = [Measured(path) for path in files]
@@ -372,7 +412,7 @@ def render(files: list[Path], folder: Path) -> str:
             "",
         ]
     for one in measured:
-        lines += section(one, plot(one, folder))
+        lines += section(one, plot(one, folder) if plots else [])
     h200 = next((one for one in measured if "H200" in one.device), None)
     lines += ["## Targets", "", "On an H200, bf16, channels_last; of kernels the worst, of ratios the mean.", ""]
     lines += [*_targets(h200), *choice(), *derived()]
@@ -380,12 +420,13 @@ def render(files: list[Path], folder: Path) -> str:
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="The page to write; plots go beside it.")] = ROOT / "docs" / "gpu.md",
+    output: Annotated[Path, typer.Option(help="The page to write.")] = ROOT / "docs" / "gpu.md",
     results: Annotated[Path, typer.Option(help="The folder with one .jsonl a GPU.")] = RESULTS,
+    plots: Annotated[bool, typer.Option(help="Whether to draw plots beside the page.")] = False,
 ) -> None:
     """Write the page from every file of rows."""
     files = sorted(path for path in results.glob("*.jsonl") if path.stem != "cpu")
-    output.write_text(render(files, output.parent), encoding="utf-8")
+    output.write_text(render(files, output.parent, plots), encoding="utf-8")
     print(f"{output} written from {len(files)} file(s) of rows")
 
 

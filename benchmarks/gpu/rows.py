@@ -111,6 +111,18 @@ def relative_error(out: Tensor, exact: Tensor) -> float:
     return ((out.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-30)).item()
 
 
+class Stopwatch:
+    """Seconds of each step of a row: where the time of a lent GPU went."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, step: str) -> None:
+        now = time.monotonic()
+        self.laps[step], self._last = round(now - self._last, 2), now
+
+
 ATTEMPTS = 2
 """How often a job that fails is tried, each time by another process."""
 
@@ -173,13 +185,18 @@ class Session:
         return False
 
     def _measured(self, job: Job) -> dict[str, Any]:
+        spent = Stopwatch()
         try:
             work = job.prepare()
+            spent.lap("prepare")
             error = None if work.error is None else work.error()
+            spent.lap("check")
             if error is not None and not error <= work.allowed:
                 raise RuntimeError(f"wrong result: error {error:.1e} where {work.allowed:.1e} is allowed")
             times = {} if work.run is None else self.times(work.run, job.graph)
+            spent.lap("time")
             extra = work.extra() if work.extra else {}
+            spent.lap("extra")
         except OutOfTime:
             raise
         except Exception as problem:
@@ -196,7 +213,7 @@ class Session:
             row["gb_per_s"] = work.bytes / times["p50"] / 1e6
         if work.flops and times:
             row["gflop_per_s"] = work.flops / times["p50"] / 1e6
-        row |= extra
+        row |= extra | {"seconds": spent.laps}
         return {name: value for name, value in row.items() if value is not None}
 
     def times(self, run: Callable[[], object], graph: bool = False) -> dict[str, Any]:
