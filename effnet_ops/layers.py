@@ -2,6 +2,7 @@
 
 A module hands its children's parameters to one fused function. Where that would not be what the children do (a hook,
 a subclass such as SyncBatchNorm, a parametrization, batch normalisations in different modes), it runs them one by one.
+torch.fx records each of these modules as one node, as it does the layers of torch.nn.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.overrides import handle_torch_function
 
-from effnet_ops import checks, functional, reference
+from effnet_ops import checks, context, functional, reference
 from effnet_ops.params import BatchNormParams, ConvNormParams, SqueezeExciteParams
 
 Padding = int | str | Sequence[int]
@@ -65,6 +68,8 @@ class DepthwiseConv2d(nn.Conv2d):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
+        if context.is_leaf(self, x):
+            return context.leaf(self, x)
         return functional.depthwise_conv2d(
             x,
             self.weight,
@@ -103,12 +108,9 @@ class PaddedConv2d(nn.Conv2d):
         self.padding = _stored_padding(padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        sides = checks.padding_sides(self.padding)
-        top, bottom, left, right = checks.resolve_padding(
-            sides, x.shape[-2:], self.kernel_size, self.stride, self.dilation
-        )
-        x = F.pad(x, (left, right, top, bottom))
-        return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+        if context.is_leaf(self, x):
+            return context.leaf(self, x)
+        return padded_conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 class ConvNormAct(nn.Module):
@@ -148,6 +150,8 @@ class ConvNormAct(nn.Module):
         self.bn1 = nn.BatchNorm2d(out_channels, eps, momentum, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
+        if context.is_leaf(self, x):
+            return context.leaf(self, x)
         return conv_norm_act(x, self.conv, self.bn1, self.activation)
 
     def extra_repr(self) -> str:
@@ -178,6 +182,8 @@ class SqueezeExcite(nn.Module):
         self.conv_expand = nn.Conv2d(squeezed, channels, 1, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
+        if context.is_leaf(self, x):
+            return context.leaf(self, x)
         params = self.parameter_group()
         if params is not None:
             return functional.squeeze_excite(x, *params[:4], activation=self.activation, gate=self.gate)
@@ -268,9 +274,11 @@ class MBConv(nn.Module):
         self.add_module("bn3" if self.expands else "bn2", norm(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        if context.is_leaf(self, x):
+            return context.leaf(self, x)
         drop = self.training and self.residual and self.drop_path_rate > 0.0
-        drop_path = reference.drop_path_scale(x.shape[0], self.drop_path_rate, x.device) if drop else None
-        groups = self._groups()
+        drop_path = reference.drop_path_scale(x, self.drop_path_rate) if drop else None
+        groups = None if isinstance(x, Proxy) else self._groups()
         if groups is None:
             return self._run_children(x, drop_path)
         *params, depthwise, training = groups
@@ -352,9 +360,28 @@ def dense_conv(
     return nn.Conv2d(in_channels, out_channels, kernel_size, stride, sides[::2], bias=False, **factory)
 
 
+def padded_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int | Sequence[int],
+    padding: Padding,
+    dilation: int | Sequence[int],
+    groups: int,
+) -> Tensor:
+    """torch.nn.functional.conv2d with `DepthwiseConv2d`'s padding."""
+    if isinstance(x, Proxy):
+        return handle_torch_function(padded_conv2d, (x,), x, weight, bias, stride, padding, dilation, groups)
+    steps = checks.pair("stride", stride, 1), checks.pair("dilation", dilation, 1)
+    top, bottom, left, right = checks.resolve_padding(
+        checks.padding_sides(padding), x.shape[-2:], weight.shape[2:], *steps
+    )
+    return F.conv2d(F.pad(x, (left, right, top, bottom)), weight, bias, steps[0], 0, steps[1], groups)
+
+
 def conv_norm_act(x: Tensor, conv: nn.Module, norm: nn.Module, activation: str) -> Tensor:
     """``activation(norm(conv(x)))``; a plain 1x1 convolution is fused with what follows it as far as that goes."""
-    if not _is_pointwise(conv):
+    if isinstance(x, Proxy) or not _is_pointwise(conv):
         return reference.activate(norm(conv(x)), activation)
     if _is_plain(norm, nn.Identity):
         return functional.pointwise_conv2d(x, conv.weight, conv.bias, activation=activation)

@@ -7,15 +7,16 @@ description was read from decides between the fused operators and the stock forw
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
-from effnet_ops import functional
-from effnet_ops.checks import FLOAT_DTYPES
+from effnet_ops import context, functional
+from effnet_ops.checks import FLOAT_DTYPES, integers
 from effnet_ops.params import BatchNormParams, ConvNormParams, SqueezeExciteParams
 from effnet_ops.reference import activate
 from effnet_ops.surgery.snapshot import Snapshot
@@ -188,15 +189,15 @@ class FusedLayer(nn.Module):
         if torch.compiler.is_compiling():
             onnx = torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
             return None if onnx else describe_or_none(self)
-        if (
-            torch.jit.is_tracing()
-            or forward_ad._current_level >= 0
-            or torch._C._functorch.peek_interpreter_stack() is not None
-        ):
+        if torch.jit.is_tracing() or context.transforming():
             return None
         cached = self.__dict__.get(_CACHE)
-        if cached is None or not cached.holds(self):
-            cached = self.__dict__[_CACHE] = _CachedPlan(self)
+        if cached is not None and cached.holds(self):
+            return cached.plan
+        self.forget_plan()
+        cached = _CachedPlan(self)
+        if cached.may_be_kept():
+            self.__dict__[_CACHE] = cached
         return cached.plan
 
     def forget_plan(self) -> None:
@@ -291,15 +292,30 @@ def convolution_padding(part: Part) -> functional.Padding:
         raise Unfit(f"{part.name} is {type(part.module).__name__}, a convolution that is not fused")
     if part.module.padding_mode != "zeros":
         raise Unfit(f"{part.name} has padding_mode {part.module.padding_mode!r}")
-    return padding_of(part.module)
+    padding = padding_of(part.module)
+    if padding != "same" and min(padding) < 0:
+        raise Unfit(f"{part.name} pads by {padding}")
+    return padding
+
+
+def convolution_pair(part: Part, name: str, minimum: int = 1) -> tuple[int, int]:
+    """The setting called ``name`` of a convolution as (vertical, horizontal), from all that torch's conv2d takes.
+
+    That is a whole number of any kind, one in a list or tuple, or a pair. Raises `Unfit` for what torch refuses.
+    """
+    value = getattr(part.module, name)
+    pair = integers(value, 2)
+    pair = pair * 2 if len(pair) == 1 else pair
+    if len(pair) != 2 or min(pair) < minimum:
+        raise Unfit(f"{part.name} has {name} {value!r}")
+    return pair
 
 
 def check_pointwise(part: Part) -> nn.Conv2d:
     conv, padding = part.module, convolution_padding(part)
-    settings = (("kernel_size", conv.kernel_size), ("stride", conv.stride))
-    for name, value in settings:
-        if tuple(value) != (1, 1):
-            raise Unfit(f"{part.name} has {name} {tuple(value)}, not a pointwise convolution")
+    for name in ("kernel_size", "stride"):
+        if (pair := convolution_pair(part, name)) != (1, 1):
+            raise Unfit(f"{part.name} has {name} {pair}, not a pointwise convolution")
     if conv.groups != 1:
         raise Unfit(f"{part.name} has {conv.groups} groups, not a pointwise convolution")
     # At kernel 1 and stride 1, TensorFlow's SAME pads nothing.
@@ -312,8 +328,8 @@ def _check_depthwise(part: Part) -> tuple[nn.Conv2d, functional.Padding]:
     conv, padding = part.module, convolution_padding(part)
     if not conv.groups == conv.in_channels == conv.out_channels:
         raise Unfit(f"{part.name} has {conv.groups} groups for {conv.in_channels} channels, so it is not depthwise")
-    if tuple(conv.dilation) != (1, 1):
-        raise Unfit(f"{part.name} has dilation {tuple(conv.dilation)}")
+    if (dilation := convolution_pair(part, "dilation")) != (1, 1):
+        raise Unfit(f"{part.name} has dilation {dilation}")
     return conv, padding
 
 
@@ -372,7 +388,7 @@ def block_plan(
         (conv, norm),
         squeeze_excite,
         (projected, project_norm),
-        tuple(conv.stride),
+        convolution_pair(depthwise.conv, "stride"),
         padding,
         activation,
         residual,
@@ -402,6 +418,7 @@ def described_squeeze_excite(part: Part) -> SqueezeExcitePlan | None:
 
 def describe(layer: type[FusedLayer], module: nn.Module) -> Any:
     """What ``layer`` runs instead of ``module``; raises `Unfit` also where somebody relies on a child being called."""
+    check_class("its class", layer.stock)
     for name, inner in module.named_modules():
         if inner is not module:
             check_untouched(name, inner)
@@ -416,6 +433,31 @@ def describe_or_none(module: FusedLayer) -> Any:
         return None
 
 
+_METHODS = ("forward", "_conv_forward")
+"""What somebody can replace, on a module or on its class, in order to change what the module computes."""
+
+
+def check_class(name: str, cls: type[nn.Module]) -> None:
+    """Raise `Unfit` where a method of the class of the module ``name`` is not the one that its library defines."""
+    for method in _METHODS:
+        if _is_patched(cls, method):
+            raise Unfit(f"the {method} of {cls.__name__}, {name}, was replaced")
+
+
+def _is_patched(cls: type[nn.Module], method: str) -> bool:
+    """Told from where the function was written: a library may have been patched before it is looked at first."""
+    owner = next((base for base in cls.__mro__ if method in vars(base)), None)
+    if owner is None:
+        return False
+    function, module = vars(owner)[method], sys.modules.get(owner.__module__)
+    written_here = module is not None and getattr(function, "__globals__", None) is vars(module)
+    return not written_here or function.__qualname__ != f"{owner.__qualname__}.{method}"
+
+
+# What torch.compiler.assume_constant_result does, without the seconds that importing it takes.
+_is_patched._dynamo_marked_constant = True
+
+
 def check_untouched(name: str, module: nn.Module) -> None:
     """Raise `Unfit` where a child does more than its class says: its forward would not be called."""
     if isinstance(module, torch.jit.ScriptModule):
@@ -424,26 +466,42 @@ def check_untouched(name: str, module: nn.Module) -> None:
     for attribute, kind in HOOKS.items():
         if state.get(attribute):
             raise Unfit(f"{name} has a {kind} hook")
-    if "forward" in state:
-        raise Unfit(f"the forward of {name} was replaced on the instance")
+    for method in _METHODS:
+        if method in state:
+            raise Unfit(f"the {method} of {name} was replaced on the instance")
+    check_class(name, stock_class(module))
     if "parametrizations" in module._modules:
         raise Unfit(f"{name} has parametrized parameters")
     if state.get("qconfig") is not None:
         raise Unfit(f"{name} is prepared for quantization")
 
 
+_forward_of = attrgetter("forward")
+_SETTINGS = ("stride", "padding", "dilation")
+"""Of convolutions; efficientnet_pytorch has a list there, in which somebody can write."""
+
+
 class _CachedPlan:
     """A plan with everything it was read from."""
 
-    __slots__ = ("_links", "_modules", "_read_from", "_snapshot", "_without_bias", "plan")
+    __slots__ = (
+        *("_links", "_modules", "_states", "_snapshot", "_classes", "_methods", "_lists", "_read_from"),
+        *("_without_bias", "plan"),
+    )
 
     def __init__(self, layer: FusedLayer) -> None:
         self._links = layer._modules
         self._modules = [module for module in layer.modules() if module is not layer]
         # A new instance attribute can be a forward of its own.
-        states = [module.__dict__ for module in self._modules]
+        self._states = states = [module.__dict__ for module in self._modules]
         inner = (state[name] for state in states for name in ("_modules", *HOOKS) if name in state)
         self._snapshot = Snapshot([layer._modules, *states, *inner])
+        self._classes = list({layer.stock, *map(stock_class, self._modules)})
+        self._methods = self._methods_now()
+        settings = (
+            state.get(name) for state in (layer.__dict__, *states) for name in ("stride", "padding", "dilation")
+        )
+        self._lists = [(value, tuple(value)) for value in settings if isinstance(value, list)]
         self._read_from = self._read(layer)
         self.plan = plan = describe_or_none(layer)
         stages = (plan.expand, plan.depthwise, plan.project) if isinstance(plan, BlockPlan) else ()
@@ -453,7 +511,21 @@ class _CachedPlan:
     def _read(self, layer: FusedLayer) -> tuple[list[Any], list[type]]:
         return [getattr(layer, name) for name in layer.attributes], list(map(type, self._modules))
 
+    def _methods_now(self) -> list[Any]:
+        return [nn.Conv2d._conv_forward, *map(_forward_of, self._classes)]
+
     def holds(self, layer: FusedLayer) -> bool:
         """Whether nothing has changed since. A replica that was made by copying __dict__ has children of its own."""
-        same = self._links is layer._modules and self._snapshot.holds() and self._read(layer) == self._read_from
-        return same and all(parameter(conv, "bias") is None for conv in self._without_bias)
+        return (
+            self._links is layer._modules
+            and self._snapshot.holds()
+            and self._read(layer) == self._read_from
+            and self._methods_now() == self._methods
+            and all(parameter(conv, "bias") is None for conv in self._without_bias)
+            and all(tuple(value) == content for value, content in self._lists)
+        )
+
+    def may_be_kept(self) -> bool:
+        """Whether nothing that it holds has a graph, as a pruned weight has, which is an attribute of its module."""
+        values = (value for state in self._states for value in state.values())
+        return all(value.grad_fn is None for value in values if isinstance(value, Tensor))
