@@ -1,6 +1,6 @@
-"""What PyTorch is doing around a call, where that decides how the call has to run.
+"""What goes on around a call, where that decides how the call has to run: transforms, traces, patched classes.
 
-PyTorch has no public name for any of it, so the private ones are here, each in one place.
+PyTorch has no public names for most of it, so the private ones are here, each in one place.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ _RECOMPUTING = ("recompute_fn", "backward")
 """The functions of torch.utils.checkpoint that run a forward pass again, without and with reentrant autograd."""
 
 
-def transforming() -> bool:
+def in_transform() -> bool:
     """Whether forward-mode differentiation or torch.func (vmap, grad, jacfwd ...) has to see every step of a call."""
-    if torch.compiler.is_compiling():
-        return False
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def transforming() -> bool:
+    """The same for functions that torch.compile traces: it sees transforms itself, and cannot trace the question."""
+    return not torch.compiler.is_compiling() and in_transform()
 
 
 def recomputing() -> bool:
@@ -49,3 +52,20 @@ def is_leaf(module: nn.Module, x: object) -> bool:
 def leaf(module: nn.Module, x: Proxy) -> Proxy:
     """The node ``module(x)``: what torch.fx's own rule, which goes by the package, does for the layers of torch.nn."""
     return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x,), {})
+
+
+def is_patched(cls: type[nn.Module], method: str) -> bool:
+    """Whether a method of a class is another one than its library wrote.
+
+    Told from where the function was written: somebody may have replaced it before this package was imported.
+    """
+    owner = next((base for base in cls.__mro__ if method in vars(base)), None)
+    if owner is None:
+        return False
+    function, module = vars(owner)[method], sys.modules.get(owner.__module__)
+    written_there = module is not None and getattr(function, "__globals__", None) is vars(module)
+    return not written_there or function.__qualname__ != f"{owner.__qualname__}.{method}"
+
+
+# What torch.compiler.assume_constant_result does, without the seconds that importing it takes.
+is_patched._dynamo_marked_constant = True

@@ -8,6 +8,8 @@ torch.fx records each of these modules as one node, as it does the layers of tor
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -193,7 +195,7 @@ class SqueezeExcite(nn.Module):
     def parameter_group(self) -> SqueezeExciteParams | None:
         """The children's parameters, or None where a child is not a plain 1x1 convolution."""
         reduce, expand = self._modules["conv_reduce"], self._modules["conv_expand"]
-        if not (_is_pointwise(reduce) and _is_pointwise(expand)):
+        if _any_patched() or not (_is_pointwise(reduce) and _is_pointwise(expand)):
             return None
         weights = _parameter(reduce, "weight"), _parameter(reduce, "bias")
         return SqueezeExciteParams(*weights, _parameter(expand, "weight"), _parameter(expand, "bias"), self.activation)
@@ -306,6 +308,8 @@ class MBConv(nn.Module):
 
         None where the fused block would not do what the children do.
         """
+        if _any_patched():
+            return None
         expand, (depthwise, bn_depthwise), (project, bn_project) = self._conv_norms()
         fits = _is_depthwise(depthwise) and _is_pointwise(project) and (expand is None or _is_pointwise(expand[0]))
         training = _shared_mode(bn_depthwise, bn_project, *(expand[1:] if expand else ()))
@@ -381,7 +385,7 @@ def padded_conv2d(
 
 def conv_norm_act(x: Tensor, conv: nn.Module, norm: nn.Module, activation: str) -> Tensor:
     """``activation(norm(conv(x)))``; a plain 1x1 convolution is fused with what follows it as far as that goes."""
-    if isinstance(x, Proxy) or not _is_pointwise(conv):
+    if isinstance(x, Proxy) or _any_patched() or not _is_pointwise(conv):
         return reference.activate(norm(conv(x)), activation)
     if _is_plain(norm, nn.Identity):
         return functional.pointwise_conv2d(x, conv.weight, conv.bias, activation=activation)
@@ -425,6 +429,7 @@ def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 def _is_pointwise(conv: nn.Module) -> bool:
     return (
         _is_plain(conv, nn.Conv2d)
+        and "_conv_forward" not in conv.__dict__
         and conv.kernel_size == (1, 1)
         and conv.stride == (1, 1)
         and conv.padding == (0, 0)
@@ -464,3 +469,24 @@ def _parameter(module: nn.Module, name: str) -> Tensor | None:
     """``module.name``, without the cost of nn.Module's attribute lookup where the parameter is in its usual place."""
     parameters = module._parameters
     return parameters[name] if name in parameters else getattr(module, name)
+
+
+_CHILDREN = (nn.Conv2d, nn.BatchNorm2d, nn.Identity, DepthwiseConv2d, SqueezeExcite)
+"""Classes whose modules the fused functions run without calling them."""
+
+_forward_of = attrgetter("forward")
+
+
+def _methods() -> list[Any]:
+    return [nn.Conv2d._conv_forward, *map(_forward_of, _CHILDREN)]
+
+
+def _any_patched() -> bool:
+    """Whether somebody has replaced what these classes compute."""
+    return _methods() != _OWN_METHODS
+
+
+_any_patched._dynamo_marked_constant = True
+
+_patched_before = any(context.is_patched(cls, name) for cls in _CHILDREN for name in ("forward", "_conv_forward"))
+_OWN_METHODS = [] if _patched_before else _methods()

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
-from effnet_ops import _native, backends
+from effnet_ops import _native, backends, context
 from effnet_ops.checks import output_size, resolve_padding
 
 NAMESPACE = "effnet_ops"
@@ -82,11 +82,10 @@ def unobserved(x: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._is_torch_function_mode_enabled()
-        and torch._C._functorch.peek_interpreter_stack() is None
         and not torch._C._autograd._profiler_enabled()
         and not torch._C._is_tracing()
         and not torch.is_autocast_enabled("cpu")
-        and forward_ad._current_level < 0
+        and not context.in_transform()
         and not x.is_neg()
     )
 
@@ -289,7 +288,7 @@ def _autograd_kernel(
     function = type(operator._schema.name.replace("::", "_"), (torch.autograd.Function,), methods)
 
     def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
-        if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        if context.in_transform():
             return other(*args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return function.apply(*args, keyset)
@@ -315,6 +314,11 @@ def memory_format(x: Tensor) -> torch.memory_format:
 def empty_result(x: Tensor, size: Sequence[int]) -> Tensor:
     """An uninitialised activation in the dtype and layout of x."""
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+
+
+def as_result(x: Tensor, y: Tensor) -> Tensor:
+    """y, the result of plain PyTorch, in the layout and dtype of x; a transform sees y itself, whatever its layout."""
+    return y.to(x.dtype) if context.in_transform() else empty_result(x, y.shape).copy_(y)
 
 
 def empty_gradients(x: Tensor, inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor, ...]:

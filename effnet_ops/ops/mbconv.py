@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from effnet_ops import _native, reference
+from effnet_ops import _native, context, reference
 from effnet_ops.checks import output_size, resolve_padding, unknown_name
 from effnet_ops.ops import _library
 from effnet_ops.ops.squeeze_excite import gradient_flops
@@ -111,7 +111,7 @@ def split(args: Sequence[Any]) -> tuple[Block, Config]:
 def _inference(*args: Any) -> Tensor:
     block, config = split(args)
     y = _run(block, config).y
-    return _library.empty_result(block.x, y.shape).copy_(y)
+    return _library.as_result(block.x, y)
 
 
 def _inference_fake(*args: Any) -> Tensor:
@@ -125,8 +125,11 @@ def _training(*args: Any) -> tuple[Tensor, ...]:
     stages = _run(block, config)
     statistics = [value for used in stages.statistics for value in (used or (None, None))]
     values = (stages.y, stages.expanded, stages.convolved, stages.projected, *statistics, stages.pooled)
-    for result, value in zip(results, values, strict=True):
-        if value is not None and result.dim() == value.dim():
+    made = [value is not None and result.dim() == value.dim() for result, value in zip(results, values, strict=True)]
+    if context.in_transform():
+        return tuple(value if there else result for result, value, there in zip(results, values, made, strict=True))
+    for result, value, there in zip(results, values, made, strict=True):
+        if there:
             result.copy_(value)
     return results
 

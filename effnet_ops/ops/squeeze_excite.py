@@ -16,7 +16,7 @@ _PARAMETERS = "Tensor reduce_weight, Tensor? reduce_bias, Tensor expand_weight, 
 
 
 def _forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    y = _library.empty_result(x, x.shape).copy_(reference.squeeze_excite(x, *args))
+    y = _library.as_result(x, reference.squeeze_excite(x, *args))
     return y, x.to(reference.compute_dtype(x.dtype)).mean((2, 3))
 
 

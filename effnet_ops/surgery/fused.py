@@ -7,9 +7,8 @@ description was read from decides between the fused operators and the stock forw
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from operator import attrgetter
+from operator import attrgetter, is_
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -440,22 +439,8 @@ _METHODS = ("forward", "_conv_forward")
 def check_class(name: str, cls: type[nn.Module]) -> None:
     """Raise `Unfit` where a method of the class of the module ``name`` is not the one that its library defines."""
     for method in _METHODS:
-        if _is_patched(cls, method):
+        if context.is_patched(cls, method):
             raise Unfit(f"the {method} of {cls.__name__}, {name}, was replaced")
-
-
-def _is_patched(cls: type[nn.Module], method: str) -> bool:
-    """Told from where the function was written: a library may have been patched before it is looked at first."""
-    owner = next((base for base in cls.__mro__ if method in vars(base)), None)
-    if owner is None:
-        return False
-    function, module = vars(owner)[method], sys.modules.get(owner.__module__)
-    written_here = module is not None and getattr(function, "__globals__", None) is vars(module)
-    return not written_here or function.__qualname__ != f"{owner.__qualname__}.{method}"
-
-
-# What torch.compiler.assume_constant_result does, without the seconds that importing it takes.
-_is_patched._dynamo_marked_constant = True
 
 
 def check_untouched(name: str, module: nn.Module) -> None:
@@ -485,7 +470,7 @@ class _CachedPlan:
     """A plan with everything it was read from."""
 
     __slots__ = (
-        *("_links", "_modules", "_states", "_snapshot", "_classes", "_methods", "_lists", "_read_from"),
+        *("_links", "_modules", "_states", "_snapshot", "_classes", "_methods", "_lists", "_fixed", "_read_from"),
         *("_without_bias", "plan"),
     )
 
@@ -502,14 +487,15 @@ class _CachedPlan:
             state.get(name) for state in (layer.__dict__, *states) for name in ("stride", "padding", "dilation")
         )
         self._lists = [(value, tuple(value)) for value in settings if isinstance(value, list)]
+        self._fixed = not any(hasattr(value, "__setitem__") for value in settings if not isinstance(value, list))
         self._read_from = self._read(layer)
         self.plan = plan = describe_or_none(layer)
         stages = (plan.expand, plan.depthwise, plan.project) if isinstance(plan, BlockPlan) else ()
         # Of parameters, all others are read at each call.
         self._without_bias = [stage[0] for stage in stages if stage is not None]
 
-    def _read(self, layer: FusedLayer) -> tuple[list[Any], list[type]]:
-        return [getattr(layer, name) for name in layer.attributes], list(map(type, self._modules))
+    def _read(self, layer: FusedLayer) -> list[Any]:
+        return [*(getattr(layer, name) for name in layer.attributes), *map(type, self._modules)]
 
     def _methods_now(self) -> list[Any]:
         return [nn.Conv2d._conv_forward, *map(_forward_of, self._classes)]
@@ -519,13 +505,13 @@ class _CachedPlan:
         return (
             self._links is layer._modules
             and self._snapshot.holds()
-            and self._read(layer) == self._read_from
+            and all(map(is_, self._read(layer), self._read_from))
             and self._methods_now() == self._methods
             and all(parameter(conv, "bias") is None for conv in self._without_bias)
             and all(tuple(value) == content for value, content in self._lists)
         )
 
     def may_be_kept(self) -> bool:
-        """Whether nothing that it holds has a graph, as a pruned weight has, which is an attribute of its module."""
+        """Whether each change would be noticed, and nothing has a graph, as a pruned weight, which is an attribute."""
         values = (value for state in self._states for value in state.values())
-        return all(value.grad_fn is None for value in values if isinstance(value, Tensor))
+        return self._fixed and all(value.grad_fn is None for value in values if isinstance(value, Tensor))
