@@ -430,15 +430,20 @@ def _is_pointwise(conv: nn.Module) -> bool:
     return (
         _is_plain(conv, nn.Conv2d)
         and "_conv_forward" not in conv.__dict__
-        and conv.kernel_size == (1, 1)
-        and conv.stride == (1, 1)
-        and conv.padding == (0, 0)
+        and _everywhere(conv.kernel_size, 1)
+        and _everywhere(conv.stride, 1)
+        and _everywhere(conv.padding, 0)
         and conv.groups == 1
     )
 
 
 def _is_depthwise(conv: nn.Module) -> bool:
-    return _is_plain(conv, DepthwiseConv2d) and conv.dilation == (1, 1) and conv.activation == "none"
+    return _is_plain(conv, DepthwiseConv2d) and _everywhere(conv.dilation, 1) and conv.activation == "none"
+
+
+def _everywhere(setting: Any, number: int) -> bool:
+    """Whether a setting of a convolution, in any form that PyTorch takes, is this number in both directions."""
+    return setting == (number, number) if type(setting) is tuple else set(checks.integers(setting, 2)) == {number}
 
 
 def _shared_mode(*norms: nn.Module) -> bool | None:

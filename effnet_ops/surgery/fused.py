@@ -483,9 +483,7 @@ class _CachedPlan:
         self._snapshot = Snapshot([layer._modules, *states, *inner])
         self._classes = list({layer.stock, *map(stock_class, self._modules)})
         self._methods = self._methods_now()
-        settings = (
-            state.get(name) for state in (layer.__dict__, *states) for name in ("stride", "padding", "dilation")
-        )
+        settings = [state.get(name) for state in (layer.__dict__, *states) for name in _SETTINGS]
         self._lists = [(value, tuple(value)) for value in settings if isinstance(value, list)]
         self._fixed = not any(hasattr(value, "__setitem__") for value in settings if not isinstance(value, list))
         self._read_from = self._read(layer)
