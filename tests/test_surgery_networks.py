@@ -1,8 +1,8 @@
 """replace_layers on whole networks: the measure is the stock fp32 model's own error against the same model in fp64.
 
-The stock model's own error is the worse one of its two memory formats. In fp32, single elements come to lie on the other
-side of an activation's corner, in ours and in stock's alike, and gradients jump: there two of three draws of weights and
-images decide, and a gradient may be 15 % off. In fp64 a step that is left out or done twice cannot hide behind
+The stock model's own error is the worse one of its two memory formats. In fp32, single elements come to lie on another
+side of an activation's corner, in ours and in stock's alike, and gradients jump: there two of three draws of weights
+and images decide, and a gradient may be 15 % off. In fp64 a step that is left out or done twice cannot hide behind
 rounding, so each draw has to be right.
 """
 
