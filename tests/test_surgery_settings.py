@@ -119,6 +119,39 @@ def test_item_26_an_array_that_is_written_into(x: Tensor) -> None:
         torch.testing.assert_close(conv(x), F.conv2d(x, conv.weight, conv.bias, dilation=dilation, groups=CHANNELS))
 
 
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@torch.no_grad()
+def test_item_26_bounds_of_an_activation(before: bool, x: Tensor) -> None:
+    block = BLOCKS["timm ReLU6 without squeeze-and-excitation"]()
+    stock = copy.deepcopy(block)
+    if not before:
+        replace_layers(block)
+        block(x)
+    for module in (block, stock):
+        module.bn2.act.max_val = 1.0
+    if before:
+        assert "bn2.act is ReLU6 from 0.0 to 1.0" in replace_layers(block).skipped[""]
+    torch.testing.assert_close(block(x), stock(x))
+
+
+@pytest.mark.parametrize("size", [[1, 1], (1, np.int64(1)), [1], [2, 2]], ids=str)
+@torch.no_grad()
+def test_item_26_size_of_a_pool(size: Any, x: Tensor) -> None:
+    block = BLOCKS["torchvision"]()
+    stock = copy.deepcopy(block)
+    replace_layers(block)
+    block(x)
+    for module in (block, stock):
+        module.block[2].avgpool.output_size = size
+    if isinstance(size, list) and size != [1, 1]:
+        for module in (block, stock):
+            with pytest.raises(RuntimeError):
+                module(x)
+    else:
+        torch.testing.assert_close(block(x), stock(x))
+        assert is_fused(block, x)
+
+
 @torch.no_grad()
 def test_item_26_own_layers(x: Tensor) -> None:
     block = layers.MBConv(CHANNELS, CHANNELS, 5).double().eval()

@@ -264,9 +264,12 @@ def stock_class(module: nn.Module) -> type[nn.Module]:
 
 def activation_name(part: Part) -> str:
     """The name of an activation module; raises `Unfit` for one that the fused operators do not have."""
-    name = ACTIVATIONS.get(type(part.module))
+    module = part.module
+    name = ACTIVATIONS.get(type(module))
     if name is None:
-        raise Unfit(f"{part.name} is {type(part.module).__name__}, an activation that is not fused")
+        raise Unfit(f"{part.name} is {type(module).__name__}, an activation that is not fused")
+    if isinstance(module, nn.Hardtanh) and (module.min_val, module.max_val) != (0, 6):
+        raise Unfit(f"{part.name} is {type(module).__name__} from {module.min_val} to {module.max_val}")
     return name
 
 
@@ -308,6 +311,11 @@ def convolution_pair(part: Part, name: str, minimum: int = 1) -> tuple[int, int]
     if len(pair) != 2 or min(pair) < minimum:
         raise Unfit(f"{part.name} has {name} {value!r}")
     return pair
+
+
+def is_average(pool: nn.Module) -> bool:
+    """Whether a module is exactly the average over the image; its size may have any form that torch takes."""
+    return type(pool) is nn.AdaptiveAvgPool2d and integers(pool.output_size, 2) == (1, 1)
 
 
 def check_pointwise(part: Part) -> nn.Conv2d:
@@ -462,8 +470,8 @@ def check_untouched(name: str, module: nn.Module) -> None:
 
 
 _forward_of = attrgetter("forward")
-_SETTINGS = ("stride", "padding", "dilation")
-"""Of convolutions; efficientnet_pytorch has a list there, in which somebody can write."""
+_SETTINGS = ("stride", "padding", "dilation", "output_size")
+"""Which can be lists, as those of efficientnet_pytorch are, in which somebody can write."""
 
 
 class _CachedPlan:

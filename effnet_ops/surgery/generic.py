@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from effnet_ops import functional
+from effnet_ops.checks import integers
 from effnet_ops.surgery.around import AROUND, NETWORK_POOLS, AroundConvolution, AroundNorm, AroundPool
 from effnet_ops.surgery.fused import (
     CONVOLUTIONS,
@@ -108,7 +109,7 @@ class AroundAdaptiveAvgPool2d(AroundPool, nn.AdaptiveAvgPool2d):
 
     @classmethod
     def keeps_size(cls, module: nn.Module) -> bool | None:
-        return True if module.output_size in (1, (1, 1)) else None
+        return True if integers(module.output_size, 2) == (1, 1) else None
 
     def forward(self, input: Tensor) -> Tensor:
         y = self.run(input)
