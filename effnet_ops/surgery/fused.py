@@ -8,7 +8,7 @@ description was read from decides between the fused operators and the stock forw
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import attrgetter, is_
+from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -478,8 +478,8 @@ class _CachedPlan:
     """A plan with everything it was read from."""
 
     __slots__ = (
-        *("_links", "_modules", "_states", "_snapshot", "_classes", "_methods", "_lists", "_fixed", "_read_from"),
-        *("_without_bias", "plan"),
+        *("_links", "_modules", "_states", "_snapshot", "_types", "_classes", "_methods", "_attributes", "_lists"),
+        *("_fixed", "_without_bias", "plan"),
     )
 
     def __init__(self, layer: FusedLayer) -> None:
@@ -489,33 +489,35 @@ class _CachedPlan:
         self._states = states = [module.__dict__ for module in self._modules]
         inner = (state[name] for state in states for name in ("_modules", *HOOKS) if name in state)
         self._snapshot = Snapshot([layer._modules, *states, *inner])
+        self._types = list(map(type, self._modules))
         self._classes = list({layer.stock, *map(stock_class, self._modules)})
         self._methods = self._methods_now()
+        self._attributes = [(name, getattr(layer, name)) for name in layer.attributes]
         settings = [state.get(name) for state in (layer.__dict__, *states) for name in _SETTINGS]
         self._lists = [(value, tuple(value)) for value in settings if isinstance(value, list)]
         self._fixed = not any(hasattr(value, "__setitem__") for value in settings if not isinstance(value, list))
-        self._read_from = self._read(layer)
         self.plan = plan = describe_or_none(layer)
         stages = (plan.expand, plan.depthwise, plan.project) if isinstance(plan, BlockPlan) else ()
         # Of parameters, all others are read at each call.
-        self._without_bias = [stage[0] for stage in stages if stage is not None]
-
-    def _read(self, layer: FusedLayer) -> list[Any]:
-        return [*(getattr(layer, name) for name in layer.attributes), *map(type, self._modules)]
+        self._without_bias = [stage[0]._parameters for stage in stages if stage is not None]
 
     def _methods_now(self) -> list[Any]:
         return [nn.Conv2d._conv_forward, *map(_forward_of, self._classes)]
 
     def holds(self, layer: FusedLayer) -> bool:
         """Whether nothing has changed since. A replica that was made by copying __dict__ has children of its own."""
-        return (
-            self._links is layer._modules
-            and self._snapshot.holds()
-            and all(map(is_, self._read(layer), self._read_from))
-            and self._methods_now() == self._methods
-            and all(parameter(conv, "bias") is None for conv in self._without_bias)
-            and all(tuple(value) == content for value, content in self._lists)
-        )
+        if self._links is not layer._modules or not self._snapshot.holds():
+            return False
+        if list(map(type, self._modules)) != self._types or self._methods_now() != self._methods:
+            return False
+        # Loops, because generators cost more than what they do here.
+        for name, value in self._attributes:
+            if getattr(layer, name) is not value:
+                return False
+        for parameters in self._without_bias:
+            if parameters.get("bias", parameters) is not None:
+                return False
+        return not self._lists or all(tuple(value) == content for value, content in self._lists)
 
     def may_be_kept(self) -> bool:
         """Whether each change would be noticed, and nothing has a graph, as a pruned weight, which is an attribute."""
