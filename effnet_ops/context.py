@@ -45,8 +45,17 @@ def recomputing() -> bool:
 
 
 def is_leaf(module: nn.Module, x: object) -> bool:
-    """Whether torch.fx traces a network of which ``module`` is a part, and so shall record it as one node (`leaf`)."""
-    return isinstance(x, Proxy) and x.tracer.root is not module
+    """Whether torch.fx traces a network of which ``module`` is a part, and so shall record it as one node (`leaf`).
+
+    Asked in the forward of our layers. Where more than that runs when the module is called (hooks, the forward of a
+    subclass, a patched one), this more is traced already, and the node would run it again.
+    """
+    if not isinstance(x, Proxy) or x.tracer.root is module:
+        return False
+    cls, state = type(module), module.__dict__
+    more = state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state or is_patched(cls, "forward")
+    owner = next(base for base in cls.__mro__ if "forward" in vars(base))
+    return not more and owner.__module__ == "effnet_ops.layers"
 
 
 def leaf(module: nn.Module, x: Proxy) -> Proxy:

@@ -207,6 +207,47 @@ def test_item_14_symbolic_trace(name: str) -> None:
         assert nodes(graph, "call_module") == ["0", "1"] and nodes(graph, "call_function") == []
 
 
+class Doubled(layers.MBConv):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+class Named(layers.MBConv):
+    """A class of somebody's own that computes nothing else."""
+
+
+def patched_on_the_instance(block: nn.Module) -> nn.Module:
+    forward = block.forward
+    block.forward = lambda x: forward(x) * 2
+    return block
+
+
+def hooked(block: nn.Module) -> nn.Module:
+    block.register_forward_hook(lambda module, args, y: y * 2)
+    block.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    return block
+
+
+@pytest.mark.parametrize(
+    ("build", "leaf"),
+    [
+        (lambda: Named(CHANNELS, CHANNELS), True),
+        (lambda: Doubled(CHANNELS, CHANNELS), False),
+        (lambda: patched_on_the_instance(layers.MBConv(CHANNELS, CHANNELS)), False),
+        (lambda: hooked(layers.MBConv(CHANNELS, CHANNELS)), False),
+        (lambda: hooked(layers.SqueezeExcite(CHANNELS, 4)), False),
+        (lambda: hooked(layers.DepthwiseConv2d(CHANNELS, 3, 2, "same")), False),
+        (lambda: hooked(layers.PaddedConv2d(CHANNELS, 4, 3, 2, "same")), False),
+    ],
+)
+def test_item_14_what_surrounds_a_layer_runs_once(build: Callable[[], nn.Module], leaf: bool) -> None:
+    model = nn.Sequential(build()).double().eval()
+    x = torch.randn(2, CHANNELS, 6, 5, dtype=torch.float64)
+    graph = fx.symbolic_trace(model)
+    torch.testing.assert_close(graph(x), model(x))
+    assert (nodes(graph, "call_module") == ["0"]) is leaf
+
+
 def test_item_14_functions_are_nodes() -> None:
     graph = fx.symbolic_trace(Functions())
     functions = [effnet_ops.depthwise_conv2d, effnet_ops.pointwise_conv2d, effnet_ops.squeeze_excite, effnet_ops.mbconv]
