@@ -96,6 +96,18 @@ def test_items_21_and_26_settings(name: str, setting: str, before: bool, x: Tens
         assert is_fused(module, x)
 
 
+@pytest.mark.parametrize("padding", ["same", 1])
+@torch.no_grad()
+def test_item_21_padding_of_another_weight(padding: Any, x: Tensor) -> None:
+    conv = depthwise(kernel_size=3, padding=padding)
+    stock = copy.deepcopy(conv)
+    replace_layers(conv)
+    conv(x)
+    for module in (conv, stock):
+        module.weight = nn.Parameter(torch.ones(CHANNELS, 1, 5, 7, dtype=torch.float64))
+    torch.testing.assert_close(conv(x), stock(x))
+
+
 @torch.no_grad()
 def test_item_26_a_list_that_is_written_into(x: Tensor) -> None:
     block = BLOCKS["efficientnet_pytorch stride 2"]()
@@ -156,12 +168,13 @@ def test_item_26_size_of_a_pool(size: Any, x: Tensor) -> None:
 def test_item_26_own_layers(x: Tensor) -> None:
     block = layers.MBConv(CHANNELS, CHANNELS, 5).double().eval()
     expected = block(x)
-    for value in (1, [1, 1], np.int64(1), (np.int64(1), np.int32(1))):
+    for value in (1, [1], [1, 1], np.int64(1), (np.int64(1), np.int32(1))):
         for conv in (block.conv_pw, block.conv_dw, block.conv_pwl):
             conv.stride = conv.dilation = value
         torch.testing.assert_close(block(x), expected)
-    block.conv_pw.padding, block.conv_pwl.padding, block.conv_dw.padding = 0, [0, 0], [2, 2]
-    torch.testing.assert_close(block(x), expected)
+    for padding in ([2], [2, 2], np.int64(2), [np.int64(2)] * 4):
+        block.conv_pw.padding, block.conv_pwl.padding, block.conv_dw.padding = 0, [0, 0], padding
+        torch.testing.assert_close(block(x), expected)
     layer = layers.PaddedConv2d(CHANNELS, 4, 3, padding="same").double()
     expected = layer(x)
     layer.stride, layer.dilation, layer.padding = 1, [1, 1], np.int64(1)

@@ -479,7 +479,7 @@ class _CachedPlan:
 
     __slots__ = (
         *("_links", "_modules", "_states", "_snapshot", "_types", "_classes", "_methods", "_attributes", "_lists"),
-        *("_fixed", "_without_bias", "plan"),
+        *("_fixed", "_kernels", "_without_bias", "plan"),
     )
 
     def __init__(self, layer: FusedLayer) -> None:
@@ -496,6 +496,9 @@ class _CachedPlan:
         settings = [state.get(name) for state in (layer.__dict__, *states) for name in _SETTINGS]
         self._lists = [(value, tuple(value)) for value in settings if isinstance(value, list)]
         self._fixed = not any(hasattr(value, "__setitem__") for value in settings if not isinstance(value, list))
+        same = [module for module in (layer, *self._modules) if isinstance(module.__dict__.get("padding"), str)]
+        # PyTorch's "same" goes by the size of the weight.
+        self._kernels = [(module, parameter(module, "weight").shape) for module in same]
         self.plan = plan = describe_or_none(layer)
         stages = (plan.expand, plan.depthwise, plan.project) if isinstance(plan, BlockPlan) else ()
         # Of parameters, all others are read at each call.
@@ -516,6 +519,9 @@ class _CachedPlan:
                 return False
         for parameters in self._without_bias:
             if parameters.get("bias", parameters) is not None:
+                return False
+        for module, shape in self._kernels:
+            if parameter(module, "weight").shape != shape:
                 return False
         return not self._lists or all(tuple(value) == content for value, content in self._lists)
 

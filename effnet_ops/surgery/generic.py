@@ -17,6 +17,7 @@ from effnet_ops.surgery.fused import (
     convolution_padding,
     convolution_pair,
     fuses,
+    parameter,
 )
 
 
@@ -30,7 +31,7 @@ def conv2d_padding(conv: nn.Conv2d) -> tuple[int, ...]:
         return (0, 0, 0, 0)
     if padding != "same" or convolution_pair(part, "stride") != (1, 1):
         raise Unfit(f"it has padding {padding!r} and stride {conv.stride}")
-    kernel, dilation = convolution_pair(part, "kernel_size"), convolution_pair(part, "dilation")
+    kernel, dilation = parameter(conv, "weight").shape[2:], convolution_pair(part, "dilation")
     vertical, horizontal = (d * (k - 1) for k, d in zip(kernel, dilation, strict=True))
     # PyTorch puts the odd pixel at the bottom and right.
     return (vertical // 2, vertical - vertical // 2, horizontal // 2, horizontal - horizontal // 2)
