@@ -496,9 +496,9 @@ class _CachedPlan:
         settings = [state.get(name) for state in (layer.__dict__, *states) for name in _SETTINGS]
         self._lists = [(value, tuple(value)) for value in settings if isinstance(value, list)]
         self._fixed = not any(hasattr(value, "__setitem__") for value in settings if not isinstance(value, list))
-        same = [module for module in (layer, *self._modules) if isinstance(module.__dict__.get("padding"), str)]
+        convs = [module for module in (layer, *self._modules) if isinstance(module, nn.Conv2d)]
         # PyTorch's "same" goes by the size of the weight.
-        self._kernels = [(module, parameter(module, "weight").shape) for module in same]
+        self._kernels = [(m, parameter(m, "weight").shape) for m in convs if isinstance(m.padding, str)]
         self.plan = plan = describe_or_none(layer)
         stages = (plan.expand, plan.depthwise, plan.project) if isinstance(plan, BlockPlan) else ()
         # Of parameters, all others are read at each call.
