@@ -58,8 +58,10 @@ def check_number(name: str, value: float, minimum: float) -> None:
 
 
 def pair(name: str, value: int | Sequence[int], minimum: int) -> tuple[int, int]:
-    """``value`` as (vertical, horizontal), each at least ``minimum`` and at most `LARGEST`."""
-    items = _integers(value, 2)
+    """``value`` as (vertical, horizontal), each from ``minimum`` to `LARGEST`; as in PyTorch, [2] is a pair, too."""
+    items = integers(value, 2)
+    if len(items) == 1:
+        items *= 2
     if len(items) != 2:
         raise ValueError(f"{name} must be an int or a pair of ints, got {value!r}")
     for item in items:
@@ -75,7 +77,9 @@ def padding_sides(padding: int | str | Sequence[int]) -> tuple[int, ...]:
         if padding.lower() != "same":
             raise unknown_name("padding", padding, ["same"])
         return SAME
-    sides = _integers(padding, 4)
+    sides = integers(padding, 4)
+    if len(sides) == 1:
+        sides *= 4
     if len(sides) == 2:
         sides = (sides[0], sides[0], sides[1], sides[1])
     if len(sides) != 4:
@@ -87,7 +91,7 @@ def padding_sides(padding: int | str | Sequence[int]) -> tuple[int, ...]:
     return sides
 
 
-def _integers(value: object, copies: int) -> tuple[int, ...]:
+def integers(value: object, copies: int) -> tuple[int, ...]:
     """A whole number as so many ints, several as they are, () for anything else; NumPy's are as good as Python's."""
     if isinstance(value, int):
         return (value,) * copies

@@ -2,7 +2,8 @@
 
 Layout: x may be contiguous, channels_last or any strided view; the output is channels_last where the channels of x are
 innermost (and x is not contiguous at the same time), contiguous otherwise. Precision: fp16 and bf16 inputs take
-parameters of their own dtype or fp32 and are accumulated in fp32; fp64 in fp64. A second backward raises an error.
+parameters of their own dtype or fp32 and are accumulated in fp32; fp64 in fp64. Second derivatives, torch.func and
+forward-mode differentiation go through the reference; symbolic tracing (torch.fx) records one node for a call.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
+from torch.nn import Parameter
+from torch.overrides import handle_torch_function
 
-from effnet_ops import backends, checks, ops, reference
+from effnet_ops import backends, checks, context, ops, reference
 from effnet_ops.params import BatchNormParams, ConvNormParams, SqueezeExciteParams
 
 Padding = int | str | Sequence[int]
@@ -48,6 +52,9 @@ def depthwise_conv2d(
     Raises:
         ValueError, TypeError: a shape, dtype, device, size or name that does not fit, named in the message.
     """
+    if isinstance(x, Proxy):
+        settings = dict(stride=stride, padding=padding, dilation=dilation, activation=activation)
+        return handle_torch_function(depthwise_conv2d, (x,), x, weight, bias, **settings)
     checks.check_input(x)
     channels = x.shape[1]
     checks.check_parameter("weight", weight, (None, 1, None, None), x)
@@ -61,7 +68,7 @@ def depthwise_conv2d(
     checks.check_activation(activation)
     checks.check_window(x, weight.shape[2:], stride, sides, dilation)
     window = backends.Window(weight.shape[2:], stride, dilation)
-    if backends.select(x, _uncovered_filter(weight, channels), window, "depthwise_conv2d") == "reference":
+    if _runs_reference(x, "depthwise_conv2d", _uncovered_filter(weight, channels), window):
         resolved = checks.resolve_padding(sides, x.shape[2:], weight.shape[2:], stride, dilation)
         return _run_reference(reference.depthwise_conv2d, x, weight, bias, stride, resolved, dilation, activation)
     return ops.depthwise_conv2d(x, weight, bias, stride, sides, dilation, activation)
@@ -90,6 +97,9 @@ def pointwise_conv2d(
     Raises:
         ValueError, TypeError: a shape, dtype, device or name that does not fit, named in the message.
     """
+    if isinstance(x, Proxy):
+        settings = dict(residual=residual, activation=activation)
+        return handle_torch_function(pointwise_conv2d, (x,), x, weight, bias, **settings)
     checks.check_input(x)
     batch, channels, height, width = x.shape
     checks.check_parameter("weight", weight, (None, channels, 1, 1), x)
@@ -101,7 +111,7 @@ def pointwise_conv2d(
     checks.check_activation(activation)
     if 0 in (channels, weight.shape[0], height, width):
         raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)} must have no empty axis but the batch")
-    if backends.select(x, operation="pointwise_conv2d") == "reference":
+    if _runs_reference(x, "pointwise_conv2d"):
         return _run_reference(reference.pointwise_conv2d, x, weight, bias, residual, activation)
     return ops.pointwise_conv2d(x, weight, bias, residual, activation)
 
@@ -131,14 +141,16 @@ def squeeze_excite(
     Raises:
         ValueError, TypeError: a shape, dtype, device or name that does not fit, named in the message.
     """
+    params = (reduce_weight, reduce_bias, expand_weight, expand_bias)
+    if isinstance(x, Proxy):
+        return handle_torch_function(squeeze_excite, (x,), x, *params, activation=activation, gate=gate)
     checks.check_input(x)
     if 0 in x.shape[1:]:
         raise ValueError(f"x {tuple(x.shape)} must have no empty axis but the batch")
-    _check_squeeze_excite(reduce_weight, reduce_bias, expand_weight, expand_bias, x, x.shape[1])
+    _check_squeeze_excite(*params, x, x.shape[1])
     checks.check_activation(activation)
     checks.check_gate(gate)
-    params = (reduce_weight, reduce_bias, expand_weight, expand_bias)
-    if backends.select(x, operation="squeeze_excite") == "reference":
+    if _runs_reference(x, "squeeze_excite"):
         return _run_reference(reference.squeeze_excite, x, *params, activation, gate)
     return ops.squeeze_excite(x, *params, activation, gate)
 
@@ -182,6 +194,10 @@ def mbconv(
     Raises:
         ValueError, TypeError: a shape, dtype, device, size or name that does not fit, named in the message.
     """
+    if isinstance(x, Proxy):
+        settings = dict(stride=stride, padding=padding, activation=activation, gate=gate, residual=residual)
+        groups = (expand, depthwise, squeeze_excite, project)
+        return handle_torch_function(mbconv, (x,), x, *groups, **settings, drop_path=drop_path, training=training)
     stride, sides = checks.pair("stride", stride, 1), checks.padding_sides(padding)
     size = _check_mbconv(x, expand, depthwise, squeeze_excite, project, stride, sides, activation, gate, residual)
     drop_path = _drop_path_scale(drop_path, x, training)
@@ -189,7 +205,7 @@ def mbconv(
     if training:
         _check_batch_size(convs, x, size)
     keywords = dict(stride=stride, activation=activation, gate=gate, residual=residual, drop_path=drop_path)
-    if _block_backend(x, convs, depthwise, stride) == "reference":
+    if _block_runs_reference(x, convs, depthwise, stride):
         padding = checks.resolve_padding(sides, x.shape[2:], depthwise.weight.shape[2:], stride, (1, 1))
         y, statistics = _run_reference(
             reference.mbconv,
@@ -215,13 +231,28 @@ def mbconv(
     return y
 
 
-def _block_backend(
+def _runs_reference(x: Tensor, operation: str, uncovered: str = "", window: backends.Window | None = None) -> bool:
+    """Whether the reference runs a call on x: also where a transform has to see plain PyTorch."""
+    return context.transforming() or backends.select(x, uncovered, window, operation) == "reference"
+
+
+def _block_runs_reference(
     x: Tensor, convs: Sequence[ConvNormParams], depthwise: ConvNormParams, stride: tuple[int, int]
-) -> str:
+) -> bool:
     uncovered = _uncovered_filter(depthwise.weight, depthwise.weight.shape[0])
     if any(conv.bias is not None and conv.norm is not None for conv in convs):
         uncovered = "a convolution has both a bias and a normalisation"
-    return backends.select(x, uncovered, backends.Window(depthwise.weight.shape[2:], stride, (1, 1)), "mbconv")
+    return _runs_reference(x, "mbconv", uncovered, backends.Window(depthwise.weight.shape[2:], stride, (1, 1)))
+
+
+def may_keep(state: Sequence[Any], weight: Tensor | None) -> bool:
+    """Whether a cache may keep these tensors of a layer until its next call.
+
+    Not those that torch.func.functional_call put in the places of its parameters, and never a graph.
+    """
+    if weight is not None and not isinstance(weight, Parameter):
+        return False
+    return all(p.grad_fn is None for p in state if isinstance(p, Tensor))
 
 
 class MBConvInference:
@@ -262,7 +293,7 @@ class MBConvInference:
         y = mbconv(x, expand, depthwise, squeeze_excite, project, padding=padding, training=False, **settings)
         convs = [conv for conv in (expand, depthwise, project) if conv is not None]
         arguments = None
-        if _block_backend(x, convs, depthwise, stride) != "reference":
+        if may_keep(state, weight) and not _block_runs_reference(x, convs, depthwise, stride):
             params = (expand, depthwise, squeeze_excite, project)
             sides = checks.padding_sides(padding)
             arguments = ops.inference_arguments(x, *params, stride, sides, activation, gate, residual)
@@ -398,7 +429,7 @@ def _drop_path_scale(drop_path: float | Tensor | None, x: Tensor, training: bool
         raise ValueError(f"drop_path must be a rate in [0, 1) or a scale per image, got {drop_path!r}")
     if drop_path == 0.0 or not training:
         return None
-    return reference.drop_path_scale(x.shape[0], drop_path, x.device)
+    return reference.drop_path_scale(x, drop_path)
 
 
 def _update_running_statistics(
@@ -407,9 +438,8 @@ def _update_running_statistics(
     x: Tensor,
     size: tuple[int, int],
 ) -> None:
-    """Update the running buffers, but not when a checkpoint recomputes the block inside the backward pass."""
-    recomputing = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-    if recomputing or x.shape[0] == 0:
+    """Update the running buffers, but not when a checkpoint runs the block again for the backward pass."""
+    if x.shape[0] == 0 or context.recomputing():
         return
     inner, outer = x.shape[0] * x.shape[2] * x.shape[3], x.shape[0] * size[0] * size[1]
     for conv, used, count in zip(convs, statistics, (inner, outer, outer), strict=True):

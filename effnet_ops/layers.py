@@ -2,16 +2,21 @@
 
 A module hands its children's parameters to one fused function. Where that would not be what the children do (a hook,
 a subclass such as SyncBatchNorm, a parametrization, batch normalisations in different modes), it runs them one by one.
+torch.fx records each of these modules as one node, as it does the layers of torch.nn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.overrides import handle_torch_function
 
-from effnet_ops import checks, functional, reference
+from effnet_ops import checks, context, functional, reference
 from effnet_ops.params import BatchNormParams, ConvNormParams, SqueezeExciteParams
 
 Padding = int | str | Sequence[int]
@@ -65,6 +70,8 @@ class DepthwiseConv2d(nn.Conv2d):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
+        if context.is_leaf(self, x):
+            return context.leaf(self, x)
         return functional.depthwise_conv2d(
             x,
             self.weight,
@@ -103,12 +110,9 @@ class PaddedConv2d(nn.Conv2d):
         self.padding = _stored_padding(padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        sides = checks.padding_sides(self.padding)
-        top, bottom, left, right = checks.resolve_padding(
-            sides, x.shape[-2:], self.kernel_size, self.stride, self.dilation
-        )
-        x = F.pad(x, (left, right, top, bottom))
-        return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+        if context.is_leaf(self, x):
+            return context.leaf(self, x)
+        return padded_conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 class ConvNormAct(nn.Module):
@@ -148,6 +152,8 @@ class ConvNormAct(nn.Module):
         self.bn1 = nn.BatchNorm2d(out_channels, eps, momentum, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
+        if context.is_leaf(self, x):
+            return context.leaf(self, x)
         return conv_norm_act(x, self.conv, self.bn1, self.activation)
 
     def extra_repr(self) -> str:
@@ -178,6 +184,8 @@ class SqueezeExcite(nn.Module):
         self.conv_expand = nn.Conv2d(squeezed, channels, 1, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
+        if context.is_leaf(self, x):
+            return context.leaf(self, x)
         params = self.parameter_group()
         if params is not None:
             return functional.squeeze_excite(x, *params[:4], activation=self.activation, gate=self.gate)
@@ -187,7 +195,7 @@ class SqueezeExcite(nn.Module):
     def parameter_group(self) -> SqueezeExciteParams | None:
         """The children's parameters, or None where a child is not a plain 1x1 convolution."""
         reduce, expand = self._modules["conv_reduce"], self._modules["conv_expand"]
-        if not (_is_pointwise(reduce) and _is_pointwise(expand)):
+        if _any_patched() or not (_is_pointwise(reduce) and _is_pointwise(expand)):
             return None
         weights = _parameter(reduce, "weight"), _parameter(reduce, "bias")
         return SqueezeExciteParams(*weights, _parameter(expand, "weight"), _parameter(expand, "bias"), self.activation)
@@ -268,9 +276,11 @@ class MBConv(nn.Module):
         self.add_module("bn3" if self.expands else "bn2", norm(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        if context.is_leaf(self, x):
+            return context.leaf(self, x)
         drop = self.training and self.residual and self.drop_path_rate > 0.0
-        drop_path = reference.drop_path_scale(x.shape[0], self.drop_path_rate, x.device) if drop else None
-        groups = self._groups()
+        drop_path = reference.drop_path_scale(x, self.drop_path_rate) if drop else None
+        groups = None if isinstance(x, Proxy) else self._groups()
         if groups is None:
             return self._run_children(x, drop_path)
         *params, depthwise, training = groups
@@ -298,6 +308,8 @@ class MBConv(nn.Module):
 
         None where the fused block would not do what the children do.
         """
+        if _any_patched():
+            return None
         expand, (depthwise, bn_depthwise), (project, bn_project) = self._conv_norms()
         fits = _is_depthwise(depthwise) and _is_pointwise(project) and (expand is None or _is_pointwise(expand[0]))
         training = _shared_mode(bn_depthwise, bn_project, *(expand[1:] if expand else ()))
@@ -352,9 +364,28 @@ def dense_conv(
     return nn.Conv2d(in_channels, out_channels, kernel_size, stride, sides[::2], bias=False, **factory)
 
 
+def padded_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int | Sequence[int],
+    padding: Padding,
+    dilation: int | Sequence[int],
+    groups: int,
+) -> Tensor:
+    """torch.nn.functional.conv2d with `DepthwiseConv2d`'s padding."""
+    if isinstance(x, Proxy):
+        return handle_torch_function(padded_conv2d, (x,), x, weight, bias, stride, padding, dilation, groups)
+    steps = checks.pair("stride", stride, 1), checks.pair("dilation", dilation, 1)
+    top, bottom, left, right = checks.resolve_padding(
+        checks.padding_sides(padding), x.shape[-2:], weight.shape[2:], *steps
+    )
+    return F.conv2d(F.pad(x, (left, right, top, bottom)), weight, bias, steps[0], 0, steps[1], groups)
+
+
 def conv_norm_act(x: Tensor, conv: nn.Module, norm: nn.Module, activation: str) -> Tensor:
     """``activation(norm(conv(x)))``; a plain 1x1 convolution is fused with what follows it as far as that goes."""
-    if not _is_pointwise(conv):
+    if isinstance(x, Proxy) or _any_patched() or not _is_pointwise(conv):
         return reference.activate(norm(conv(x)), activation)
     if _is_plain(norm, nn.Identity):
         return functional.pointwise_conv2d(x, conv.weight, conv.bias, activation=activation)
@@ -398,15 +429,21 @@ def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 def _is_pointwise(conv: nn.Module) -> bool:
     return (
         _is_plain(conv, nn.Conv2d)
-        and conv.kernel_size == (1, 1)
-        and conv.stride == (1, 1)
-        and conv.padding == (0, 0)
+        and "_conv_forward" not in conv.__dict__
+        and _everywhere(conv.kernel_size, 1)
+        and _everywhere(conv.stride, 1)
+        and _everywhere(conv.padding, 0)
         and conv.groups == 1
     )
 
 
 def _is_depthwise(conv: nn.Module) -> bool:
-    return _is_plain(conv, DepthwiseConv2d) and conv.dilation == (1, 1) and conv.activation == "none"
+    return _is_plain(conv, DepthwiseConv2d) and _everywhere(conv.dilation, 1) and conv.activation == "none"
+
+
+def _everywhere(setting: Any, number: int) -> bool:
+    """Whether a setting of a convolution, in any form that PyTorch takes, is this number in both directions."""
+    return setting == (number, number) if type(setting) is tuple else set(checks.integers(setting, 2)) == {number}
 
 
 def _shared_mode(*norms: nn.Module) -> bool | None:
@@ -437,3 +474,24 @@ def _parameter(module: nn.Module, name: str) -> Tensor | None:
     """``module.name``, without the cost of nn.Module's attribute lookup where the parameter is in its usual place."""
     parameters = module._parameters
     return parameters[name] if name in parameters else getattr(module, name)
+
+
+_CHILDREN = (nn.Conv2d, nn.BatchNorm2d, nn.Identity, DepthwiseConv2d, SqueezeExcite)
+"""Classes whose modules the fused functions run without calling them."""
+
+_forward_of = attrgetter("forward")
+
+
+def _methods() -> list[Any]:
+    return [nn.Conv2d._conv_forward, *map(_forward_of, _CHILDREN)]
+
+
+def _any_patched() -> bool:
+    """Whether somebody has replaced what these classes compute."""
+    return _methods() != _OWN_METHODS
+
+
+_any_patched._dynamo_marked_constant = True
+
+_patched_before = any(context.is_patched(cls, name) for cls in _CHILDREN for name in ("forward", "_conv_forward"))
+_OWN_METHODS = [] if _patched_before else _methods()

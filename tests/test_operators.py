@@ -172,9 +172,15 @@ def test_gradcheck(name: str) -> None:
 @pytest.mark.parametrize("save_expanded", [False, True])
 @pytest.mark.parametrize("batch_statistics", [False, True])
 def test_gradcheck_mbconv(block: str, save_expanded: bool, batch_statistics: bool) -> None:
-    case = BLOCKS[block]
-    args = block_arguments(case, normal(*case.shape), batch_statistics)
-    args = clone([*args, save_expanded], True)
+    function, inputs = differentiable_block(BLOCKS[block], batch_statistics, save_expanded)
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+
+
+def differentiable_block(
+    case: MBConvCase, batch_statistics: bool, save_expanded: bool
+) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """A block as a function of its floating-point inputs."""
+    args = clone([*block_arguments(case, normal(*case.shape), batch_statistics), save_expanded], True)
     positions = [i for i, value in enumerate(args) if isinstance(value, Tensor) and value.requires_grad]
 
     def function(*inputs: Tensor) -> Tensor:
@@ -183,15 +189,38 @@ def test_gradcheck_mbconv(block: str, save_expanded: bool, batch_statistics: boo
             bound[position] = value
         return OPERATORS.mbconv_training(*bound)[0]
 
-    assert torch.autograd.gradcheck(function, [args[i] for i in positions], fast_mode=True)
+    return function, [args[i] for i in positions]
 
 
-@pytest.mark.parametrize("name", [name for name in FORWARDS if name != "mbconv_inference"])
-def test_second_backward_is_an_error(name: str) -> None:
-    function, inputs = differentiable(name)
-    first = torch.autograd.grad(function(*inputs).square().sum(), inputs, create_graph=True)
-    with pytest.raises(RuntimeError, match="effnet_ops: double backward is not supported"):
-        first[0].sum().backward()
+@pytest.mark.parametrize("name", FORWARDS[:3])
+def test_second_derivatives(name: str) -> None:
+    assert torch.autograd.gradgradcheck(*differentiable(name), fast_mode=True)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("batch_statistics", [False, True])
+def test_second_derivatives_of_mbconv(block: str, batch_statistics: bool) -> None:
+    assert torch.autograd.gradgradcheck(*differentiable_block(BLOCKS[block], batch_statistics, True), fast_mode=True)
+
+
+def test_third_derivatives() -> None:
+    x, *params = differentiable("squeeze_excite")[1]
+
+    def third() -> Tensor:
+        y = effnet_ops.squeeze_excite(x, *params)
+        for _ in range(3):
+            (y,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        return y
+
+    with effnet_ops.use_backend("reference"):
+        expected = third()
+    torch.testing.assert_close(third(), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_second_derivatives_of_a_frozen_weight() -> None:
+    """What the forward pass did not keep is not needed here either."""
+    x, weight = normal(2, 6, 7, 5).requires_grad_(), normal(6, 1, 3, 3)
+    assert torch.autograd.gradgradcheck(lambda x: effnet_ops.depthwise_conv2d(x, weight, padding=1), x, fast_mode=True)
 
 
 @pytest.mark.parametrize("gradients", [True, False])

@@ -1,4 +1,10 @@
-"""replace_layers on whole networks: the measure is the stock fp32 model's own error against the same model in fp64."""
+"""replace_layers on whole networks: the measure is the stock fp32 model's own error against the same model in fp64.
+
+The stock model's own error is the worse one of its two memory formats. In fp32, single elements come to lie on another
+side of an activation's corner, in ours and in stock's alike, and gradients jump: there two of three draws of weights
+and images decide, and a gradient may be 15 % off. In fp64 a step that is left out or done twice cannot hide behind
+rounding, so each draw has to be right.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +37,14 @@ NETWORKS: dict[str, tuple[int, Callable[[], nn.Module]]] = {
     "timm efficientnet_b3": (26, lambda: timm.create_model("efficientnet_b3")),
     "torchvision efficientnet_b3": (26, lambda: torchvision.models.efficientnet_b3(stochastic_depth_prob=0.0)),
     "efficientnet_pytorch efficientnet-b3": (26, lambda: lukemelas("efficientnet-b3")),
+    "timm tf_efficientnet_lite0": (16, lambda: timm.create_model("tf_efficientnet_lite0")),
+    "timm mobilenetv3_small_050": (11, lambda: timm.create_model("mobilenetv3_small_050")),
+    "torchvision mobilenet_v2": (17, torchvision.models.mobilenet_v2),
+    "torchvision mobilenet_v3_small": (11, torchvision.models.mobilenet_v3_small),
+    "geffnet efficientnet_lite0": (16, lambda: geffnet.create_model("efficientnet_lite0")),
 }
+CORNERS = (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.Hardsigmoid)
+DRAWS = 3
 
 
 def lukemelas(name: str) -> nn.Module:
@@ -90,12 +103,25 @@ def errors(found: Step, exact: Step) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_error_is_at_most_twice_the_stock_models(name: str) -> None:
+def has_corners(model: nn.Module) -> bool:
+    return any(isinstance(module, CORNERS) for module in model.modules())
+
+
+def assert_equal_in_fp64(exact: nn.Module, truth: Step, allowed: dict[str, float], x: Tensor, grad: Tensor) -> None:
+    """The replaced model in fp64 against the stock one, whose errors in fp32 are ``allowed``."""
+    replace_layers(exact)
+    # The gradient of PyTorch's hard sigmoid has a sixth in single precision, in fp64, too.
+    single = 1e-6 if any("ardsigmoid" in type(module).__name__.lower() for module in exact.modules()) else 0.0
+    for key, error in errors(step(exact, x, grad), truth).items():
+        assert error < 1e-9 + 1e-7 * allowed[key] + single, (key, error)
+
+
+def draw(name: str) -> str:
+    """Why one draw of weights, statistics and images has a larger error in fp32 than it may have, or ""."""
     blocks, build = NETWORKS[name]
     model = without_dropout(with_statistics(build(), STATISTICS_SIZE))
     stock, exact = copy.deepcopy(model), copy.deepcopy(model).double()
-    keys = list(model.state_dict())
+    twin, keys = copy.deepcopy(exact), list(model.state_dict())
     report = replace_layers(model)
     assert (len(report.replaced), report.skipped) == (blocks, {})
     assert set(report.kinds.values()) == {"block"}
@@ -105,11 +131,9 @@ def test_error_is_at_most_twice_the_stock_models(name: str) -> None:
     x, grad = torch.randn(4, 3, SIZE, SIZE), torch.randn(4, 1000)
     truth = step(exact, x.double(), grad.double())
     ours, theirs = step(model, x, grad), stock_steps(stock, x, grad)
-    mine, allowed = errors(ours, truth), [errors(found, truth) for found in theirs]
-    for key, error in mine.items():
-        # Below the tolerance of a single operator there is nothing that a network has amplified.
-        floor = 2e-5 if key.startswith("gradients") else 2e-6
-        assert error <= max(floor, 2 * max(found[key] for found in allowed)), (key, mine, allowed)
+    mine, pairs = errors(ours, truth), [errors(found, truth) for found in theirs]
+    allowed = {key: max(found[key] for found in pairs) for key in mine}
+    assert_equal_in_fp64(twin, truth, allowed, x.double(), grad.double())
     for key, buffer in truth.buffers.items():
         bound = 2 * max(output_error(found.buffers[key], buffer) for found in theirs) + 1e-6
         assert output_error(ours.buffers[key], buffer) <= bound, key
@@ -118,6 +142,24 @@ def test_error_is_at_most_twice_the_stock_models(name: str) -> None:
     assert [type(m) for m in model.modules()] == [type(m) for m in stock.modules()]
     model.load_state_dict(stock.state_dict())
     assert torch.equal(model.eval()(x), stock.eval()(x))
+
+    def bound(key: str) -> float:
+        # Below the tolerance of a single operator there is nothing that a network has amplified.
+        gradients = key.startswith("gradients")
+        jump = 0.15 if gradients and has_corners(stock) else 0.0
+        return max(2e-5 if gradients else 2e-6, 2 * allowed[key], jump)
+
+    over = [f"{key}: {error:.1e}, stock {allowed[key]:.1e}" for key, error in mine.items() if error > bound(key)]
+    return ", ".join(over)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_error_is_at_most_twice_the_stock_models(name: str) -> None:
+    problems = [draw(name)]
+    if has_corners(NETWORKS[name][1]()):
+        while problems[0] and len(problems) < DRAWS:
+            problems.append(draw(name))
+    assert sum(map(bool, problems)) <= len(problems) / 2, problems
 
 
 class SavedBytes:

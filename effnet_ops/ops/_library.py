@@ -6,15 +6,16 @@ A kernel registered for a device (for CPU by the compiled library) takes precede
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
-from effnet_ops import _native, backends
+from effnet_ops import _native, backends, context
 from effnet_ops.checks import output_size, resolve_padding
 
 NAMESPACE = "effnet_ops"
@@ -81,11 +82,10 @@ def unobserved(x: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._is_torch_function_mode_enabled()
-        and torch._C._functorch.peek_interpreter_stack() is None
         and not torch._C._autograd._profiler_enabled()
         and not torch._C._is_tracing()
         and not torch.is_autocast_enabled("cpu")
-        and forward_ad._current_level < 0
+        and not context.in_transform()
         and not x.is_neg()
     )
 
@@ -181,21 +181,49 @@ def register_autocast(operator: OpOverload, activations: Sequence[int]) -> None:
     register("cuda", "AutocastCUDA")
 
 
+class Backward(NamedTuple):
+    """The gradient of an operator, as an operator ``name(Tensor grad, ..., bool[] needs)``; made by `define_backward`.
+
+    ``forward(args, *inputs)`` is the reference of what it differentiates, from its arguments behind ``grad`` and the
+    tensors at ``positions`` of them, the first of which is x.
+    """
+
+    operator: OpOverload
+    forward: Callable[..., Tensor]
+    positions: Sequence[int]
+
+
+def define_backward(
+    schema: str, forward: Callable[..., Tensor], positions: Sequence[int], fake: Callable[..., Any]
+) -> Backward:
+    """Define the operator of a gradient, whose fallback differentiates ``forward`` by PyTorch's autograd."""
+
+    def fallback(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        inputs = [args[i] for i in positions]
+        return gradients(partial(forward, args), inputs[0], inputs, args[-1], grad)
+
+    return Backward(define(schema, fallback, fake), forward, positions)
+
+
 def register_autograd(
-    operator: OpOverload,
-    setup_context: Callable[..., None],
-    backward: Callable[..., Any],
-    backward_operator: OpOverload,
+    operator: OpOverload, setup_context: Callable[..., None], backward: Callable[..., Any], gradient: Backward
 ) -> None:
-    """Give the operator its gradient, and make differentiating ``backward_operator`` an error.
+    """Give the operator its gradient, and the gradient its own, by the reference.
 
     ``setup_context(ctx, inputs, output)`` and ``backward(ctx, *grads)`` are those of `torch.library.register_autograd`,
     which takes 0.1 ms for the 29 arguments of a block to look for default values among them.
     """
     name = operator._schema.name.partition("::")[2]
 
-    def refuse(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(f"effnet_ops: double backward is not supported (through {name}); use the reference backend")
+    def setup_again(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in inputs))
+        ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
+
+    def differentiate_again(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        args = [other if saved is None else saved for saved, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+            return _second_gradients(gradient, args, ctx.needs_input_grad, grads)
 
     def refuse_forward_mode(*args: Any) -> Any:
         raise RuntimeError(
@@ -205,8 +233,34 @@ def register_autograd(
 
     kernel = _autograd_kernel(operator, setup_context, backward, fallbacks[name])
     library.impl(name, kernel, "Autograd", with_keyset=True)
-    kernel = _autograd_kernel(backward_operator, lambda ctx, inputs, output: None, refuse, refuse_forward_mode)
-    library.impl(backward_operator._schema.name, kernel, "Autograd", with_keyset=True)
+    kernel = _autograd_kernel(gradient.operator, setup_again, differentiate_again, refuse_forward_mode)
+    library.impl(gradient.operator._schema.name, kernel, "Autograd", with_keyset=True)
+
+
+def _second_gradients(
+    gradient: Backward, args: Sequence[Any], wanted: Sequence[bool], grads: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the arguments of a gradient's operator for ``grads`` of its results; these can be differentiated."""
+    again, results = torch.is_grad_enabled(), [None] * len(args)
+    with torch.enable_grad():
+        # Views: differentiation stops at each of them, and a third one goes on from there.
+        args = [value.view_as(value) if isinstance(value, Tensor) else value for value in args]
+        grad, *rest, needs = args
+        inputs = [rest[i] for i in gradient.positions]
+        used = [i for i, need in enumerate(needs) if need and inputs[i] is not None and grads[i] is not None]
+        if not used or inputs[0].shape[0] == 0:
+            return tuple(results)
+        leaves = [inputs[i].requires_grad_() for i in used]
+        first = torch.autograd.grad(gradient.forward(rest, *inputs), leaves, grad, create_graph=True)
+        pairs = [(value, grads[i]) for value, i in zip(first, used, strict=True) if value.requires_grad]
+        positions = [i for i, want in enumerate(wanted[: len(args)]) if want]
+        if pairs and positions:
+            values, given = zip(*pairs, strict=True)
+            sources = [args[i] for i in positions]
+            found = torch.autograd.grad(values, sources, given, create_graph=again, allow_unused=True)
+            for i, value in zip(positions, found, strict=True):
+                results[i] = value
+    return tuple(results)
 
 
 def _autograd_kernel(
@@ -234,7 +288,7 @@ def _autograd_kernel(
     function = type(operator._schema.name.replace("::", "_"), (torch.autograd.Function,), methods)
 
     def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
-        if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        if context.in_transform():
             return other(*args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return function.apply(*args, keyset)
@@ -260,6 +314,11 @@ def memory_format(x: Tensor) -> torch.memory_format:
 def empty_result(x: Tensor, size: Sequence[int]) -> Tensor:
     """An uninitialised activation in the dtype and layout of x."""
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+
+
+def as_result(x: Tensor, y: Tensor) -> Tensor:
+    """y, the result of plain PyTorch, in the layout and dtype of x; a transform sees y itself, whatever its layout."""
+    return y.to(x.dtype) if context.in_transform() else empty_result(x, y.shape).copy_(y)
 
 
 def empty_gradients(x: Tensor, inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor, ...]:

@@ -29,7 +29,7 @@ def _run(
 
 def _forward(x: Tensor, *args: Any) -> Tensor:
     y = _run(x, *args)
-    return _library.empty_result(x, y.shape).copy_(y)
+    return _library.as_result(x, y)
 
 
 def _forward_fake(
@@ -46,11 +46,6 @@ def _forward_fake(
     return _library.empty_result(x, (*x.shape[:2], *size))
 
 
-def _backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-    *config, needs = args
-    return _library.gradients(lambda *inputs: _run(*inputs, *config), x, (x, weight, bias), needs, grad)
-
-
 def _backward_fake(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
     return _library.empty_gradients(x, (x, weight, bias), args[-1])
 
@@ -61,10 +56,11 @@ _operator = _library.define(
     _forward,
     _forward_fake,
 )
-_backward_operator = _library.define(
+_gradient = _library.define_backward(
     "depthwise_conv2d_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, int[] stride, int[] padding, "
     "int[] dilation, str activation, bool[] needs) -> (Tensor, Tensor, Tensor)",
-    _backward,
+    lambda args, *inputs: _run(*inputs, *args[3:7]),
+    (0, 1, 2),
     _backward_fake,
 )
 
@@ -81,11 +77,11 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if x is None:
         x = grad.new_empty_strided(ctx.size, ctx.strides)
     needs = list(ctx.needs_input_grad[:3])
-    values = _backward_operator(grad, x, weight, bias, *ctx.config, needs)
+    values = _gradient.operator(grad, x, weight, bias, *ctx.config, needs)
     return (*_library.only_needed(values, needs), None, None, None, None)
 
 
-_library.register_autograd(_operator, _setup_context, _differentiate, _backward_operator)
+_library.register_autograd(_operator, _setup_context, _differentiate, _gradient)
 _library.register_autocast(_operator, (0,))
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from effnet_ops import _native, reference
+from effnet_ops import _native, context, reference
 from effnet_ops.checks import output_size, resolve_padding, unknown_name
 from effnet_ops.ops import _library
 from effnet_ops.ops.squeeze_excite import gradient_flops
@@ -111,7 +111,7 @@ def split(args: Sequence[Any]) -> tuple[Block, Config]:
 def _inference(*args: Any) -> Tensor:
     block, config = split(args)
     y = _run(block, config).y
-    return _library.empty_result(block.x, y.shape).copy_(y)
+    return _library.as_result(block.x, y)
 
 
 def _inference_fake(*args: Any) -> Tensor:
@@ -125,8 +125,11 @@ def _training(*args: Any) -> tuple[Tensor, ...]:
     stages = _run(block, config)
     statistics = [value for used in stages.statistics for value in (used or (None, None))]
     values = (stages.y, stages.expanded, stages.convolved, stages.projected, *statistics, stages.pooled)
-    for result, value in zip(results, values, strict=True):
-        if value is not None and result.dim() == value.dim():
+    made = [value is not None and result.dim() == value.dim() for result, value in zip(results, values, strict=True)]
+    if context.in_transform():
+        return tuple(value if there else result for result, value, there in zip(results, values, made, strict=True))
+    for result, value, there in zip(results, values, made, strict=True):
+        if there:
             result.copy_(value)
     return results
 
@@ -158,13 +161,9 @@ def _training_fake(*args: Any) -> tuple[Tensor, ...]:
     )
 
 
-def _backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _differentiated(args: Sequence[Any], *inputs: Tensor | None) -> Tensor:
     block, config = split(args)
-
-    def run(*inputs: Tensor | None) -> Tensor:
-        return _run(block._replace(**dict(zip(_DIFFERENTIABLE, inputs, strict=True))), config).y
-
-    return _library.gradients(run, block.x, [block[i] for i in _POSITIONS], args[-1], grad)
+    return _run(block._replace(**dict(zip(_DIFFERENTIABLE, inputs, strict=True))), config).y
 
 
 def _backward_fake(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -180,11 +179,12 @@ _training_operator = _library.define(
     _training,
     _training_fake,
 )
-_backward_operator = _library.define(
+_gradient = _library.define_backward(
     f"mbconv_backward(Tensor grad, {_BLOCK}, {_CONFIG}, "
     + _STAGES.replace("_mean", "_mean_used").replace("_var", "_var_used")
     + f", bool[] needs) -> ({', '.join(['Tensor'] * len(_DIFFERENTIABLE))})",
-    _backward,
+    _differentiated,
+    _POSITIONS,
     _backward_fake,
 )
 
@@ -196,7 +196,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.config = inputs[_N_BLOCK:N_INPUTS]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:_N_BLOCK], *output[1:])
+    # A training step between an evaluation and its gradient changes the running statistics in place.
+    block = (inputs[i] if i in _POSITIONS or inputs[i] is None else inputs[i].clone() for i in range(_N_BLOCK))
+    ctx.save_for_backward(*block, *output[1:])
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -205,13 +207,13 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | No
         return tuple(results)
     saved = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in _POSITIONS]
-    values = _backward_operator(grad, *saved[:_N_BLOCK], *ctx.config, *saved[_N_BLOCK:], needs)
+    values = _gradient.operator(grad, *saved[:_N_BLOCK], *ctx.config, *saved[_N_BLOCK:], needs)
     for position, value in zip(_POSITIONS, _library.only_needed(values, needs), strict=True):
         results[position] = value
     return tuple(results)
 
 
-_library.register_autograd(_training_operator, _setup_context, _differentiate, _backward_operator)
+_library.register_autograd(_training_operator, _setup_context, _differentiate, _gradient)
 _library.register_autocast(_inference_operator, (0,))
 _library.register_autocast(_training_operator, (0,))
 
@@ -378,7 +380,8 @@ def mbconv(block: Sequence[Tensor | None], config: Sequence[Any]) -> tuple[Tenso
         y, and for expand, depthwise and project the mean and biased variance (C,) of the batch where they were used.
     """
     differentiate = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in block)
-    if not differentiate and not _needs_batch_statistics(block):
+    # The operator of inference has gradients, too, by the reference: torch.jit.trace records it for both uses.
+    if not _needs_batch_statistics(block) and (not differentiate or torch.jit.is_tracing()):
         return _inference_operator(*block, *config), [None, None, None]
     save_expanded = differentiate and (_policy == "never" or (_policy == "auto" and block[0].shape[1] > _AUTO_CHANNELS))
     y, *stages = _training_operator(*block, *config, save_expanded)

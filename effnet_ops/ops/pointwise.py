@@ -15,20 +15,11 @@ from effnet_ops.ops import _library
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str) -> Tensor:
     y = reference.pointwise_conv2d(x, weight, bias, residual, activation)
-    return _library.empty_result(x, y.shape).copy_(y)
+    return _library.as_result(x, y)
 
 
 def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str) -> Tensor:
     return _library.empty_result(x, (x.shape[0], weight.shape[0], *x.shape[2:]))
-
-
-def _backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, needs: Sequence[bool]
-) -> tuple[Tensor, ...]:
-    def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return reference.pointwise_conv2d(x, weight, bias, None, activation)
-
-    return _library.gradients(run, x, (x, weight, bias), needs, grad)
 
 
 def _backward_fake(
@@ -42,10 +33,11 @@ _operator = _library.define(
     _forward,
     _forward_fake,
 )
-_backward_operator = _library.define(
+_gradient = _library.define_backward(
     "pointwise_conv2d_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, str activation, bool[] needs) "
     "-> (Tensor, Tensor, Tensor)",
-    _backward,
+    lambda args, *inputs: reference.pointwise_conv2d(*inputs, None, args[3]),
+    (0, 1, 2),
     _backward_fake,
 )
 
@@ -64,11 +56,11 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs, needs_residual = list(ctx.needs_input_grad[:3]), ctx.needs_input_grad[3]
     values: tuple[Tensor | None, ...] = (None, None, None)
     if any(needs):
-        values = _library.only_needed(_backward_operator(grad, x, weight, bias, ctx.activation, needs), needs)
+        values = _library.only_needed(_gradient.operator(grad, x, weight, bias, ctx.activation, needs), needs)
     return (*values, grad if needs_residual else None, None)
 
 
-_library.register_autograd(_operator, _setup_context, _differentiate, _backward_operator)
+_library.register_autograd(_operator, _setup_context, _differentiate, _gradient)
 _library.register_autocast(_operator, (0, 3))
 
 

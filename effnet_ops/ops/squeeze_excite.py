@@ -16,21 +16,12 @@ _PARAMETERS = "Tensor reduce_weight, Tensor? reduce_bias, Tensor expand_weight, 
 
 
 def _forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    y = _library.empty_result(x, x.shape).copy_(reference.squeeze_excite(x, *args))
+    y = _library.as_result(x, reference.squeeze_excite(x, *args))
     return y, x.to(reference.compute_dtype(x.dtype)).mean((2, 3))
 
 
 def _forward_fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return _library.empty_result(x, x.shape), x.new_empty(x.shape[:2], dtype=reference.compute_dtype(x.dtype))
-
-
-def _backward(grad: Tensor, x: Tensor, pooled: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *parameters, activation, gate, needs = args
-
-    def run(*inputs: Tensor) -> Tensor:
-        return reference.squeeze_excite(*inputs, activation, gate)
-
-    return _library.gradients(run, x, (x, *parameters), needs, grad)
 
 
 def _backward_fake(grad: Tensor, x: Tensor, pooled: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -43,10 +34,11 @@ _operator = _library.define(
     _forward,
     _forward_fake,
 )
-_backward_operator = _library.define(
+_gradient = _library.define_backward(
     f"squeeze_excite_backward(Tensor grad, Tensor x, Tensor pooled, {_PARAMETERS}, str activation, str gate, "
     "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward,
+    lambda args, *inputs: reference.squeeze_excite(*inputs, *args[6:8]),
+    (0, 2, 3, 4, 5),
     _backward_fake,
 )
 
@@ -63,11 +55,11 @@ def _differentiate(ctx: Any, grad: Tensor | None, _pooled_grad: None) -> tuple[T
     if grad is None:
         return (None,) * 7
     needs = list(ctx.needs_input_grad[:5])
-    values = _backward_operator(grad, *ctx.saved_tensors, ctx.activation, ctx.gate, needs)
+    values = _gradient.operator(grad, *ctx.saved_tensors, ctx.activation, ctx.gate, needs)
     return (*_library.only_needed(values, needs), None, None)
 
 
-_library.register_autograd(_operator, _setup_context, _differentiate, _backward_operator)
+_library.register_autograd(_operator, _setup_context, _differentiate, _gradient)
 _library.register_autocast(_operator, (0,))
 
 

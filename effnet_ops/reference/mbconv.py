@@ -72,7 +72,8 @@ def mbconv(
     return h.to(x.dtype), statistics
 
 
-def drop_path_scale(batch: int, rate: float, device: torch.device) -> Tensor:
-    """Per-image scale (batch,) of stochastic depth: 0 with probability ``rate``, else 1 / (1 - rate)."""
+def drop_path_scale(x: Tensor, rate: float) -> Tensor:
+    """Scale (N,) per image of x of stochastic depth: 0 with probability ``rate``, else 1 / (1 - rate)."""
     keep = 1.0 - rate
-    return torch.empty(batch, device=device, dtype=torch.float32).bernoulli_(keep).div_(keep)
+    # Made from x, so that vmap draws for each of its samples.
+    return x.new_empty(x.shape[0], dtype=torch.float32).bernoulli_(keep).div_(keep)

@@ -16,9 +16,18 @@ from torch import Tensor, nn
 
 from effnet_ops import backends, ops
 from effnet_ops.checks import output_size, padding_sides, resolve_padding
+from effnet_ops.functional import may_keep
 from effnet_ops.ops import packed
 from effnet_ops.ops.conv_norm import FEW_CHANNELS, TALLEST, keeps_channels_last
-from effnet_ops.surgery.fused import FusedLayer, Part, Unfit, check_norm, convolution_padding, parameter
+from effnet_ops.surgery.fused import (
+    FusedLayer,
+    Part,
+    Unfit,
+    check_norm,
+    convolution_padding,
+    convolution_pair,
+    parameter,
+)
 
 _FEWEST_PIXELS = 16
 """Packing the weights of a 1x1 convolution costs as much as multiplying them with some ten pixels."""
@@ -66,7 +75,8 @@ class _Checked:
         known = self._known
         if known is None or key != known[0] or not all(map(is_, state, known[1])):
             fit = 0 not in x.shape[1:] and backends.select(x) == "cpu"
-            self._known = known = (key, state, arguments(x, *state) if fit else None)
+            known = (key, state, arguments(x, *state) if fit else None)
+            self._known = known if may_keep(state, weight) else None
         return known[2]
 
 
@@ -102,11 +112,11 @@ class _Convolution:
 
     def __init__(self, part: Part) -> None:
         conv = part.module
-        self.sides, self.stride = padding_sides(convolution_padding(part)), tuple(conv.stride)
-        kernel = tuple(conv.kernel_size)
+        self.sides, self.stride = padding_sides(convolution_padding(part)), convolution_pair(part, "stride")
+        kernel = convolution_pair(part, "kernel_size")
         # At kernel 1 and stride 1, TensorFlow's SAME pads nothing.
         self.pointwise = kernel == (1, 1) == self.stride and not any(self.sides)
-        if conv.groups != 1 or tuple(conv.dilation) != (1, 1):
+        if conv.groups != 1 or convolution_pair(part, "dilation") != (1, 1):
             raise Unfit(f"{part.name} has groups or a dilation")
         if not self.pointwise and (conv.in_channels > FEW_CHANNELS or kernel[0] > TALLEST):
             raise Unfit(f"{part.name} has {conv.in_channels} channels, and a {kernel} kernel")

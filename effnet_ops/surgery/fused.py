@@ -8,14 +8,14 @@ description was read from decides between the fused operators and the stock forw
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
-from effnet_ops import functional
-from effnet_ops.checks import FLOAT_DTYPES
+from effnet_ops import context, functional
+from effnet_ops.checks import FLOAT_DTYPES, integers
 from effnet_ops.params import BatchNormParams, ConvNormParams, SqueezeExciteParams
 from effnet_ops.reference import activate
 from effnet_ops.surgery.snapshot import Snapshot
@@ -188,15 +188,15 @@ class FusedLayer(nn.Module):
         if torch.compiler.is_compiling():
             onnx = torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
             return None if onnx else describe_or_none(self)
-        if (
-            torch.jit.is_tracing()
-            or forward_ad._current_level >= 0
-            or torch._C._functorch.peek_interpreter_stack() is not None
-        ):
+        if torch.jit.is_tracing() or context.transforming():
             return None
         cached = self.__dict__.get(_CACHE)
-        if cached is None or not cached.holds(self):
-            cached = self.__dict__[_CACHE] = _CachedPlan(self)
+        if cached is not None and cached.holds(self):
+            return cached.plan
+        self.forget_plan()
+        cached = _CachedPlan(self)
+        if cached.may_be_kept():
+            self.__dict__[_CACHE] = cached
         return cached.plan
 
     def forget_plan(self) -> None:
@@ -264,9 +264,12 @@ def stock_class(module: nn.Module) -> type[nn.Module]:
 
 def activation_name(part: Part) -> str:
     """The name of an activation module; raises `Unfit` for one that the fused operators do not have."""
-    name = ACTIVATIONS.get(type(part.module))
+    module = part.module
+    name = ACTIVATIONS.get(type(module))
     if name is None:
-        raise Unfit(f"{part.name} is {type(part.module).__name__}, an activation that is not fused")
+        raise Unfit(f"{part.name} is {type(module).__name__}, an activation that is not fused")
+    if isinstance(module, nn.Hardtanh) and (module.min_val, module.max_val) != (0, 6):
+        raise Unfit(f"{part.name} is {type(module).__name__} from {module.min_val} to {module.max_val}")
     return name
 
 
@@ -291,15 +294,35 @@ def convolution_padding(part: Part) -> functional.Padding:
         raise Unfit(f"{part.name} is {type(part.module).__name__}, a convolution that is not fused")
     if part.module.padding_mode != "zeros":
         raise Unfit(f"{part.name} has padding_mode {part.module.padding_mode!r}")
-    return padding_of(part.module)
+    padding = padding_of(part.module)
+    if padding != "same" and min(padding) < 0:
+        raise Unfit(f"{part.name} pads by {padding}")
+    return padding
+
+
+def convolution_pair(part: Part, name: str, minimum: int = 1) -> tuple[int, int]:
+    """The setting called ``name`` of a convolution as (vertical, horizontal), from all that torch's conv2d takes.
+
+    That is a whole number of any kind, one in a list or tuple, or a pair. Raises `Unfit` for what torch refuses.
+    """
+    value = getattr(part.module, name)
+    pair = integers(value, 2)
+    pair = pair * 2 if len(pair) == 1 else pair
+    if len(pair) != 2 or min(pair) < minimum:
+        raise Unfit(f"{part.name} has {name} {value!r}")
+    return pair
+
+
+def is_average(pool: nn.Module) -> bool:
+    """Whether a module is exactly the average over the image; its size may have any form that torch takes."""
+    return type(pool) is nn.AdaptiveAvgPool2d and integers(pool.output_size, 2) == (1, 1)
 
 
 def check_pointwise(part: Part) -> nn.Conv2d:
     conv, padding = part.module, convolution_padding(part)
-    settings = (("kernel_size", conv.kernel_size), ("stride", conv.stride))
-    for name, value in settings:
-        if tuple(value) != (1, 1):
-            raise Unfit(f"{part.name} has {name} {tuple(value)}, not a pointwise convolution")
+    for name in ("kernel_size", "stride"):
+        if (pair := convolution_pair(part, name)) != (1, 1):
+            raise Unfit(f"{part.name} has {name} {pair}, not a pointwise convolution")
     if conv.groups != 1:
         raise Unfit(f"{part.name} has {conv.groups} groups, not a pointwise convolution")
     # At kernel 1 and stride 1, TensorFlow's SAME pads nothing.
@@ -312,8 +335,8 @@ def _check_depthwise(part: Part) -> tuple[nn.Conv2d, functional.Padding]:
     conv, padding = part.module, convolution_padding(part)
     if not conv.groups == conv.in_channels == conv.out_channels:
         raise Unfit(f"{part.name} has {conv.groups} groups for {conv.in_channels} channels, so it is not depthwise")
-    if tuple(conv.dilation) != (1, 1):
-        raise Unfit(f"{part.name} has dilation {tuple(conv.dilation)}")
+    if (dilation := convolution_pair(part, "dilation")) != (1, 1):
+        raise Unfit(f"{part.name} has dilation {dilation}")
     return conv, padding
 
 
@@ -372,7 +395,7 @@ def block_plan(
         (conv, norm),
         squeeze_excite,
         (projected, project_norm),
-        tuple(conv.stride),
+        convolution_pair(depthwise.conv, "stride"),
         padding,
         activation,
         residual,
@@ -402,6 +425,7 @@ def described_squeeze_excite(part: Part) -> SqueezeExcitePlan | None:
 
 def describe(layer: type[FusedLayer], module: nn.Module) -> Any:
     """What ``layer`` runs instead of ``module``; raises `Unfit` also where somebody relies on a child being called."""
+    check_class("its class", layer.stock)
     for name, inner in module.named_modules():
         if inner is not module:
             check_untouched(name, inner)
@@ -416,6 +440,17 @@ def describe_or_none(module: FusedLayer) -> Any:
         return None
 
 
+_METHODS = ("forward", "_conv_forward")
+"""What somebody can replace, on a module or on its class, in order to change what the module computes."""
+
+
+def check_class(name: str, cls: type[nn.Module]) -> None:
+    """Raise `Unfit` where a method of the class of the module ``name`` is not the one that its library defines."""
+    for method in _METHODS:
+        if context.is_patched(cls, method):
+            raise Unfit(f"the {method} of {cls.__name__}, {name}, was replaced")
+
+
 def check_untouched(name: str, module: nn.Module) -> None:
     """Raise `Unfit` where a child does more than its class says: its forward would not be called."""
     if isinstance(module, torch.jit.ScriptModule):
@@ -424,36 +459,73 @@ def check_untouched(name: str, module: nn.Module) -> None:
     for attribute, kind in HOOKS.items():
         if state.get(attribute):
             raise Unfit(f"{name} has a {kind} hook")
-    if "forward" in state:
-        raise Unfit(f"the forward of {name} was replaced on the instance")
+    for method in _METHODS:
+        if method in state:
+            raise Unfit(f"the {method} of {name} was replaced on the instance")
+    check_class(name, stock_class(module))
     if "parametrizations" in module._modules:
         raise Unfit(f"{name} has parametrized parameters")
     if state.get("qconfig") is not None:
         raise Unfit(f"{name} is prepared for quantization")
 
 
+_forward_of = attrgetter("forward")
+_SETTINGS = ("stride", "padding", "dilation", "output_size")
+"""Which can be lists, as those of efficientnet_pytorch are, in which somebody can write."""
+
+
 class _CachedPlan:
     """A plan with everything it was read from."""
 
-    __slots__ = ("_links", "_modules", "_read_from", "_snapshot", "_without_bias", "plan")
+    __slots__ = (
+        *("_links", "_modules", "_states", "_snapshot", "_types", "_classes", "_methods", "_attributes", "_lists"),
+        *("_fixed", "_kernels", "_without_bias", "plan"),
+    )
 
     def __init__(self, layer: FusedLayer) -> None:
         self._links = layer._modules
         self._modules = [module for module in layer.modules() if module is not layer]
         # A new instance attribute can be a forward of its own.
-        states = [module.__dict__ for module in self._modules]
+        self._states = states = [module.__dict__ for module in self._modules]
         inner = (state[name] for state in states for name in ("_modules", *HOOKS) if name in state)
         self._snapshot = Snapshot([layer._modules, *states, *inner])
-        self._read_from = self._read(layer)
+        self._types = list(map(type, self._modules))
+        self._classes = list({layer.stock, *map(stock_class, self._modules)})
+        self._methods = self._methods_now()
+        self._attributes = [(name, getattr(layer, name)) for name in layer.attributes]
+        settings = [state.get(name) for state in (layer.__dict__, *states) for name in _SETTINGS]
+        self._lists = [(value, tuple(value)) for value in settings if isinstance(value, list)]
+        self._fixed = not any(hasattr(value, "__setitem__") for value in settings if not isinstance(value, list))
+        convs = [module for module in (layer, *self._modules) if isinstance(module, nn.Conv2d)]
+        # PyTorch's "same" goes by the size of the weight.
+        self._kernels = [(m, parameter(m, "weight").shape) for m in convs if isinstance(m.padding, str)]
         self.plan = plan = describe_or_none(layer)
         stages = (plan.expand, plan.depthwise, plan.project) if isinstance(plan, BlockPlan) else ()
         # Of parameters, all others are read at each call.
-        self._without_bias = [stage[0] for stage in stages if stage is not None]
+        self._without_bias = [stage[0]._parameters for stage in stages if stage is not None]
 
-    def _read(self, layer: FusedLayer) -> tuple[list[Any], list[type]]:
-        return [getattr(layer, name) for name in layer.attributes], list(map(type, self._modules))
+    def _methods_now(self) -> list[Any]:
+        return [nn.Conv2d._conv_forward, *map(_forward_of, self._classes)]
 
     def holds(self, layer: FusedLayer) -> bool:
         """Whether nothing has changed since. A replica that was made by copying __dict__ has children of its own."""
-        same = self._links is layer._modules and self._snapshot.holds() and self._read(layer) == self._read_from
-        return same and all(parameter(conv, "bias") is None for conv in self._without_bias)
+        if self._links is not layer._modules or not self._snapshot.holds():
+            return False
+        if list(map(type, self._modules)) != self._types or self._methods_now() != self._methods:
+            return False
+        # Loops, because generators cost more than what they do here.
+        for name, value in self._attributes:
+            if getattr(layer, name) is not value:
+                return False
+        for parameters in self._without_bias:
+            if parameters.get("bias", parameters) is not None:
+                return False
+        for module, shape in self._kernels:
+            if parameter(module, "weight").shape != shape:
+                return False
+        return not self._lists or all(tuple(value) == content for value, content in self._lists)
+
+    def may_be_kept(self) -> bool:
+        """Whether each change would be noticed, and nothing has a graph, as a pruned weight, which is an attribute."""
+        values = (value for state in self._states for value in state.values())
+        return self._fixed and all(value.grad_fn is None for value in values if isinstance(value, Tensor))

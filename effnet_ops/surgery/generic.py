@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from effnet_ops import functional
+from effnet_ops.checks import integers
 from effnet_ops.surgery.around import AROUND, NETWORK_POOLS, AroundConvolution, AroundNorm, AroundPool
 from effnet_ops.surgery.fused import (
     CONVOLUTIONS,
@@ -14,17 +15,26 @@ from effnet_ops.surgery.fused import (
     SqueezeExcitePlan,
     Unfit,
     convolution_padding,
+    convolution_pair,
     fuses,
+    parameter,
 )
 
 
 def conv2d_padding(conv: nn.Conv2d) -> tuple[int, ...]:
     """(top, bottom, left, right) of an nn.Conv2d, whose ``padding`` can be "same" or "valid"."""
-    if not isinstance(conv.padding, str):
-        vertical, horizontal = conv.padding
+    part, padding = Part("it", conv), conv.padding
+    if not isinstance(padding, str):
+        vertical, horizontal = convolution_pair(part, "padding", 0)
         return (vertical, vertical, horizontal, horizontal)
-    left, right, top, bottom = conv._reversed_padding_repeated_twice
-    return (top, bottom, left, right)
+    if padding == "valid":
+        return (0, 0, 0, 0)
+    if padding != "same" or convolution_pair(part, "stride") != (1, 1):
+        raise Unfit(f"it has padding {padding!r} and stride {conv.stride}")
+    kernel, dilation = parameter(conv, "weight").shape[2:], convolution_pair(part, "dilation")
+    vertical, horizontal = (d * (k - 1) for k, d in zip(kernel, dilation, strict=True))
+    # PyTorch puts the odd pixel at the bottom and right.
+    return (vertical // 2, vertical - vertical // 2, horizontal // 2, horizontal - horizontal // 2)
 
 
 class FusedDepthwise(FusedLayer):
@@ -41,8 +51,9 @@ class FusedDepthwise(FusedLayer):
     def describe(cls, module: nn.Module) -> DepthwisePlan:
         if not module.groups == module.in_channels == module.out_channels:
             raise Unfit(f"it makes {module.out_channels} channels of {module.in_channels}, more than one each")
-        padding = convolution_padding(Part("it", module))
-        return DepthwisePlan(tuple(module.stride), padding, tuple(module.dilation))
+        part = Part("it", module)
+        padding = convolution_padding(part)
+        return DepthwisePlan(convolution_pair(part, "stride"), padding, convolution_pair(part, "dilation"))
 
     def run(self, x: Tensor) -> Tensor | None:
         """The convolution of x, or None where only the stock forward is right."""
@@ -99,7 +110,7 @@ class AroundAdaptiveAvgPool2d(AroundPool, nn.AdaptiveAvgPool2d):
 
     @classmethod
     def keeps_size(cls, module: nn.Module) -> bool | None:
-        return True if module.output_size in (1, (1, 1)) else None
+        return True if integers(module.output_size, 2) == (1, 1) else None
 
     def forward(self, input: Tensor) -> Tensor:
         y = self.run(input)

@@ -72,9 +72,9 @@ def replace_layers(model: nn.Module) -> ReplacementReport:
     the first and last convolutions, their normalisations and the pool are replaced, too: fused in evaluation without
     gradients, and the stock forward otherwise. Modules, parameters, buffers and their names stay; a module's stock
     forward runs whenever something changes later that the fused one would miss (a hook on a child, a child of another
-    class, BatchNorm modes that differ within a block, tracing). Hooks on a replaced module itself work; one that is
-    registered for all modules at once sees the block and not its children. Calling it again replaces only what was
-    added since. `restore_layers` undoes it.
+    class, a class with another forward, BatchNorm modes that differ within a block, tracing). Hooks on a replaced
+    module itself work; one that is registered for all modules at once sees the block and not its children. Calling it
+    again replaces only what was added since. `restore_layers` undoes it.
 
     Args:
         model: any module; it is changed in place, all of it or, if an error is raised, nothing.

@@ -33,6 +33,7 @@ from effnet_ops.surgery.fused import (
     fuses,
     gate_name,
     identity,
+    is_average,
     squeeze_excite_plan,
 )
 from effnet_ops.surgery.generic import FusedDepthwise, FusedSqueezeExcite
@@ -92,7 +93,7 @@ class FoldedSelectPool(FoldedPool, SelectAdaptivePool2d):
 def _keeps_size(pool: SelectAdaptivePool2d) -> bool | None:
     """Whether the average over the image is (N, C, 1, 1), or (N, C); None where the pool is none."""
     average, behind = pool.pool, pool.flatten
-    if type(average) is not nn.AdaptiveAvgPool2d or average.output_size not in (1, (1, 1)):
+    if not is_average(average):
         return None
     if type(behind) is nn.Flatten:
         return None if (behind.start_dim, behind.end_dim) not in ((1, -1), (1, 3)) else False

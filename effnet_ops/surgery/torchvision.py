@@ -24,6 +24,7 @@ from effnet_ops.surgery.fused import (
     described_squeeze_excite,
     fuses,
     gate_name,
+    is_average,
     squeeze_excite_plan,
     stock_class,
 )
@@ -49,7 +50,7 @@ class FusedSqueezeExcitation(FusedSqueezeExcite, SqueezeExcitation):
 
     @classmethod
     def describe(cls, module: nn.Module) -> SqueezeExcitePlan:
-        if type(module.avgpool) is not nn.AdaptiveAvgPool2d or module.avgpool.output_size not in (1, (1, 1)):
+        if not is_average(module.avgpool):
             raise Unfit("avgpool is not the average over the image")
         parts = (Part(name, getattr(module, name)) for name in ("fc1", "activation", "fc2"))
         return squeeze_excite_plan(*parts, gate_name(Part("scale_activation", module.scale_activation)))

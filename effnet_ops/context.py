@@ -1,0 +1,80 @@
+"""What goes on around a call, where that decides how the call has to run: transforms, traces, patched classes.
+
+PyTorch has no public names for most of it, so the private ones are here, each in one place.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.autograd.graph import _engine_run_backward
+from torch.fx import Proxy
+
+_RECOMPUTING = ("recompute_fn", "backward")
+"""The functions of torch.utils.checkpoint that run a forward pass again, without and with reentrant autograd."""
+
+
+def in_transform() -> bool:
+    """Whether forward-mode differentiation or torch.func (vmap, grad, jacfwd ...) has to see every step of a call."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def transforming() -> bool:
+    """The same for functions that torch.compile traces: it sees transforms itself, and cannot trace the question."""
+    return not torch.compiler.is_compiling() and in_transform()
+
+
+def recomputing() -> bool:
+    """Whether torch.utils.checkpoint runs this forward pass a second time, for the backward pass.
+
+    Its function is on the stack then, and nearer than the backward pass that it belongs to. Being inside a backward
+    pass is no sign: hooks and autograd functions may run forward passes of their own there.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not _engine_run_backward.__code__:
+        if frame.f_code.co_name in _RECOMPUTING and frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def is_leaf(module: nn.Module, x: object) -> bool:
+    """Whether torch.fx traces a network of which ``module`` is a part, and so shall record it as one node (`leaf`).
+
+    Asked in the forward of our layers. Where more than that runs when the module is called (hooks, the forward of a
+    subclass, a patched one), this more is traced already, and the node would run it again.
+    """
+    if not isinstance(x, Proxy) or x.tracer.root is module:
+        return False
+    cls, state = type(module), module.__dict__
+    more = state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state or is_patched(cls, "forward")
+    owner = next(base for base in cls.__mro__ if "forward" in vars(base))
+    return not more and owner.__module__ == "effnet_ops.layers"
+
+
+def leaf(module: nn.Module, x: Proxy) -> Proxy:
+    """The node ``module(x)``: what torch.fx's own rule, which goes by the package, does for the layers of torch.nn."""
+    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x,), {})
+
+
+def is_patched(cls: type[nn.Module], method: str) -> bool:
+    """Whether a method of a class is another one than its library wrote.
+
+    Told from where the function was written: somebody may have replaced it before this package was imported.
+    """
+    owner = next((base for base in cls.__mro__ if method in vars(base)), None)
+    if owner is None:
+        return False
+    function, module = vars(owner)[method], sys.modules.get(owner.__module__)
+    written_there = module is not None and getattr(function, "__globals__", None) is vars(module)
+    return not written_there or function.__qualname__ != f"{owner.__qualname__}.{method}"
+
+
+# What torch.compiler.assume_constant_result does, without the seconds that importing it takes.
+is_patched._dynamo_marked_constant = True
