@@ -29,7 +29,7 @@ from effnet_ops.benchmark.rows import Row
 from effnet_ops.benchmark.timing import percentiles
 from effnet_ops.benchmark.worker import LEAST, WARM_UP
 from effnet_ops.params import ConvNormParams
-from effnet_ops.surgery.folded import fold
+from effnet_ops.surgery.folding import fold
 from effnet_ops.surgery.fused import BlockPlan, FusedLayer, Unfit, conv_norm_params, describe
 from effnet_ops.surgery.replace import classify
 
