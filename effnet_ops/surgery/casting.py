@@ -19,8 +19,11 @@ def cast(value: Any, dtype: torch.dtype, but: Tensor | None = None) -> Any:
     """
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() and value is not but else value
-    items = dict(_items(value))
-    changed = {key: new for key, item in items.items() if (new := cast(item, dtype, but)) is not item}
+    items, changed = dict(_items(value)), {}
+    for key, item in items.items():
+        new = cast(item, dtype, but)
+        if new is not item:
+            changed[key] = new
     return _replaced(value, items | changed, changed) if changed else value
 
 
@@ -28,8 +31,11 @@ def first_tensor(value: Any) -> Tensor | None:
     """The first floating-point tensor in ``value``."""
     if isinstance(value, Tensor):
         return value if value.is_floating_point() else None
-    found = (first_tensor(item) for _, item in _items(value))
-    return next((tensor for tensor in found if tensor is not None), None)
+    for _, item in _items(value):
+        found = first_tensor(item)
+        if found is not None:
+            return found
+    return None
 
 
 def _items(value: Any) -> Iterator[tuple[Any, Any]]:
@@ -68,8 +74,10 @@ def own_dtype(module: nn.Module) -> torch.dtype | None:
     own = [*module._parameters.values(), *module._buffers.values()]
     if "parametrizations" in module._modules:
         own += module._modules["parametrizations"].parameters()
-    found = next((t for t in own if t is not None and t.is_floating_point()), None)
-    return None if found is None else found.dtype
+    for tensor in own:
+        if tensor is not None and tensor.is_floating_point():
+            return tensor.dtype
+    return None
 
 
 def cast_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict]:
@@ -79,7 +87,10 @@ def cast_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         kind = first.dtype if isinstance(first, Tensor) else type(first).__name__
         raise TypeError(f"x must be a tensor of floating-point numbers, got {kind}")
     dtype = own_dtype(module)
-    return (args, kwargs) if dtype is None else (cast(args, dtype), cast(kwargs, dtype))
+    if dtype is None:
+        # A fused layer, which computes with the tensors of its children.
+        dtype = next(p for p in module.parameters() if p.is_floating_point()).dtype
+    return cast(args, dtype), cast(kwargs, dtype)
 
 
 class CastOutput:

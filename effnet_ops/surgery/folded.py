@@ -655,7 +655,8 @@ def blocks_of(module: nn.Module) -> list[FoldedMBConv]:
     except Unfit:
         return []
     if isinstance(module, FoldedMBConv):
-        return [module]
+        # Of a class that somebody put on top, nothing is known.
+        return [module] if "stock" in vars(type(module)) else []
     if stock_class(module) is not nn.Sequential:
         return []
     inner = [blocks_of(child) for child in module._modules.values()]

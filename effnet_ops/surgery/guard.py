@@ -76,7 +76,7 @@ class WatchedParameter(_Watched, nn.Parameter):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         if id(self) not in memo:
-            memo[id(self)] = nn.Parameter(self.detach().__deepcopy__(memo), self.requires_grad)
+            memo[id(self)] = nn.Parameter(self.detach().clone(), self.requires_grad)
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: int) -> Any:
@@ -90,7 +90,7 @@ class WatchedBuffer(_Watched, Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         if id(self) not in memo:
-            memo[id(self)] = self.detach().__deepcopy__(memo)
+            memo[id(self)] = self.detach().clone()
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: int) -> Any:

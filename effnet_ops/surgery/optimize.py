@@ -285,10 +285,10 @@ def _convert(model: nn.Module, dtype: torch.dtype, given: torch.dtype | None) ->
             inside.update(inner for inner in module.modules() if inner is not module)
     precise -= {module for module in precise if isinstance(module, FoldedLinear)}
     for module in model.modules():
-        if isinstance(module, FoldedMBConv | FoldedConvolution):
-            module.set_activations(dtype)
         if module in precise or isinstance(module, _BatchNorm):
             _convert_tensors(module, wide, exactly=False)
+            if isinstance(module, FoldedMBConv | FoldedConvolution):
+                module.set_activations(dtype)
             continue
         if not _is_island(module):
             _convert_tensors(module, dtype, exactly=not _is_layer(module))
@@ -299,6 +299,8 @@ def _convert(model: nn.Module, dtype: torch.dtype, given: torch.dtype | None) ->
 
 def _computes(module: nn.Module) -> bool:
     """Whether a module's input meets tensors of its own; a container may only keep buffers for somebody."""
+    if isinstance(module, FusedLayer) or own_kind(module):
+        return any(map(_floats, module.parameters()))
     leaf = not module._modules or "parametrizations" in module._modules
     return own_dtype(module) is not None and (leaf or any(map(_floats, module._parameters.values())))
 
