@@ -335,7 +335,12 @@ def test_compiles_to_one_graph(dtype: torch.dtype | None) -> None:
         compiled = torch.compile(optimized, backend="aot_eager", fullgraph=True)
         found, expected = compiled(x), optimized(x)
     assert found.dtype == expected.dtype
-    assert relative_difference(found, expected) < (1e-4 if dtype is None else 0.1)
+    if dtype is None:
+        assert relative_difference(found, expected) < 1e-4
+    else:
+        # The graph rounds its first layer elsewhere; the network makes of five elements a quarter of its output.
+        exact = copy.deepcopy(model).double()(x.double())
+        assert relative_difference(found, exact) < 2 * relative_difference(expected, exact)
 
 
 def later_hook(block: nn.Module, calls: list[str]) -> None:

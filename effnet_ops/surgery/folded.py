@@ -104,8 +104,8 @@ class Folded(nn.Module):
     activations: Tensor | None
 
     @classmethod
-    def methods(cls, stock: type[nn.Module]) -> dict[str, Callable[..., Any]]:
-        """The methods of the class that takes the place of ``stock``, beside those of this one."""
+    def methods(cls, stock: type[nn.Module]) -> dict[str, Any]:
+        """Methods and settings of the class that takes the place of ``stock``, beside those of this one."""
         return {}
 
     def make(self) -> Any:
@@ -157,7 +157,7 @@ class Folded(nn.Module):
 
     def set_activations(self, dtype: torch.dtype) -> None:
         """Cast every input to ``dtype`` from now on."""
-        device = next(self.parameters()).device
+        device = next(t for t in (*self.parameters(), *self.buffers())).device
         self.register_buffer("activations", torch.empty(0, dtype=dtype, device=device), persistent=False)
 
     def run_stock(self, *args: Any, **kwargs: Any) -> Any:
@@ -249,7 +249,7 @@ class FoldedMBConv(Folded):
     """Arguments of the stock forward that do nothing in evaluation."""
 
     @classmethod
-    def methods(cls, stock: type[nn.Module]) -> dict[str, Callable[..., Any]]:
+    def methods(cls, stock: type[nn.Module]) -> dict[str, Any]:
         first, *others = list(inspect.signature(stock.forward).parameters)[1:]
 
         @functools.wraps(stock.forward)
@@ -257,7 +257,9 @@ class FoldedMBConv(Folded):
             alone = len(args) == 1 and not kwargs
             return self.run(args[0]) if alone else self.run_named(first, others, args, kwargs)
 
-        return {"forward": forward}
+        layer = LAYERS.get(stock)
+        settings = ("activation", "gate", "residual", "expands") if layer is None else layer.attributes
+        return {"forward": forward, "settings": settings}
 
     def run_named(self, first: str, others: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         given = dict(zip((first, *others), args, strict=False)) | kwargs
@@ -275,10 +277,11 @@ class FoldedMBConv(Folded):
         return self.run_stock(x)
 
     def _run_compiled(self, x: Tensor) -> Tensor:
-        """The block as a graph has it: from its parameters, which may change, and for ONNX in PyTorch's operators."""
+        """The block in a graph: folded from its parameters, which may change, and for ONNX in PyTorch's operators."""
         onnx = torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
-        plan = None if onnx or self.stock not in LAYERS else describe_or_none(self)
-        return self.run_stock(x) if plan is None else plan.run(x, None)
+        if onnx or self.stock not in LAYERS or describe_or_none(self) is None:
+            return self.run_stock(x)
+        return self._fold()(x)
 
     @classmethod
     def describe(cls, module: nn.Module) -> BlockPlan:
@@ -292,36 +295,49 @@ class FoldedMBConv(Folded):
             return self.stock.forward(self, *args, **kwargs)
 
     def make(self) -> Block:
-        stages = iter(block_stages(self))
-        dtype, own = self.dtype(), self.stock not in LAYERS
-        if own:
-            expand, _, squeeze_excite, _, conv, _ = self._groups()
-            has_expand = expand is not None
-            padding, stride, gate, residual, after = conv.padding, conv.stride, self.gate, self.residual, "none"
-            activation = self.activation
-        else:
-            plan: BlockPlan = LAYERS[self.stock].describe(self)
-            has_expand = plan.expand is not None
-            squeeze_excite = plan.squeeze_excite and plan.squeeze_excite.params()
-            gate = plan.squeeze_excite.gate if plan.squeeze_excite else "sigmoid"
-            padding, stride, residual, after = plan.padding, plan.stride, plan.residual, plan.after
-            activation = plan.activation
+        block_stages(self)
+        return self._fold()
 
-        def folded() -> ConvNormParams:
-            return fold(conv_norm_params(*next(stages)), compute_dtype(dtype))
+    def _fold(self) -> Block:
+        return self._fold_own() if self.stock not in LAYERS else self._fold_planned()
 
+    def _folded(self, *params: ConvNormParams | None) -> list[ConvNormParams | None]:
+        dtype = compute_dtype(self.dtype())
+        return [None if conv is None else fold(conv, dtype) for conv in params]
+
+    def _fold_planned(self) -> Block:
+        plan: BlockPlan = LAYERS[self.stock].describe(self)
+        stages = (plan.expand, plan.depthwise, plan.project)
+        expand, depthwise, project = self._folded(*(stage and conv_norm_params(*stage) for stage in stages))
+        squeeze_excite = plan.squeeze_excite
         return Block(
-            folded() if has_expand else None,
-            folded(),
+            expand,
+            depthwise,
+            squeeze_excite and squeeze_excite.params(),
+            project,
+            self.dtype(),
+            stride=plan.stride,
+            padding=plan.padding,
+            activation=plan.activation,
+            gate=squeeze_excite.gate if squeeze_excite else "sigmoid",
+            residual=plan.residual,
+            after=plan.after,
+        )
+
+    def _fold_own(self) -> Block:
+        expand, depthwise, squeeze_excite, project, conv, _ = self._groups()
+        expand, depthwise, project = self._folded(expand, depthwise, project)
+        return Block(
+            expand,
+            depthwise,
             squeeze_excite,
-            folded(),
-            dtype,
-            stride=stride,
-            padding=padding,
-            activation=activation,
-            gate=gate,
-            residual=residual,
-            after=after,
+            project,
+            self.dtype(),
+            stride=conv.stride,
+            padding=conv.padding,
+            activation=self.activation,
+            gate=self.gate,
+            residual=self.residual,
         )
 
 
@@ -369,7 +385,8 @@ class FoldedConvolution(Folded):
     def run(self, x: Tensor) -> Tensor:
         x = self.cast(x)
         if torch.compiler.is_compiling():
-            return self._run_compiled(x)
+            # The normalisation rounds once, as where both are one operator.
+            return self.stock.forward(self, cast(x, self._wide()) if "activations" in self._buffers else x)
         chain: FoldedChain | None = calls.armed.pop(self, None) if calls.armed else None
         if chain is None or not _is_activation(x):
             return self.run_stock(x)
@@ -378,12 +395,6 @@ class FoldedConvolution(Folded):
         if chain.activation is not None:
             calls.armed[chain.activation] = y, ()
         return y
-
-    def _run_compiled(self, x: Tensor) -> Tensor:
-        if self.stock is not nn.Conv2d or "activations" not in self._buffers:
-            return self.run_stock(x)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return self._conv_forward(x, self.weight.to(x.dtype), bias)
 
 
 class FoldedPart(Folded):
@@ -394,15 +405,19 @@ class FoldedPart(Folded):
         @functools.wraps(stock.forward)
         def forward(self: FoldedPart, *args: Any, **kwargs: Any) -> Tensor:
             if torch.compiler.is_compiling() or not calls.armed:
-                return stock.forward(self, *args, **kwargs)
+                return self.rounded(stock.forward(self, *args, **kwargs))
             done, behind = calls.armed.pop(self, (None, ()))
             if done is None or len(args) != 1 or args[0] is not done:
-                return stock.forward(self, *args, **kwargs)
+                return self.rounded(stock.forward(self, *args, **kwargs))
             for module in behind:
                 done = module(done)
             return done
 
         return {"forward": forward}
+
+    def rounded(self, y: Tensor) -> Tensor:
+        like = self._buffers.get("activations")
+        return y if like is None else y.to(like.dtype)
 
 
 def _is_activation(x: Any) -> bool:
@@ -709,8 +724,7 @@ class FoldedLinear(Folded):
     def _fits(self, x: Any) -> bool:
         weight = parameter(self, "weight")
         vectors = isinstance(x, Tensor) and x.dim() == 2 and x.shape[1] == weight.shape[1] and x.dtype in FLOAT_DTYPES
-        same = vectors and (x.dtype is weight.dtype or torch.is_autocast_enabled("cpu"))
-        return same and x.is_cpu and weight.is_cpu and backends.requested() in (None, "cpu")
+        return vectors and x.is_cpu and weight.is_cpu and backends.requested() in (None, "cpu")
 
 
 class FoldedPool(Folded):

@@ -1,7 +1,7 @@
 """The one guard of optimized copies: whether what was made from modules and their tensors still holds.
 
 Packed weights lie beside the weights that they were made from. A change of such a weight is seen by its version, as
-autograd sees it. What writes past versions (``.data``, NumPy, the storage) is noted when somebody asks for it.
+autograd sees it. For what writes past versions (``.data``, NumPy, the storage), a parameter notes that somebody asks.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def _noted(name: str) -> Callable[..., Any]:
     return noted
 
 
-class _Watched:
-    """What a tensor does that notes who asks for its memory. It pickles and copies as a plain one."""
+class WatchedParameter(nn.Parameter):
+    """A parameter that notes who asks for its memory. It pickles and copies as a plain one."""
 
     @functools.cached_property
     def _watch(self) -> _Watch:
@@ -66,14 +66,6 @@ class _Watched:
         _note(self)
         Tensor.data.__set__(self, value)
 
-
-for _name in _BESIDES_VERSIONS:
-    setattr(_Watched, _name, _noted(_name))
-
-
-class WatchedParameter(_Watched, nn.Parameter):
-    """A parameter of an optimized copy."""
-
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         if id(self) not in memo:
             memo[id(self)] = nn.Parameter(self.detach().clone(), self.requires_grad)
@@ -83,44 +75,36 @@ class WatchedParameter(_Watched, nn.Parameter):
         return nn.Parameter(self.detach(), self.requires_grad).__reduce_ex__(protocol)
 
 
-class WatchedBuffer(_Watched, Tensor):
-    """A buffer of an optimized copy."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        if id(self) not in memo:
-            memo[id(self)] = self.detach().clone()
-        return memo[id(self)]
-
-    def __reduce_ex__(self, protocol: int) -> Any:
-        return self.detach().__reduce_ex__(protocol)
-
-
-_WATCHED = {nn.Parameter: WatchedParameter, Tensor: WatchedBuffer}
+for _name in _BESIDES_VERSIONS:
+    setattr(WatchedParameter, _name, _noted(_name))
 
 
 class Sources:
     """The tensors that something was made from, and whether they still hold the same numbers."""
 
-    __slots__ = ("_aliases", "_asked", "_asked_in_all", "_known", "_versions", "tensors")
+    __slots__ = ("_asked", "_asked_in_all", "_buffers", "_known", "_parameters", "_places", "_versioned", "_versions")
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.tensors = tensors
-        self._known = all(map(_watch, tensors))
+        self._parameters = [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
+        self._buffers = [tensor for tensor in tensors if not isinstance(tensor, nn.Parameter)]
+        plain = all(type(buffer) is Tensor and not buffer.is_inference() for buffer in self._buffers)
+        self._known = plain and all(map(_watch, self._parameters))
         if self._known:
             self._asked_in_all, self._asked = _Watch.asked_in_all, self._all_asked()
             # The getter of versions is fast on plain tensors alone, and an alias has the version of its original.
-            self._aliases = [tensor._watch.alias for tensor in tensors]
-            self._versions = list(map(_version, self._aliases))
-            self._known = all(map(_alone, tensors))
+            self._versioned = [*(parameter._watch.alias for parameter in self._parameters), *self._buffers]
+            self._versions = list(map(_version, self._versioned))
+            self._places = list(map(Tensor.data_ptr, self._buffers))
+            self._known = all(map(_alone, self._parameters))
 
     def _all_asked(self) -> list[int]:
-        return [tensor._watch.asked for tensor in self.tensors]
+        return [parameter._watch.asked for parameter in self._parameters]
 
     def hold(self) -> bool:
         """Whether nobody has written to them. Where somebody else has their memory, too, nobody knows."""
-        if not self._known or list(map(_version, self._aliases)) != self._versions:
+        if not self._known or list(map(_version, self._versioned)) != self._versions:
+            return False
+        if list(map(Tensor.data_ptr, self._buffers)) != self._places:
             return False
         if self._asked_in_all != _Watch.asked_in_all:
             now = _Watch.asked_in_all
@@ -130,19 +114,19 @@ class Sources:
         return True
 
     def need_gradients(self) -> bool:
-        return any(tensor.requires_grad for tensor in self.tensors)
+        return any(parameter.requires_grad for parameter in self._parameters)
 
 
-def _watch(tensor: Tensor) -> bool:
-    """Watch a tensor; False where its class is somebody else's, or it has no version."""
-    if type(tensor) in _WATCHED and not tensor.is_inference():
-        tensor.__class__ = _WATCHED[type(tensor)]
-    if not isinstance(tensor, _Watched) or tensor.is_inference():
+def _watch(parameter: nn.Parameter) -> bool:
+    """Watch a parameter; False where its class is somebody else's, or it has no version."""
+    if type(parameter) is nn.Parameter:
+        parameter.__class__ = WatchedParameter
+    if type(parameter) is not WatchedParameter or parameter.is_inference():
         return False
-    watch = tensor._watch
-    if watch.alias is None or _storage(watch.alias)._cdata != _storage(tensor)._cdata:
+    watch = parameter._watch
+    if watch.alias is None or _storage(watch.alias)._cdata != _storage(parameter)._cdata:
         with torch.inference_mode(False), torch.no_grad():
-            watch.alias = tensor.detach()
+            watch.alias = parameter.detach()
     return True
 
 

@@ -287,7 +287,8 @@ def _convert(model: nn.Module, dtype: torch.dtype, given: torch.dtype | None) ->
     for module in model.modules():
         if module in precise or isinstance(module, _BatchNorm):
             _convert_tensors(module, wide, exactly=False)
-            if isinstance(module, FoldedMBConv | FoldedConvolution):
+            norm = isinstance(module, FoldedPart) and isinstance(module, _BatchNorm)
+            if norm or isinstance(module, FoldedMBConv | FoldedConvolution):
                 module.set_activations(dtype)
             continue
         if not _is_island(module):
