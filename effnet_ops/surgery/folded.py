@@ -125,7 +125,8 @@ class Folded(nn.Module):
         kept = cell[0]
         if kept is None or not kept.holds(self):
             with torch.inference_mode(False), torch.no_grad():
-                kept = cell[0] = Kept(self, self.read_from(), self.settings, self._make_or_none)
+                methods = [(self.stock, name) for name in _calling_methods(self.stock)]
+                kept = cell[0] = Kept(self, self.read_from(), self.settings, methods, self._make_or_none)
         if kept.value is None or (torch.is_grad_enabled() and kept.sources.need_gradients()):
             return None
         return kept.value
@@ -559,6 +560,9 @@ class FoldedOwner(_Container):
 
     def _folded_chains(self) -> Iterator[FoldedChain]:
         for chain in chains_of(self):
+            if chain.activation is not None and not isinstance(chain.activation.module, FoldedPart):
+                # One that came later would be called once more.
+                chain = chain._replace(activation=None)
             try:
                 yield _fold_chain(chain)
             except Unfit:
@@ -567,15 +571,18 @@ class FoldedOwner(_Container):
 
 def check_methods(stock: type[nn.Module]) -> None:
     """Raise `Unfit` where a method that calls the parts of a class is not the class's own."""
-    for name in METHODS.get(stock, OWN_CHAINS.get(stock, ("forward",))):
+    for name in _calling_methods(stock):
         check_own("it", stock, name)
 
 
-def _own_method(stock: type[nn.Module], name: str, calling: bool) -> Callable[..., Any]:
-    method = getattr(stock, name)
+def _calling_methods(stock: type[nn.Module]) -> Sequence[str]:
+    return METHODS.get(stock, tuple(OWN_CHAINS.get(stock, ("forward",))))
 
-    @functools.wraps(method)
+
+def _own_method(stock: type[nn.Module], name: str, calling: bool) -> Callable[..., Any]:
+    @functools.wraps(getattr(stock, name))
     def call(self: FoldedOwner, *args: Any, **kwargs: Any) -> Any:
+        method = getattr(stock, name)
         if transformed():
             return method(self, *args, **kwargs)
         armed = dict(self.value() or {}) if calling else {}
@@ -612,10 +619,9 @@ class FoldedOwnOwner(_Container):
 
 
 def _own_chain_method(stock: type[nn.Module], name: str) -> Callable[..., Any]:
-    method = getattr(stock, name)
-
-    @functools.wraps(method)
+    @functools.wraps(getattr(stock, name))
     def call(self: FoldedOwnOwner, x: Tensor) -> Tensor:
+        method = getattr(stock, name)
         chain = None if transformed() else (self.value() or {}).get(name)
         return method(self, x) if chain is None else _call_container({}, chain, x)
 

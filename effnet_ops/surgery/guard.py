@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effnet_ops.surgery.fused import HOOKS
+from effnet_ops.surgery.fused import HOOKS, stock_class
 from effnet_ops.surgery.snapshot import Snapshot
 
 _BESIDES_VERSIONS = ("numpy", "__array__", "__dlpack__", "untyped_storage", "storage", "_typed_storage")
@@ -145,18 +145,20 @@ def tensors_of(modules: Iterable[nn.Module]) -> list[Tensor]:
 
 
 class Kept:
-    """A value made from ``owner``'s attributes and from ``modules``, with all that it was read from.
+    """A value made from ``owner``'s attributes ``names`` and from ``modules``, with all that it was read from.
 
+    ``methods`` are those whose calls it takes the place of, beside the forward of the modules.
     ``make`` may return None: then the modules run one by one, until something changes.
     """
 
-    __slots__ = ("_attributes", "_forwards", "_links", "_modules", "_names", "_snapshot", "_types", "sources", "value")
+    __slots__ = ("_attributes", "_links", "_methods", "_modules", "_names", "_snapshot", "_types", "sources", "value")
 
     def __init__(
         self,
         owner: nn.Module,
         modules: Sequence[nn.Module],
         names: Sequence[str],
+        methods: Sequence[tuple[type, str]],
         make: Callable[[], Any],
     ) -> None:
         self._links, self._names, self._modules = owner._modules, names, list(modules)
@@ -166,7 +168,9 @@ class Kept:
         inner = (state[name] for state in states for name in tables)
         self._snapshot = Snapshot([owner._modules, owner._parameters, owner._buffers, *states, *inner])
         self._attributes, self._types = self._read(owner), list(map(type, self._modules))
-        self._forwards = [(cls, cls.forward) for cls in {type(owner), *self._types}]
+        classes = {*self._types, *map(stock_class, self._modules)}
+        watched = [*methods, *((cls, "forward") for cls in classes)]
+        self._methods = [(cls, name, getattr(cls, name)) for cls, name in watched]
         # Before they are read, so that what changes meanwhile is noticed.
         self.sources = Sources(tensors_of([owner, *self._modules]))
         self.value = make()
@@ -181,6 +185,6 @@ class Kept:
             and self._snapshot.holds()
             and self._read(owner) == self._attributes
             and list(map(type, self._modules)) == self._types
-            and all(cls.forward is forward for cls, forward in self._forwards)
+            and all(getattr(cls, name) is method for cls, name, method in self._methods)
             and self.sources.hold()
         )

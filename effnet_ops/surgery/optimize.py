@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from effnet_ops.checks import FLOAT_DTYPES
 from effnet_ops.surgery.around import NETWORKS
-from effnet_ops.surgery.casting import CastOutput, CastSideInputs, cast_input, own_dtype
+from effnet_ops.surgery.casting import CastInput, CastOutput, cast_input, own_dtype
 from effnet_ops.surgery.folded import (
     OWN_CHAINS,
     POOLS,
@@ -59,8 +59,8 @@ class OptimizationReport:
     """What `optimize_for_inference` did, by the modules' qualified names in the given model.
 
     Attributes:
-        blocks: the MBConv blocks that became one call without normalisations.
-        folded: each normalisation that was folded, with the convolution it went into; those of blocks, too.
+        blocks: the MBConv blocks that are one call without normalisations.
+        folded: each normalisation that a convolution runs, with that convolution; those of blocks, too.
         left: the normalisations and blocks that are as they were, with the reason.
         replaced: what `replace_layers` did to the depthwise and squeeze-and-excitation layers outside these blocks.
     """
@@ -79,27 +79,35 @@ class OptimizationReport:
 
 
 def optimize_for_inference(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
-    """A copy of ``model`` for inference: batch normalisations folded into convolutions, MBConv blocks in one call.
+    """A copy of ``model`` for inference: batch normalisations run inside convolutions, MBConv blocks as one call.
 
     Knows the EfficientNets of timm, torchvision, efficientnet_pytorch, geffnet and `effnet_ops.create_model`, their
     relatives, and in any other model convolutions followed by a normalisation in an ``nn.Sequential``. The given model
     is not touched. The copy is in evaluation mode, its parameters need no gradient (its input may), and its forward
-    takes and returns what the model's does. Modules with hooks on a folded part keep their stock form. It pickles,
-    copies, moves and compiles; its state dict is its own. ``train()`` raises a RuntimeError once something is folded.
+    takes and returns what the model's does, in the model's layout.
+
+    The copy has every module, parameter, buffer and attribute of the model under its name, and the model's state dict
+    fits it. What is folded and packed lies beside the weights and is made at the first call, and again after a change
+    of weights, settings or modules. It is used where a block, a network or a sequence of the copy calls its own parts.
+    Somebody else who calls a part, slices a sequence or hooks a layer, before or after, gets what the model gives;
+    a layer runs its stock form while somebody hooks it. So do function transforms, tracing and gradients of weights.
+    It pickles, copies, moves and compiles. ``train()`` raises a RuntimeError, before it changes anything, once
+    something is folded. docs/copies.md has a table of all this.
 
     Args:
-        model: any module; the copy takes the running statistics and weights that it has now.
+        model: any module; of a DistributedDataParallel, its module. The copy takes the statistics and weights of now.
         dtype: of the activations: float32, float64, bfloat16, float16, or None for the model's own. For half precision,
-            the parameters of fused layers are kept in float32, except that products in bfloat16 have weights in
-            bfloat16. The input of any floating dtype is cast, and outputs
-            (tensors in tuples, lists and dictionaries too) come back in the dtype of the first tensor given.
+            the parameters of folded layers stay in float32. The first floating tensor of the input is cast where it
+            meets a layer, the others at once, and outputs come back in the dtype of the first one, or in the model's
+            where none is given, such as for integer images: in mappings, lists, tuples and dataclasses, too. Layers
+            of PyTorch and parameters take ``dtype``. Buffers of other modules keep their precision, and so does a
+            module without children that computes with such buffers or with integers.
             Layers that are put into the copy later, such as another classifier, keep their own dtype.
             Other methods than the call itself, such as timm's ``forward_features``, return ``dtype``. On the CPU,
             autocast does not change the precision of the folded layers.
 
     Returns:
-        The copy, or what replaces it where the model is itself an MBConv block; its ``optimization_report``
-        (`OptimizationReport`, printable) says what was done and what was left.
+        The copy; its ``optimization_report`` (`OptimizationReport`, printable) says what was done and what was left.
 
     Raises:
         TypeError: ``model`` is not a torch.nn.Module, or ``dtype`` is not a torch.dtype.
@@ -336,14 +344,14 @@ def _loses(tensor: Tensor, dtype: torch.dtype) -> bool:
 
 def _cast_calls(model: nn.Module, given: torch.dtype | None) -> None:
     """Cast what goes into the model and what comes out."""
-    hooks = model._forward_hooks
-    for key in [key for key, hook in hooks.items() if isinstance(hook, CastOutput)]:
-        del hooks[key], model._forward_hooks_with_kwargs[key]
-    model.register_forward_hook(CastOutput(given), with_kwargs=True)
-    if not any(isinstance(hook, CastSideInputs) for hook in model._forward_pre_hooks.values()):
-        like = next((module for module in model.modules() if _is_converted(module)), None)
-        if like is not None:
-            model.register_forward_pre_hook(CastSideInputs(like), with_kwargs=True)
+    for hooks in (model._forward_hooks, model._forward_pre_hooks):
+        for key in [key for key, hook in hooks.items() if isinstance(hook, CastInput | CastOutput)]:
+            del hooks[key]
+    output = CastOutput(given)
+    like = next((module for module in model.modules() if _is_converted(module)), None)
+    # Before the hook of a model with parameters of its own, which casts the first tensor, too.
+    model.register_forward_pre_hook(CastInput(output, like), with_kwargs=True, prepend=True)
+    model.register_forward_hook(output, with_kwargs=True)
 
 
 def _is_converted(module: nn.Module) -> bool:
