@@ -23,8 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import effnet_ops
 from effnet_ops import layers, optimize_for_inference, reference, replace_layers
 from effnet_ops.ops import packed
-from effnet_ops.surgery import folded
-from effnet_ops.surgery.folded import FoldedMBConv, FoldedPointwise, FoldedPool, FoldedSequence
+from effnet_ops.surgery import folding
+from effnet_ops.surgery.folded import FoldedMBConv, FoldedPool, FoldedSequence
 
 SIZE = 64
 # As in test_surgery_networks: statistics of fewer pixels amplify rounding.
@@ -46,6 +46,26 @@ def norms(model: nn.Module) -> int:
     return sum(isinstance(module, _BatchNorm) for module in model.modules())
 
 
+class Seen(TorchDispatchMode):
+    """Keeps the names of all operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@torch.inference_mode()
+def norms_run(model: nn.Module, *inputs: object) -> int:
+    """The normalisations that a call of the model runs by themselves."""
+    with Seen() as seen:
+        model(*inputs)
+    return sum("batch_norm" in name for name in seen.names)
+
+
 def small() -> nn.Module:
     return with_statistics(timm.create_model("test_efficientnet"), SIZE)
 
@@ -63,7 +83,7 @@ def test_error_is_at_most_twice_the_stock_models(name: str) -> None:
     report = optimized.optimization_report
     assert (len(report.folded), len(report.blocks), report.left) == (count, blocks, {})
     assert str(report) == f"{count} batch normalisations folded, {blocks} MBConv blocks fused"
-    assert norms(optimized) == 0
+    assert norms_run(optimized, x) == 0
     twin = copy.deepcopy(model).to(memory_format=torch.channels_last)
     allowed = [relative_difference(y, exact)]
     allowed.append(relative_difference(twin(x.to(memory_format=torch.channels_last)), exact))
@@ -96,7 +116,7 @@ def test_real_weights_on_real_photographs() -> None:
 def test_blocks(name: str) -> None:
     block, x = BLOCKS[name](), torch.randn(2, CHANNELS, 12, 12, dtype=torch.float64)
     optimized = optimize_for_inference(block)
-    assert optimized.optimization_report.blocks == [""] and norms(optimized) == 0
+    assert optimized.optimization_report.blocks == [""] and norms_run(optimized, x) == 0
     torch.testing.assert_close(optimized(x), block(x), rtol=1e-9, atol=1e-9)
 
 
@@ -134,9 +154,11 @@ def test_relatives_and_what_is_left_of_them(name: str) -> None:
     model, x = with_statistics(build(), SIZE).double(), torch.randn(2, 3, SIZE, SIZE, dtype=torch.float64)
     optimized = optimize_for_inference(model)
     report = optimized.optimization_report
-    assert norms(optimized) == left
+    assert norms_run(optimized, x) == left
     assert len(report.folded) == norms(model) - left
-    assert {n for n, m in optimized.named_modules() if isinstance(m, _BatchNorm)} <= report.left.keys()
+    assert {
+        n for n, m in model.named_modules() if isinstance(m, _BatchNorm)
+    } <= report.left.keys() | report.folded.keys()
     assert relative_difference(optimized(x), model(x)) <= 1e-9
     half = optimize_for_inference(model, dtype=torch.bfloat16)(x)
     assert half.dtype == torch.float64 and half.isfinite().all()
@@ -196,11 +218,11 @@ def test_weights_are_packed_for_the_cpu_alone(monkeypatch: pytest.MonkeyPatch) -
     optimized, x = optimize_for_inference(small()), torch.randn(2, 3, SIZE, SIZE)
     moved, y, before = copy.deepcopy(optimized), optimized(x), optimized.state_dict()
     with monkeypatch.context() as patch:
-        patch.setattr(folded, "_on_cpu", lambda weight: False)
+        patch.setattr(folding, "_on_cpu", lambda weight: False)
         moved.to(torch.float32)
         block = next(module for module in moved.modules() if isinstance(module, FoldedMBConv))
-        channels = block.depthwise_bias.shape[0]
-        assert moved.conv_stem.weight.dim() == 4 and block.depthwise_weight.shape[:2] == (channels, 1)
+        value = block.value()
+        assert value.depthwise_weight.shape[:2] == (value.depthwise_bias.shape[0], 1)
         with effnet_ops.use_backend("reference"):
             assert relative_difference(moved(x), y) < 1e-5
     moved.to(torch.float32)
@@ -212,9 +234,9 @@ def test_weights_are_packed_for_the_cpu_alone(monkeypatch: pytest.MonkeyPatch) -
 def test_first_convolution_of_other_devices(padding: tuple[int, int, int, int]) -> None:
     x, weight, bias = torch.randn(2, 3, 9, 11), torch.randn(8, 3, 3, 3), torch.randn(8)
     expected = reference.convolution(x, weight, bias, (2, 2), padding, "silu")
-    found = folded._library_convolution(x, weight, bias, (2, 2), padding, "silu")
+    found = folding._library_convolution(x, weight, bias, (2, 2), padding, "silu")
     assert relative_difference(found, expected) < 1e-6 and found.is_contiguous(memory_format=torch.channels_last)
-    half = folded._library_convolution(x.bfloat16(), weight, bias, (2, 2), padding, "silu")
+    half = folding._library_convolution(x.bfloat16(), weight, bias, (2, 2), padding, "silu")
     assert half.dtype == torch.bfloat16 and relative_difference(half, expected) < 2e-2
 
 
@@ -258,11 +280,9 @@ def test_class_of_a_block_that_changes_later() -> None:
     optimized, x = optimize_for_inference(small()), torch.randn(2, 3, SIZE, SIZE)
     y = optimized(x), optimized(x)
 
-    class Doubled(FoldedMBConv):
-        def forward(self, x: Tensor) -> Tensor:
-            return 2 * super().forward(x)
-
-    next(module for module in optimized.modules() if isinstance(module, FoldedMBConv)).__class__ = Doubled
+    block = next(module for module in optimized.modules() if isinstance(module, FoldedMBConv))
+    cls = type(block)
+    block.__class__ = type("Doubled", (cls,), {"forward": lambda self, x: 2 * cls.forward(self, x)})
     assert relative_difference(optimized(x), y[0]) > 1e-2
 
 
@@ -298,12 +318,12 @@ def test_methods_and_feature_maps_keep_working() -> None:
         settings = {"features_only": True, "feature_location": location}
         backbone = with_statistics(timm.create_model("test_efficientnet", **settings), SIZE)
         optimized = optimize_for_inference(backbone)
-        assert (norms(optimized) > 0) == left
+        assert (norms_run(optimized, x) > 0) == left
         for found, expected in zip(optimized(x), backbone(x), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
     own = with_statistics(effnet_ops.create_model("efficientnet_b0", features_only=True), SIZE)
     half = optimize_for_inference(own, dtype=torch.bfloat16)
-    assert norms(half) == 0 and {feature.dtype for feature in half(x)} == {torch.float32}
+    assert norms_run(half, x) == 0 and {feature.dtype for feature in half(x)} == {torch.float32}
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
@@ -315,7 +335,12 @@ def test_compiles_to_one_graph(dtype: torch.dtype | None) -> None:
         compiled = torch.compile(optimized, backend="aot_eager", fullgraph=True)
         found, expected = compiled(x), optimized(x)
     assert found.dtype == expected.dtype
-    assert relative_difference(found, expected) < (1e-4 if dtype is None else 0.1)
+    if dtype is None:
+        assert relative_difference(found, expected) < 1e-4
+    else:
+        # The graph rounds its first layer elsewhere; the network makes of five elements a quarter of its output.
+        exact = copy.deepcopy(model).double()(x.double())
+        assert relative_difference(found, exact) < 2 * relative_difference(expected, exact)
 
 
 def later_hook(block: nn.Module, calls: list[str]) -> None:
@@ -332,13 +357,13 @@ LATER: dict[str, Callable[[nn.Module, nn.Module, list[str]], object]] = {
         lambda *_: calls.append("pre")
     ),
     "forward of an instance": lambda stage, block, calls: later_forward(block, calls),
-    "another activation": lambda stage, block, calls: setattr(block, "activation", "relu"),
-    "no residual": lambda stage, block, calls: setattr(block, "residual", False),
+    "another activation": lambda stage, block, calls: setattr(block.bn2, "act", nn.ReLU()),
+    "no residual": lambda stage, block, calls: setattr(block, "has_skip", False),
     "another module": lambda stage, block, calls: setattr(stage, "1", nn.Identity()),
     "a block more": lambda stage, block, calls: stage.append(copy.deepcopy(block)),
-    "new weights": lambda stage, block, calls: setattr(block, "depthwise_bias", nn.Parameter(block.depthwise_bias + 1)),
-    "weights changed in place": lambda stage, block, calls: block.project_bias.data.add_(1),
-    "weights elsewhere": lambda stage, block, calls: setattr(block.project_bias, "data", block.project_bias + 1),
+    "new weights": lambda stage, block, calls: setattr(block.bn2, "bias", nn.Parameter(block.bn2.bias + 1)),
+    "weights changed in place": lambda stage, block, calls: block.bn3.bias.data.add_(1),
+    "weights elsewhere": lambda stage, block, calls: setattr(block.bn3.bias, "data", block.bn3.bias + 1),
     "one block in fp64": lambda stage, block, calls: block.double(),
     "one block in bf16": lambda stage, block, calls: block.set_activations(torch.bfloat16),
 }
@@ -348,7 +373,7 @@ LATER: dict[str, Callable[[nn.Module, nn.Module, list[str]], object]] = {
 def test_blocks_in_one_call_notice_what_changed(name: str) -> None:
     model = with_statistics(timm.create_model("efficientnet_b0"), SIZE)
     optimized, x = optimize_for_inference(model), torch.randn(2, 3, SIZE, SIZE)
-    assert type(optimized.blocks) is FoldedSequence and type(optimized.blocks[0]) is nn.Sequential
+    assert isinstance(optimized.blocks, FoldedSequence) and type(optimized.blocks[0]) is nn.Sequential
     with torch.inference_mode():
         before = optimized(x)
         calls: list[str] = []
@@ -356,7 +381,7 @@ def test_blocks_in_one_call_notice_what_changed(name: str) -> None:
         LATER[name](stage, stage[1], calls)
         one_by_one = copy.deepcopy(optimized)
         for module in list(one_by_one.modules()):
-            if type(module) is FoldedSequence:
+            if isinstance(module, FoldedSequence):
                 module.__class__ = nn.Sequential
         calls.clear()
         found, heard = optimized(x), list(calls)
@@ -367,20 +392,8 @@ def test_blocks_in_one_call_notice_what_changed(name: str) -> None:
 
 def in_one_call() -> nn.Module:
     optimized = optimize_for_inference(with_statistics(timm.create_model("mobilenetv2_050"), SIZE))
-    assert type(optimized.blocks) is FoldedSequence
+    assert isinstance(optimized.blocks, FoldedSequence)
     return optimized
-
-
-class Seen(TorchDispatchMode):
-    """Keeps the names of all operators that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.add(func.name())
-        return func(*args, **(kwargs or {}))
 
 
 def test_blocks_in_one_call_are_seen_by_who_looks() -> None:
@@ -393,7 +406,7 @@ def test_blocks_in_one_call_are_seen_by_who_looks() -> None:
             assert torch.equal(optimized(x), expected)
         with Seen() as mode:
             assert torch.equal(optimized(x), expected)
-    assert name in {event.key for event in profile.key_averages()} & mode.names
+    assert name in {event.key for event in profile.key_averages()} & set(mode.names)
 
 
 def test_blocks_in_one_call_survive_a_move_to_shared_memory() -> None:
@@ -477,7 +490,7 @@ def test_packed_layers_behind_stock_ones_in_autocast(automatic: torch.dtype, mon
     model, x = small(), torch.randn(2, 3, SIZE, SIZE)
     optimized = optimize_for_inference(model)
     assert any(type(module) is nn.Conv2d for module in optimized.modules())
-    folded = [module for module in optimized.modules() if isinstance(module, FoldedMBConv | FoldedPointwise)]
+    folded = [module for module in optimized.modules() if isinstance(module, FoldedMBConv)]
     dtypes: list[torch.dtype] = []
     for module in folded:
         module.register_forward_hook(lambda module, args, y: dtypes.append(y.dtype))
@@ -521,7 +534,7 @@ def test_normalisation_without_weights_and_dead_channels() -> None:
     norm.running_var[:4] = torch.tensor([0.0, 1e-7, 30.0, 566.0])
     model, x = nn.Sequential(nn.Conv2d(3, 8, 3), norm).double(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
     optimized = optimize_for_inference(model)
-    assert norms(optimized) == 0
+    assert norms_run(optimized, x) == 0
     torch.testing.assert_close(optimized(x), model(x), rtol=1e-12, atol=1e-10)
 
 

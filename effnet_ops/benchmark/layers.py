@@ -29,7 +29,8 @@ from effnet_ops.benchmark.rows import Row
 from effnet_ops.benchmark.timing import percentiles
 from effnet_ops.benchmark.worker import LEAST, WARM_UP
 from effnet_ops.params import ConvNormParams
-from effnet_ops.surgery.folded import fold
+from effnet_ops.surgery.folded import OBSERVES, Folded
+from effnet_ops.surgery.folding import fold
 from effnet_ops.surgery.fused import BlockPlan, FusedLayer, Unfit, conv_norm_params, describe
 from effnet_ops.surgery.replace import classify
 
@@ -100,9 +101,12 @@ class Network:
         self._clock: Callable[[], float] = time.perf_counter
         self._leaves: list[tuple[str, float, Any, Any]] = []
         self._keep = True
+        closed = [module for module in self._model.modules() if isinstance(module, Folded) and module.closed]
+        inside = {inner for module in closed for inner in module.modules() if inner is not module}
         for name, module in self._model.named_modules():
-            # On the instance, and not as a hook: replaced layers run their stock form where somebody hooks them.
-            module.forward = self._timed(name, module.forward)
+            if module not in inside:
+                # On the instance, and not as a hook: folded layers run their stock form where somebody hooks them.
+                module.forward = self._timed(name, module.forward)
         self._works = self._works_of_one_pass()
         self._keep = False
 
@@ -145,6 +149,7 @@ class Network:
                 self._leaves.append((name, elapsed, args, y) if self._keep else (name, elapsed, None, None))
             return y
 
+        setattr(run, OBSERVES, True)
         return run
 
     def _works_of_one_pass(self) -> list[Work]:

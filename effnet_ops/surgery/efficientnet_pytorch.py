@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from effnet_ops.surgery.around import AROUND, NETWORKS, AroundConvolution
 from effnet_ops.surgery.drop_path import uniform_scale
-from effnet_ops.surgery.folded import FoldedMBConv
+from effnet_ops.surgery.folded import METHODS, FoldedMBConv
 from effnet_ops.surgery.fused import (
     ACTIVATIONS,
     CHAINS,
@@ -54,6 +54,7 @@ CHAINS.update(
         EfficientNet: (("_conv_stem", "_bn0", "_swish"), ("_conv_head", "_bn1", "_swish")),
     }
 )
+METHODS[EfficientNet] = ("extract_features",)
 NETWORKS.add(EfficientNet)
 
 
@@ -94,10 +95,9 @@ class AroundConv2dDynamicSamePadding(AroundConvolution, Conv2dDynamicSamePadding
 
 
 class FoldedMBConvBlock(FoldedMBConv):
-    """The folded block, with the stock's signature; its drop rate is for training."""
+    """The folded block; its drop rate is for training."""
 
-    def forward(self, inputs: Tensor, drop_connect_rate: float | None = None) -> Tensor:
-        return super().forward(inputs)
+    ignored = ("drop_connect_rate",)
 
 
 @fuses(MBConvBlock)

@@ -1,152 +1,77 @@
-"""What `optimize_for_inference` puts in the place of layers: the same computation with the normalisations folded in.
+"""The modules of an optimized copy: they run folded convolutions where the calls of the parts are their own.
 
-Weights of products are packed (see `effnet_ops.packing`) for the dtype of the activations: bf16 in pairs, fp16 in fp32.
+A module keeps its children, parameters, buffers, attributes and names; only its class changes, to one that derives from
+its own and from `Folded`. What it runs instead (`surgery.folding`) lies beside the weights, is made at the first call,
+and again when something changed that it was made from (`guard.Kept`). Whoever calls, reads, slices, hooks or changes a
+part finds the stock layer: there the stock forward runs, which is always right.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from operator import attrgetter
-from typing import Any, NoReturn
+import contextlib
+import functools
+import inspect
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 
-from effnet_ops import backends, functional, packing, reference
-from effnet_ops.checks import check_input, padding_sides, resolve_padding
+from effnet_ops import backends, layers
+from effnet_ops.checks import FLOAT_DTYPES
+from effnet_ops.models import efficientnet
 from effnet_ops.ops import packed
-from effnet_ops.ops._library import Prepared, PreparedCalls
-from effnet_ops.params import ConvNormParams, SqueezeExciteParams
-from effnet_ops.reference import activate, compute_dtype
-from effnet_ops.surgery.fused import HOOKS, Unfit, check_untouched, parameter
-from effnet_ops.surgery.snapshot import Snapshot
+from effnet_ops.params import ConvNormParams
+from effnet_ops.reference import compute_dtype
+from effnet_ops.surgery.casting import cast
+from effnet_ops.surgery.folding import Block, BlockSequence, Prepared, Product, calls, convolution, fold
+from effnet_ops.surgery.fused import (
+    ACTIVATIONS,
+    CHAINS,
+    CONVOLUTIONS,
+    LAYERS,
+    NORMS,
+    SEQUENCES,
+    BlockPlan,
+    Part,
+    Unfit,
+    check_untouched,
+    conv_norm_params,
+    describe_or_none,
+    parameter,
+    stock_class,
+)
+from effnet_ops.surgery.guard import Kept
+
+_KEPT = "_effnet_ops_kept"
+OBSERVES = "_effnet_ops_observes"
+"""An attribute of functions that replace a forward on an instance, call it, and change nothing."""
+
+METHODS: dict[type[nn.Module], tuple[str, ...]] = {}
+"""The methods of a class that call the parts in its `CHAINS` themselves, where that is not its forward."""
+
+OWN_CONVOLUTIONS = (layers.PaddedConv2d, layers.DepthwiseConv2d)
+OWN_CHAINS: dict[type[nn.Module], dict[str, tuple[str, str]]] = {
+    layers.ConvNormAct: {"forward": ("conv", "bn1")},
+    efficientnet.EfficientNet: {"forward_stem": ("conv_stem", "bn1"), "forward_last": ("conv_head", "bn2")},
+    efficientnet.EfficientNetFeatures: {"forward_stem": ("conv_stem", "bn1")},
+}
+"""Methods of our own modules: each calls these two, and the activation that `_activation_of` names."""
 
 
-def fold(conv: ConvNormParams, dtype: torch.dtype | None = None) -> ConvNormParams:
-    """``conv`` without its normalisation, which is applied to weight and bias: norm(conv(x)) in evaluation.
-
-    Computed in fp64 and rounded once, to ``dtype`` or else the weight's: running variances span ten orders.
-    """
-    weight, bias, norm = conv.weight.detach().double(), conv.bias, conv.norm
-    shift = weight.new_zeros(weight.shape[0]) if bias is None else bias.detach().double()
-    if norm is not None:
-        scale = torch.rsqrt(norm.running_var.double() + norm.eps)
-        if norm.weight is not None:
-            scale = scale * norm.weight.detach().double()
-        weight, shift = weight * scale[:, None, None, None], (shift - norm.running_mean.double()) * scale
-        if norm.bias is not None:
-            shift = shift + norm.bias.detach().double()
-    dtype = dtype or conv.weight.dtype
-    return ConvNormParams(frozen(weight.to(dtype)), frozen(shift.to(dtype)))
-
-
-def frozen(value: Tensor) -> nn.Parameter:
-    """A parameter with memory of its own that needs no gradient."""
-    return nn.Parameter(value.detach().clone(memory_format=torch.contiguous_format), requires_grad=False)
-
-
-_PREPARED = "_effnet_ops_prepared"
-
-
-class Folded(nn.Module):
-    """Base of the modules that hold folded normalisations: they cannot train.
-
-    ``activations`` is an empty buffer whose dtype the input is cast to, so that ``.to(dtype)`` changes that too; None
-    leaves the input as it is. ``depths`` has the number of terms of each product whose weight is packed.
-    """
-
-    activations: Tensor | None
-    depths: dict[str, int]
-
-    def cast(self, x: Tensor) -> Tensor:
-        like = self._buffers.get("activations")
-        if like is None and isinstance(x, Tensor):
-            return x
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"x must be a tensor of floating-point numbers, got {kind}")
-        return x.to(like.dtype)
-
-    def set_activations(self, dtype: torch.dtype) -> None:
-        """Cast every input to ``dtype`` from now on."""
-        device = next(self.parameters()).device
-        self.register_buffer("activations", torch.empty(0, dtype=dtype, device=device), persistent=False)
-        self._repack()
-
-    def runs_packed(self, x: Tensor, channels: int) -> bool:
-        """Whether the packed operator takes x, which must have ``channels``."""
-        if x.dim() != 4 or x.shape[1] != channels:
-            check_input(x)
-            raise ValueError(f"x must have {channels} channels, got shape {tuple(x.shape)}")
-        return backends.select(x) == "cpu"
-
-    def prepared(self, x: Tensor, arguments: tuple[Any, ...]) -> Prepared | None:
-        """What runs an operator that has run on such an x with these very arguments before."""
-        if torch.compiler.is_compiling():
-            return None
-        calls = self.__dict__.get(_PREPARED)
-        return None if calls is None else calls.get((x.shape, x.stride(), x.dtype, arguments), x)
-
-    def run_and_prepare(
-        self, x: Tensor, operator: Callable[..., Tensor], prepare: Callable[..., Any], arguments: tuple[Any, ...]
-    ) -> Tensor:
-        y = operator(x, *arguments)
-        if not torch.compiler.is_compiling() and (kernel := prepare(x, *arguments)) is not None:
-            calls = self.__dict__.setdefault(_PREPARED, PreparedCalls())
-            calls.keep((x.shape, x.stride(), x.dtype, arguments), kernel)
-        return y
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != _PREPARED}
-
-    def plain(self, name: str) -> Tensor | None:
-        """The weight of a product as (columns, depth), whether it is packed or not."""
-        weight = parameter(self, name)
-        if weight is None or not packing.is_packed(weight):
-            return weight
-        bias = parameter(self, name.replace("weight", "bias"))
-        return packing.unpack(weight, bias.shape[0], self.depths[name])
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        super()._apply(fn, recurse)
-        if self.__dict__.get("depths"):
-            self._repack()
-        return self
-
-    def _repack(self) -> None:
-        """Pack the products for the dtype that the activations have now; away from the CPU they stay plain."""
-        self.__dict__.pop(_PREPARED, None)
-        like = self._buffers.get("activations")
-        for name in self.depths:
-            weight = self._parameters[name]
-            wanted = self._product_dtype(name, weight.dtype if like is None else like.dtype)
-            on_cpu, pairs = _on_cpu(weight), wanted is torch.bfloat16
-            fits = packing.is_packed(weight) is on_cpu and (not on_cpu or (weight.dim() == 4) is pairs)
-            if weight.dtype is not wanted or not fits:
-                rows = self.plain(name).detach().to(wanted)
-                self._parameters[name] = frozen(packing.pack(rows) if on_cpu else rows)
-            elif not weight.is_contiguous():
-                # model.to(memory_format=...) takes what has four axes for images.
-                self._parameters[name] = frozen(weight)
-
-    def _product_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
-        return dtype if dtype is torch.bfloat16 else compute_dtype(dtype)
-
-    def train(self, mode: bool = True) -> nn.Module:
-        if mode:
-            _refuse_to_train()
-        return super().train(mode)
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        raise RuntimeError(
-            f"torch.jit.script cannot compile {type(self).__name__}: script the model that was optimized instead"
-        )
-
-
-def _on_cpu(weight: Tensor) -> bool:
-    """Whether it is in the order of the CPU's kernels; elsewhere it is as the functions take it."""
-    return weight.device.type == "cpu"
+def transformed() -> bool:
+    """Whether the call is traced, compiled, transformed or differentiated in forward mode: plain PyTorch then."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or forward_ad._current_level >= 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 def _refuse_to_train() -> NoReturn:
@@ -157,152 +82,687 @@ def _refuse_to_train() -> NoReturn:
     )
 
 
-class FoldedNorm(Folded, nn.Sequential):
-    """What is left where a normalisation was: the activations behind it, often none."""
+def train_or_refuse(module: nn.Module, mode: bool = True) -> nn.Module:
+    """``train`` of a module with folded ones inside: it refuses before any of them has changed."""
+    if mode:
+        _refuse_to_train()
+    return type(module).train(module, mode)
 
 
-class FoldedPointwise(Folded, nn.Conv2d):
-    """A 1x1 convolution with bias and activation; made of an ``nn.Conv2d``, with its weight packed."""
+class Folded(nn.Module):
+    """Base of the classes of an optimized copy's modules.
 
-    activation: str
-
-    @classmethod
-    def convert(cls, conv: nn.Conv2d, activation: str) -> None:
-        """Make ``conv`` one, in place."""
-        conv.__class__ = cls
-        conv.activation, conv.depths = activation, {"weight": conv.in_channels}
-        conv.weight = frozen(packing.pack(conv.weight.detach().flatten(1)))
-        if conv.bias is None:
-            conv.bias = frozen(conv.weight.new_zeros(conv.out_channels))
-        conv._repack()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x, bias = self.cast(x), parameter(self, "bias")
-        arguments = (parameter(self, "weight"), bias, self.activation)
-        if (known := self.prepared(x, arguments)) is not None:
-            return known.run(x)
-        if self.runs_packed(x, self.in_channels):
-            return self.run_and_prepare(x, packed.pointwise, packed.prepare_pointwise, arguments)
-        weight = self.plain("weight")[:, :, None, None]
-        return functional.pointwise_conv2d(x, weight, bias, activation=self.activation)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, activation={self.activation}"
-
-
-class FoldedConvolution(Folded, nn.Conv2d):
-    """A dense convolution of few channels with bias and activation, in channels_last; made of an ``nn.Conv2d``.
-
-    Its weight is in fp32 (fp64 for fp64 activations), packed on the CPU: of three channels, pairs of bf16 have no use.
+    ``activations`` is an empty buffer whose dtype the input is cast to, so that ``.to(dtype)`` changes that too; None
+    leaves the input as it is. Beside activations of half precision, the parameters are in fp32.
     """
 
-    activation: str
+    stock: ClassVar[type[nn.Module]]
+    settings: ClassVar[tuple[str, ...]] = ()
+    """Attributes of the module itself that `make` reads."""
+    closed: ClassVar[bool] = True
+    """Whether nothing else may be changed in what is inside it."""
+    activations: Tensor | None
 
     @classmethod
-    def convert(cls, conv: nn.Conv2d, padding: functional.Padding, activation: str) -> None:
-        """Make ``conv`` one, in place; ``padding`` as `effnet_ops.depthwise_conv2d` takes it."""
-        conv.__class__ = cls
-        conv.activation, conv.sides = activation, padding_sides(padding)
-        conv.depths = {"weight": conv.weight[0].numel()}
-        conv.weight = frozen(packing.pack_convolution(conv.weight.detach()))
-        conv._repack()
+    def methods(cls, stock: type[nn.Module]) -> dict[str, Any]:
+        """Methods and settings of the class that takes the place of ``stock``, beside those of this one."""
+        return {}
 
-    def dense(self) -> Tensor:
-        """The weight (out, in, kh, kw), whether it is packed or not."""
-        weight = parameter(self, "weight")
-        if weight.dim() == 4:
-            return weight
-        return packing.unpack_convolution(weight, self.out_channels, self.in_channels, self.kernel_size)
+    def make(self) -> Any:
+        """What runs instead of the stock forward; raises `Unfit` where only that is right."""
+        raise NotImplementedError
 
-    def _repack(self) -> None:
-        self.__dict__.pop(_PREPARED, None)
-        weight, like = self._parameters["weight"], self._buffers.get("activations")
-        dtype, on_cpu = compute_dtype(weight.dtype if like is None else like.dtype), _on_cpu(weight)
-        if weight.dtype is not dtype or (weight.dim() == 3) is not on_cpu:
-            dense = self.dense().detach().to(dtype)
-            self._parameters["weight"] = frozen(packing.pack_convolution(dense) if on_cpu else dense)
+    def read_from(self) -> list[nn.Module]:
+        """The modules inside that `make` reads."""
+        return [module for module in self.modules() if module is not self]
 
-    def forward(self, x: Tensor) -> Tensor:
-        x, bias = self.cast(x), parameter(self, "bias")
-        arguments = (parameter(self, "weight"), bias, self.kernel_size, self.stride, self.sides, self.activation)
-        if (known := self.prepared(x, arguments)) is not None:
-            return known.run(x)
-        if self.runs_packed(x, self.in_channels):
-            return self.run_and_prepare(x, packed.convolution, packed.prepare_convolution, arguments)
-        sides = resolve_padding(self.sides, x.shape[2:], self.kernel_size, self.stride, (1, 1))
-        convolution = reference.convolution if x.device.type == "cpu" else _library_convolution
-        return convolution(x, self.dense(), bias, self.stride, sides, self.activation)
+    def value(self) -> Any:
+        """What `make` makes of the module as it is now; None where the stock forward shall run."""
+        cell = self.__dict__.setdefault(_KEPT, [None])
+        if "_is_replica" in self.__dict__:
+            # nn.DataParallel's: a copy of __dict__, made for one call, whose parameters are plain attributes.
+            return None
+        kept = cell[0]
+        if kept is None or not kept.holds(self):
+            with torch.inference_mode(False), torch.no_grad():
+                methods = [(self.stock, name) for name in _calling_methods(self.stock)]
+                kept = cell[0] = Kept(self, self.read_from(), self.settings, methods, self._make_or_none)
+        if kept.value is None or (torch.is_grad_enabled() and kept.sources.need_gradients()):
+            return None
+        return kept.value
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, activation={self.activation}"
+    def _make_or_none(self) -> Any:
+        try:
+            check_own("it", self.stock)
+            return self.make()
+        except Unfit:
+            return None
+
+    def cast(self, x: Any) -> Any:
+        """The input in the dtype of the activations."""
+        like = self._buffers.get("activations")
+        if like is None:
+            return x
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"x must be a tensor of floating-point numbers, got {kind}")
+        return x.to(like.dtype)
+
+    def dtype(self) -> torch.dtype:
+        """That of the activations."""
+        like = self._buffers.get("activations")
+        return self._wide() if like is None else like.dtype
+
+    def _wide(self) -> torch.dtype:
+        return next(p for p in self.parameters() if p.is_floating_point()).dtype
+
+    def set_activations(self, dtype: torch.dtype) -> None:
+        """Cast every input to ``dtype`` from now on."""
+        device = next(t for t in (*self.parameters(), *self.buffers())).device
+        self.register_buffer("activations", torch.empty(0, dtype=dtype, device=device), persistent=False)
+
+    def run_stock(self, *args: Any, **kwargs: Any) -> Any:
+        """The stock forward, in the precision of the parameters."""
+        like = self._buffers.get("activations")
+        if like is None:
+            return self._stock_forward(*args, **kwargs)
+        wide = self._wide()
+        return cast(self._stock_forward(*cast(args, wide), **cast(kwargs, wide)), like.dtype)
+
+    def _stock_forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.stock.forward(self, *args, **kwargs)
+
+    def train(self, mode: bool = True) -> nn.Module:
+        if mode:
+            _refuse_to_train()
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != _KEPT}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _begin(self)
+
+    def __reduce_ex__(self, protocol: int) -> Any:
+        return _restored, (type(self).__bases__[0], self.stock), self.__getstate__()
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise RuntimeError(
+            f"torch.jit.script cannot compile {type(self).__name__}: script the model that was optimized instead"
+        )
 
 
-def _library_convolution(
-    x: Tensor, weight: Tensor, bias: Tensor, stride: Sequence[int], padding: Sequence[int], activation: str
-) -> Tensor:
-    """`reference.convolution` by PyTorch's kernel for x's dtype, in channels_last: fp32 would move twice as much."""
-    top, bottom, left, right = padding
-    if (top, left) != (bottom, right):
-        x, top, left = nn.functional.pad(x, (left, right, top, bottom)), 0, 0
-    weight = weight.to(x.dtype, memory_format=torch.channels_last)
-    return activate(nn.functional.conv2d(x, weight, bias.to(x.dtype), stride, (top, left)), activation)
+def _restored(mixin: type[Folded], stock: type[nn.Module]) -> nn.Module:
+    cls = folded_class(mixin, stock)
+    return cls.__new__(cls)
 
 
-class FoldedLinear(Folded, nn.Linear):
-    """A linear layer with its weight packed; made of an ``nn.Linear`` behind folded blocks."""
+@functools.cache
+def folded_class(mixin: type[Folded], stock: type[nn.Module]) -> type[Folded]:
+    """The class of folded modules of class ``stock``."""
+    return type(f"Folded{stock.__name__}", (mixin, stock), {"stock": stock, **mixin.methods(stock)})
+
+
+def _begin(module: Folded) -> None:
+    """Have a place for what is kept: who watches this module must not see its attributes change."""
+    module.__dict__[_KEPT] = [None]
+
+
+def convert(module: nn.Module, mixin: type[Folded]) -> None:
+    """Make ``module`` a folded one, in place."""
+    module.__class__ = folded_class(mixin, type(module))
+    _begin(module)
+
+
+def unfold(model: nn.Module) -> None:
+    """Give the modules of an optimized copy their own classes back, in place."""
+    for module in model.modules():
+        if isinstance(module, Folded):
+            module.__dict__.pop(_KEPT, None)
+            module.__class__ = module.stock
+        if getattr(module.__dict__.get("train"), "func", None) is train_or_refuse:
+            del module.train
+
+
+def check_own(name: str, cls: type, method: str = "forward") -> None:
+    """Raise `Unfit` where somebody put another function in the place of a class's own method."""
+    defining = next(base for base in cls.__mro__ if method in vars(base))
+    code = getattr(vars(defining)[method], "__code__", None)
+    beside = getattr(vars(defining).get("__init__"), "__code__", None)
+    file = sys.modules[defining.__module__].__file__ if beside is None else beside.co_filename
+    if code is None or code.co_filename != file:
+        raise Unfit(f"the {method} of {cls.__name__}, the class of {name}, was replaced")
+
+
+def _check_part(part: Part) -> None:
+    """Raise `Unfit` where calling a part would do more than its class says."""
+    for inner, module in part.module.named_modules():
+        if not getattr(module.__dict__.get("forward"), OBSERVES, False):
+            check_untouched(f"{part.name}.{inner}" if inner else part.name, module)
+        check_own(part.name, stock_class(module))
+
+
+class FoldedMBConv(Folded):
+    """An MBConv block as one operator, without normalisations and without drop path."""
+
+    ignored: ClassVar[tuple[str, ...]] = ()
+    """Arguments of the stock forward that do nothing in evaluation."""
 
     @classmethod
-    def convert(cls, linear: nn.Linear) -> None:
-        """Make ``linear`` one, in place."""
-        linear.__class__ = cls
-        linear.depths = {"weight": linear.in_features}
-        linear.weight = frozen(packing.pack(linear.weight.detach()))
-        if linear.bias is None:
-            linear.bias = frozen(linear.weight.new_zeros(linear.out_features))
-        linear._repack()
+    def methods(cls, stock: type[nn.Module]) -> dict[str, Any]:
+        first, *others = list(inspect.signature(stock.forward).parameters)[1:]
 
-    def forward(self, x: Tensor) -> Tensor:
+        @functools.wraps(stock.forward)
+        def forward(self: FoldedMBConv, *args: Any, **kwargs: Any) -> Tensor:
+            alone = len(args) == 1 and not kwargs
+            return self.run(args[0]) if alone else self.run_named(first, others, args, kwargs)
+
+        layer = LAYERS.get(stock)
+        settings = ("activation", "gate", "residual", "expands") if layer is None else layer.attributes
+        return {"forward": forward, "settings": settings}
+
+    def run_named(self, first: str, others: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        given = dict(zip((first, *others), args, strict=False)) | kwargs
+        if first in given and given.keys() - {first} <= set(self.ignored):
+            return self.run(given[first])
+        return self.run_stock(*args, **kwargs)
+
+    def run(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self._run_compiled(self.cast(x))
         x = self.cast(x)
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"x must have {self.in_features} features, got shape {tuple(x.shape)}")
-        rows, bias = x.reshape(-1, self.in_features, 1, 1), parameter(self, "bias")
-        arguments = (parameter(self, "weight"), bias, "none")
-        if (known := self.prepared(rows, arguments)) is not None:
-            y = known.run(rows)
-        elif self.runs_packed(rows, self.in_features):
-            y = self.run_and_prepare(rows, packed.pointwise, packed.prepare_pointwise, arguments)
-        else:
-            return nn.functional.linear(x, self.plain("weight").to(x.dtype), bias.to(x.dtype))
-        return y.view(*x.shape[:-1], self.out_features)
+        block = None if not isinstance(x, Tensor) or transformed() else self.value()
+        if block is not None:
+            return block(x)
+        return self.run_stock(x)
+
+    def _run_compiled(self, x: Tensor) -> Tensor:
+        """The block in a graph: folded from its parameters, which may change, and for ONNX in PyTorch's operators."""
+        onnx = torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+        if onnx or self.stock not in LAYERS or describe_or_none(self) is None:
+            return self.run_stock(x)
+        return self._fold()(x)
+
+    @classmethod
+    def describe(cls, module: nn.Module) -> BlockPlan:
+        return LAYERS[cls.stock].describe(module)
+
+    def _stock_forward(self, *args: Any, **kwargs: Any) -> Any:
+        # Our own blocks have a kernel for their gradient, but none for its gradient, and none that vmap could see into.
+        own = self.stock not in LAYERS and not torch.compiler.is_compiling()
+        own = own and (torch.is_grad_enabled() or transformed())
+        with backends.use_backend("reference") if own else contextlib.nullcontext():
+            return self.stock.forward(self, *args, **kwargs)
+
+    def make(self) -> Block:
+        block_stages(self)
+        return self._fold()
+
+    def _fold(self) -> Block:
+        return self._fold_own() if self.stock not in LAYERS else self._fold_planned()
+
+    def _folded(self, *params: ConvNormParams | None) -> list[ConvNormParams | None]:
+        dtype = compute_dtype(self.dtype())
+        return [None if conv is None else fold(conv, dtype) for conv in params]
+
+    def _fold_planned(self) -> Block:
+        plan: BlockPlan = LAYERS[self.stock].describe(self)
+        stages = (plan.expand, plan.depthwise, plan.project)
+        expand, depthwise, project = self._folded(*(stage and conv_norm_params(*stage) for stage in stages))
+        squeeze_excite = plan.squeeze_excite
+        return Block(
+            expand,
+            depthwise,
+            squeeze_excite and squeeze_excite.params(),
+            project,
+            self.dtype(),
+            stride=plan.stride,
+            padding=plan.padding,
+            activation=plan.activation,
+            gate=squeeze_excite.gate if squeeze_excite else "sigmoid",
+            residual=plan.residual,
+            after=plan.after,
+        )
+
+    def _fold_own(self) -> Block:
+        expand, depthwise, squeeze_excite, project, conv, _ = self._groups()
+        expand, depthwise, project = self._folded(expand, depthwise, project)
+        return Block(
+            expand,
+            depthwise,
+            squeeze_excite,
+            project,
+            self.dtype(),
+            stride=conv.stride,
+            padding=conv.padding,
+            activation=self.activation,
+            gate=self.gate,
+            residual=self.residual,
+        )
+
+
+def block_stages(block: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    """(convolution, normalisation) of each stage; raises `Unfit` where the block is not exactly MBConv."""
+    stock = stock_class(block)
+    check_own("it", stock)
+    for name, inner in block.named_modules():
+        if inner is not block:
+            check_untouched(name, inner)
+            check_own(name, stock_class(inner))
+    if stock in LAYERS:
+        plan: BlockPlan = LAYERS[stock].describe(block)
+        stages = (plan.expand, plan.depthwise, plan.project)
+    else:
+        stages = block._conv_norms()
+        plain = all(type(norm) is nn.BatchNorm2d for _, norm in filter(None, stages))
+        if block._groups() is None or not plain:
+            raise Unfit("a part of it is not the plain module that it was built with")
+    for _, norm in filter(None, stages):
+        check_statistics(norm)
+    return list(filter(None, stages))
+
+
+def check_statistics(norm: nn.BatchNorm2d) -> None:
+    if norm.running_mean is None or norm.running_var is None:
+        raise Unfit("it has no running statistics: it normalises by the batch's in evaluation, too")
+    if norm.training:
+        raise Unfit("it is in training mode")
+
+
+class FoldedConvolution(Folded):
+    """A convolution with a normalisation behind it, which it runs, too, where their container calls both."""
+
+    @classmethod
+    def methods(cls, stock: type[nn.Module]) -> dict[str, Callable[..., Any]]:
+        first = list(inspect.signature(stock.forward).parameters)[1]
+
+        @functools.wraps(stock.forward)
+        def forward(self: FoldedConvolution, *args: Any, **kwargs: Any) -> Tensor:
+            return self.run(args[0] if args else kwargs[first])
+
+        return {"forward": forward}
+
+    def run(self, x: Tensor) -> Tensor:
+        x = self.cast(x)
+        if torch.compiler.is_compiling():
+            # The normalisation rounds once, as where both are one operator.
+            return self.stock.forward(self, cast(x, self._wide()) if "activations" in self._buffers else x)
+        chain: FoldedChain | None = calls.armed.pop(self, None) if calls.armed else None
+        if chain is None or not _is_activation(x):
+            return self.run_stock(x)
+        y = chain.run(x)
+        calls.armed[chain.norm] = y, chain.behind
+        if chain.activation is not None:
+            calls.armed[chain.activation] = y, ()
+        return y
+
+
+class FoldedPart(Folded):
+    """A normalisation or activation whose result its convolution may have already."""
+
+    @classmethod
+    def methods(cls, stock: type[nn.Module]) -> dict[str, Callable[..., Any]]:
+        @functools.wraps(stock.forward)
+        def forward(self: FoldedPart, *args: Any, **kwargs: Any) -> Tensor:
+            if torch.compiler.is_compiling() or not calls.armed:
+                return self.rounded(stock.forward(self, *args, **kwargs))
+            done, behind = calls.armed.pop(self, (None, ()))
+            if done is None or len(args) != 1 or args[0] is not done:
+                return self.rounded(stock.forward(self, *args, **kwargs))
+            for module in behind:
+                done = module(done)
+            return done
+
+        return {"forward": forward}
+
+    def rounded(self, y: Tensor) -> Tensor:
+        like = self._buffers.get("activations")
+        return y if like is None else y.to(like.dtype)
+
+
+def _is_activation(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dim() == 4 and x.dtype in FLOAT_DTYPES and x.layout is torch.strided
+
+
+class Chain(NamedTuple):
+    """A convolution and the normalisation on its result; ``activation`` is the module on that, if it is a child."""
+
+    conv: Part
+    norm: Part
+    activation: Part | None = None
+
+
+class FoldedChain(NamedTuple):
+    """What runs instead of a chain: its parts from the normalisation on, and what is left to be called behind it."""
+
+    run: Callable[[Tensor], Tensor]
+    conv: nn.Module
+    norm: nn.Module
+    behind: Sequence[nn.Module]
+    activation: nn.Module | None
+
+    def __call__(self, x: Any) -> Any:
+        """All of it, where its container is a sequence."""
+        x = self.conv.cast(x)
+        if not _is_activation(x):
+            for module in filter(None, (self.conv, self.norm, self.activation)):
+                x = module(x)
+            return x
+        x = self.run(x)
+        for module in self.behind:
+            x = module(x)
+        return x
+
+
+def chains_of(owner: nn.Module) -> list[Chain]:
+    """The convolutions with a normalisation behind that ``owner``'s own methods call directly."""
+    parts = {name: Part(name, child) for name, child in owner._modules.items() if child is not None}
+    stock = stock_class(owner)
+    names: Sequence[tuple[str, ...]] = CHAINS.get(stock) or tuple(OWN_CHAINS.get(stock, {}).values())
+    if stock in SEQUENCES:
+        listed = list(parts)
+        triples = (tuple(listed[i : i + 3]) for i in range(len(listed) - 1))
+        names = [triple for triple in triples if isinstance(parts[triple[0]].module, nn.Conv2d)]
+    chains = []
+    for conv, norm, *activation in names:
+        if conv in parts and norm in parts and isinstance(parts[norm].module, _BatchNorm):
+            chains.append(Chain(parts[conv], parts[norm], parts.get(activation[0]) if activation else None))
+    return chains
+
+
+def check_chain(chain: Chain) -> None:
+    """Raise `Unfit` unless calling the convolution and the normalisation does what their classes say."""
+    conv, norm = chain.conv.module, chain.norm.module
+    if stock_class(norm) not in NORMS:
+        raise Unfit(f"{chain.norm.name} is {type(norm).__name__}, not a BatchNorm2d that is folded")
+    if stock_class(conv) not in CONVOLUTIONS and stock_class(conv) not in OWN_CONVOLUTIONS:
+        raise Unfit(f"{chain.conv.name} is {type(conv).__name__}, a convolution that is not folded")
+    if getattr(conv, "activation", "none") != "none":
+        raise Unfit(f"{chain.conv.name} has an activation before {chain.norm.name}")
+    _check_part(chain.conv)
+    _check_part(chain.norm)
+    check_statistics(norm)
+    if norm.num_features != conv.out_channels or parameter(conv, "weight").dtype not in FLOAT_DTYPES:
+        raise Unfit(f"{chain.norm.name} has {norm.num_features} features for {conv.out_channels} channels")
+
+
+def _fold_chain(chain: Chain, owners: str | None = None) -> FoldedChain:
+    """What runs instead of a chain; ``owners`` is the activation that the owner applies to its result by itself."""
+    check_chain(chain)
+    conv, norm = chain.conv.module, chain.norm.module
+    if not isinstance(conv, FoldedConvolution) or not isinstance(norm, FoldedPart):
+        raise Unfit(f"{chain.conv.name} was not folded when the copy was made")
+    behind = [part.module for part in NORMS[stock_class(norm)](norm)]
+    follows = None if chain.activation is None else _activation_behind(chain.activation)
+    found = [module for module in (*behind, follows) if module is not None and stock_class(module) is not nn.Identity]
+    name, one = owners or "none", None
+    if owners is None and len(found) == 1 and stock_class(found[0]) in ACTIVATIONS:
+        name, one = ACTIVATIONS[stock_class(found[0])], found[0]
+    params = conv_norm_params(conv, norm)._replace(bias=parameter(conv, "bias"))
+    run = convolution(conv, params, conv.dtype(), name)
+    return FoldedChain(run, conv, norm, [m for m in behind if m is not one], follows if follows is one else None)
+
+
+def _activation_behind(part: Part) -> nn.Module | None:
+    """The module, if it is an activation that a convolution can compute, and nobody relies on its being called."""
+    try:
+        _check_part(part)
+    except Unfit:
+        return None
+    return part.module if stock_class(part.module) in ACTIVATIONS else None
+
+
+def _call_container(armed: dict[nn.Module, Any], call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """``call(...)`` with these parts armed; what leaves the outermost container has the layout of the model's."""
+    outer, moved = calls.armed, False
+    calls.armed = armed
+    calls.depth += 1
+    try:
+        y = call(*args, **kwargs)
+    finally:
+        calls.armed = outer
+        calls.depth -= 1
+        if not calls.depth:
+            moved, calls.moved = calls.moved, False
+    return _contiguous(y) if moved else y
+
+
+def _contiguous(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.contiguous() if value.dim() == 4 else value
+    if type(value) in (list, tuple):
+        return type(value)(map(_contiguous, value))
+    return value
+
+
+class _Container(Folded):
+    """Base of what calls folded parts."""
+
+    closed = False
+
+    def read_from(self) -> list[nn.Module]:
+        parts = (part.module for chain in chains_of(self) for part in chain if part is not None)
+        return list(dict.fromkeys(inner for part in parts for inner in part.modules()))
+
+
+class FoldedOwner(_Container):
+    """A network or block whose own methods call chains: there the convolutions run the normalisations, too."""
+
+    @classmethod
+    def methods(cls, stock: type[nn.Module]) -> dict[str, Callable[..., Any]]:
+        calling = METHODS.get(stock, ("forward",)) if stock in CHAINS else ()
+        return {name: _own_method(stock, name, name in calling) for name in dict.fromkeys((*calling, "forward"))}
+
+    def make(self) -> dict[nn.Module, FoldedChain]:
+        check_methods(self.stock)
+        return {chain.conv: chain for chain in self._folded_chains()}
+
+    def _folded_chains(self) -> Iterator[FoldedChain]:
+        for chain in chains_of(self):
+            if chain.activation is not None and not isinstance(chain.activation.module, FoldedPart):
+                # One that came later would be called once more.
+                chain = chain._replace(activation=None)
+            try:
+                yield _fold_chain(chain)
+            except Unfit:
+                continue
+
+
+def check_methods(stock: type[nn.Module]) -> None:
+    """Raise `Unfit` where a method that calls the parts of a class is not the class's own."""
+    for name in _calling_methods(stock):
+        check_own("it", stock, name)
+
+
+def _calling_methods(stock: type[nn.Module]) -> Sequence[str]:
+    return METHODS.get(stock, tuple(OWN_CHAINS.get(stock, ("forward",))))
+
+
+def _own_method(stock: type[nn.Module], name: str, calling: bool) -> Callable[..., Any]:
+    @functools.wraps(getattr(stock, name))
+    def call(self: FoldedOwner, *args: Any, **kwargs: Any) -> Any:
+        method = getattr(stock, name)
+        if transformed():
+            return method(self, *args, **kwargs)
+        armed = dict(self.value() or {}) if calling else {}
+        return _call_container(armed, method, self, *args, **kwargs)
+
+    return call
+
+
+class FoldedOwnOwner(_Container):
+    """A module of ours that calls a convolution, its normalisation and an activation in one method."""
+
+    settings = ("_folded_activation",)
+
+    @classmethod
+    def methods(cls, stock: type[nn.Module]) -> dict[str, Callable[..., Any]]:
+        found = {name: _own_chain_method(stock, name) for name in OWN_CHAINS[stock]}
+        others = [name for name in ("forward", "forward_features") if hasattr(stock, name) and name not in found]
+        return found | {name: _own_method(stock, name, False) for name in others}
+
+    @property
+    def _folded_activation(self) -> str:
+        return self.activation if stock_class(self) is layers.ConvNormAct else self.spec.architecture.activation
+
+    def make(self) -> dict[str, FoldedChain]:
+        found: dict[str, FoldedChain] = {}
+        for name, (conv, norm) in OWN_CHAINS[self.stock].items():
+            try:
+                check_own("it", self.stock, name)
+                chain = Chain(Part(conv, self._modules[conv]), Part(norm, self._modules[norm]))
+                found[name] = _fold_chain(chain, self._folded_activation)
+            except Unfit:
+                continue
+        return found
+
+
+def _own_chain_method(stock: type[nn.Module], name: str) -> Callable[..., Any]:
+    @functools.wraps(getattr(stock, name))
+    def call(self: FoldedOwnOwner, x: Tensor) -> Tensor:
+        method = getattr(stock, name)
+        chain = None if transformed() else (self.value() or {}).get(name)
+        return method(self, x) if chain is None else _call_container({}, chain, x)
+
+    return call
+
+
+class FoldedSequence(_Container):
+    """A sequence that folds what follows one another in it; folded blocks are one call, on the CPU."""
+
+    def read_from(self) -> list[nn.Module]:
+        parts = [part.module for chain in chains_of(self) for part in chain if part is not None]
+        parts += [child for child in self._modules.values() if blocks_of(child)]
+        return list(dict.fromkeys(inner for part in parts for inner in part.modules()))
+
+    def make(self) -> Callable[[Any], Any]:
+        chains, steps = {chain.conv.name: chain for chain in chains_of(self)}, []
+        children = list(self._modules.items())
+        while children:
+            name, module = children[0]
+            run = list(itertools.takewhile(lambda child: blocks_of(child[1]), children))
+            taken = max(len(run), 1)
+            try:
+                if run:
+                    steps.append(_Blocks([child for _, child in run]))
+                elif name in chains:
+                    steps.append(chain := _fold_chain(chains[name]))
+                    taken = 2 if chain.activation is None else 3
+                else:
+                    steps.append(module)
+            except Unfit:
+                steps += [child for _, child in children[:taken]]
+            del children[:taken]
+        return functools.partial(_run_steps, steps)
+
+    def forward(self, input: Any) -> Any:
+        value = None if transformed() else self.value()
+        if value is None:
+            return self.stock.forward(self, input)
+        return _call_container({}, value, input)
+
+
+def _run_steps(steps: Sequence[Callable[[Any], Any]], x: Any) -> Any:
+    for step in steps:
+        x = step(x)
+    return x
+
+
+def blocks_of(module: nn.Module) -> list[FoldedMBConv]:
+    """The folded blocks that a call of ``module`` is, in the order of their calls; none where it is anything else."""
+    try:
+        check_untouched("", module)
+    except Unfit:
+        return []
+    if isinstance(module, FoldedMBConv):
+        # Of a class that somebody put on top, nothing is known.
+        return [module] if "stock" in vars(type(module)) else []
+    if stock_class(module) is not nn.Sequential:
+        return []
+    inner = [blocks_of(child) for child in module._modules.values()]
+    return [block for blocks in inner for block in blocks] if all(inner) else []
+
+
+def has_runs(sequence: nn.Sequential) -> bool:
+    """Whether several folded blocks follow one another in it, in one of its children or in neighbours."""
+    runs = [*map(blocks_of, sequence._modules.values()), []]
+    return any(one and len(one) + len(other) > 1 for one, other in itertools.pairwise(runs))
+
+
+class _Blocks:
+    """Modules one after the other that are nothing but folded blocks."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        blocks = [block for module in modules for block in blocks_of(module)]
+        values = [block.value() for block in blocks]
+        if len(blocks) < 2 or None in values or any(value.after != "none" for value in values):
+            raise Unfit("they are not several blocks that are folded")
+        if len({block.dtype() for block in blocks}) > 1:
+            raise Unfit("they take several dtypes")
+        self._modules, self._first, self._run = modules, blocks[0], BlockSequence(values)
+
+    def __call__(self, x: Any) -> Any:
+        if not isinstance(x, Tensor) or _has_any_global_hook():
+            return _run_steps(self._modules, x)
+        return self._run(self._first.cast(x))
+
+
+class FoldedLinear(Folded):
+    """A linear layer behind folded blocks, with its weight packed for a vector an image."""
+
+    def read_from(self) -> list[nn.Module]:
+        return []
+
+    def make(self) -> Product:
+        if "parametrizations" in self._modules or self.weight.dtype not in FLOAT_DTYPES or 0 in self.weight.shape:
+            raise Unfit("it has no plain weight")
+        bias = self.weight.new_zeros(self.out_features) if self.bias is None else self.bias
+        params = ConvNormParams(self.weight[:, :, None, None], bias)
+        return Product(fold(params, compute_dtype(self.weight.dtype)), self.weight.dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        product = self.value() if not transformed() and self._fits(input) else None
+        if product is None:
+            return self.stock.forward(self, input)
+        return product(input[:, :, None, None]).flatten(1)
+
+    def _fits(self, x: Any) -> bool:
+        weight = parameter(self, "weight")
+        vectors = isinstance(x, Tensor) and x.dim() == 2 and x.shape[1] == weight.shape[1] and x.dtype in FLOAT_DTYPES
+        return vectors and x.is_cpu and weight.is_cpu and backends.requested() in (None, "cpu")
 
 
 class FoldedPool(Folded):
-    """Base of the classes for the average over an image, behind folded blocks.
+    """Base of the classes for the average over an image, behind folded blocks."""
 
-    Each derives from the class that it takes the place of, too, whose ``forward`` runs on other devices.
-    """
-
-    keepdim: bool
+    keepdim: ClassVar[bool]
 
     @staticmethod
     def averages(pool: nn.Module) -> bool:
         """Whether a module of the replaced class averages over the image, and gives that the shape of ``keepdim``."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
-        arguments = (self.keepdim,)
+    def make(self) -> Prepared:
+        for name, inner in self.named_modules():
+            if inner is not self:
+                check_untouched(name, inner)
         if not self.averages(self):
-            return super().forward(x)
-        if (known := self.prepared(x, arguments)) is not None:
-            return known.run(x)
-        if x.dim() == 4 and 0 not in x.shape and backends.select(x) == "cpu":
-            return self.run_and_prepare(x, packed.average_pool, packed.prepare_average_pool, arguments)
-        return super().forward(x)
+            raise Unfit("it is not the average over the image")
+        return Prepared()
+
+    def forward(self, x: Tensor) -> Tensor:
+        fits = not transformed() and _is_activation(x) and 0 not in x.shape and backends.select(x) == "cpu"
+        prepared = self.value() if fits else None
+        if prepared is None:
+            return self.stock.forward(self, x)
+        return prepared.run(x, packed.average_pool, packed.prepare_average_pool, self.keepdim)
 
 
-class FoldedAdaptivePool(FoldedPool, nn.AdaptiveAvgPool2d):
+class FoldedAdaptivePool(FoldedPool):
     """Made of an ``nn.AdaptiveAvgPool2d`` with one output pixel."""
 
+    settings = ("output_size",)
     keepdim = True
 
     @staticmethod
@@ -312,215 +772,3 @@ class FoldedAdaptivePool(FoldedPool, nn.AdaptiveAvgPool2d):
 
 POOLS: dict[type[nn.Module], type[FoldedPool]] = {nn.AdaptiveAvgPool2d: FoldedAdaptivePool}
 """What takes the place of a pool that is the average over the image, by its class."""
-
-
-_TENSORS = tuple(
-    f"{part}_{kind}" for part in ("expand", "depthwise", "reduce", "excite", "project") for kind in ("weight", "bias")
-)
-
-
-class FoldedMBConv(Folded):
-    """An MBConv block as one operator, without normalisations and without drop path.
-
-    Input (N, Cin, H, W), output (N, Cout, Ho, Wo). Parameters ``expand_weight``, ``expand_bias`` and so on for
-    ``depthwise``, ``project``, ``reduce`` and ``excite``; those that the block lacks are None. On the CPU weights are
-    packed, that of the depthwise convolution as (kh, kw, C).
-
-    Args:
-        expand, depthwise, project: folded convolutions; ``expand`` can be None.
-        squeeze_excite: its two products, or None.
-        stride, padding, activation, gate, residual: as `effnet_ops.mbconv` takes them.
-        after: an activation behind the projection; only for blocks without a residual.
-    """
-
-    def __init__(
-        self,
-        expand: ConvNormParams | None,
-        depthwise: ConvNormParams,
-        squeeze_excite: SqueezeExciteParams | None,
-        project: ConvNormParams,
-        *,
-        stride: tuple[int, int],
-        padding: functional.Padding,
-        activation: str,
-        gate: str,
-        residual: bool,
-        after: str = "none",
-    ) -> None:
-        super().__init__()
-        dtype, self.depths = depthwise.weight.dtype, {}
-        self._add_product("expand", expand)
-        self.depthwise_weight = frozen(packing.pack_depthwise(depthwise.weight.detach()))
-        self.depthwise_bias = depthwise.bias
-        for name, at in (("reduce", 0), ("excite", 2)):
-            weight, bias = squeeze_excite[at : at + 2] if squeeze_excite else (None, None)
-            if weight is not None:
-                bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
-                weight, bias = weight.detach().to(dtype), frozen(bias.to(dtype))
-            self._add_product(name, None if weight is None else ConvNormParams(weight, bias))
-        self._add_product("project", project)
-        self.in_channels = (depthwise if expand is None else expand).weight.shape[0 if expand is None else 1]
-        self.stride, self.padding, self.residual = tuple(stride), padding_sides(padding), residual
-        self.activation, self.gate, self.after = activation, gate, after
-        self.squeeze_activation = (squeeze_excite.activation if squeeze_excite else None) or activation
-        self._repack()
-
-    def _add_product(self, name: str, conv: ConvNormParams | None) -> None:
-        packed_weight = None if conv is None else frozen(packing.pack(conv.weight.detach().flatten(1)))
-        self.register_parameter(f"{name}_weight", packed_weight)
-        self.register_parameter(f"{name}_bias", None if conv is None else conv.bias)
-        if conv is not None:
-            self.depths[f"{name}_weight"] = conv.weight.shape[1]
-
-    def _repack(self) -> None:
-        super()._repack()
-        filters = self._parameters["depthwise_weight"]
-        if _on_cpu(filters) and filters.dim() == 4:
-            self._parameters["depthwise_weight"] = frozen(packing.pack_depthwise(filters))
-        elif not _on_cpu(filters) and filters.dim() == 3:
-            self._parameters["depthwise_weight"] = frozen(packing.unpack_depthwise(filters))
-
-    def _product_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
-        """The gate is computed in fp32 (fp64 for fp64), as the pool is that it comes from."""
-        return (
-            compute_dtype(dtype) if name in ("reduce_weight", "excite_weight") else super()._product_dtype(name, dtype)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.cast(x)
-        y = self._run_packed(x) if self.runs_packed(x, self.in_channels) else self._run_plain(x)
-        return y if self.after == "none" else activate(y, self.after)
-
-    def _run_packed(self, x: Tensor) -> Tensor:
-        tensors = list(self._parameters.values())
-        if len(tensors) != len(_TENSORS):
-            # A replica of nn.DataParallel has plain attributes instead.
-            tensors = [getattr(self, name) for name in _TENSORS]
-        config = (self.residual, self.activation, self.squeeze_activation, self.gate)
-        return packed.mbconv(x, *tensors, self.stride, self.padding, *config)
-
-    def _run_plain(self, x: Tensor) -> Tensor:
-        """The block by `effnet_ops.mbconv`, on whatever backend that chooses."""
-
-        def conv(name: str) -> ConvNormParams | None:
-            weight = self.plain(f"{name}_weight")
-            return None if weight is None else ConvNormParams(weight[:, :, None, None], parameter(self, f"{name}_bias"))
-
-        reduce, excite, squeeze_excite = conv("reduce"), conv("excite"), None
-        if reduce is not None:
-            squeeze_excite = SqueezeExciteParams(*reduce[:2], *excite[:2], self.squeeze_activation)
-        filters = parameter(self, "depthwise_weight")
-        filters = packing.unpack_depthwise(filters) if filters.dim() == 3 else filters
-        return functional.mbconv(
-            x,
-            conv("expand"),
-            ConvNormParams(filters, parameter(self, "depthwise_bias")),
-            squeeze_excite,
-            conv("project"),
-            stride=self.stride,
-            padding=self.padding or "same",
-            activation=self.activation,
-            gate=self.gate,
-            residual=self.residual,
-            training=False,
-        )
-
-    def extra_repr(self) -> str:
-        return f"stride={self.stride}, padding={self.padding}, activation={self.activation}, residual={self.residual}"
-
-
-_SEQUENCE = "_effnet_ops_sequence"
-_settings = attrgetter("stride", "padding", "residual", "activation", "squeeze_activation", "gate")
-
-
-class FoldedSequence(nn.Sequential):
-    """Folded blocks, or such sequences, one after the other: on the CPU one call; made of an ``nn.Sequential``.
-
-    That saves the Python around each block.
-    """
-
-    @classmethod
-    def convert(cls, sequence: nn.Module) -> None:
-        """Make ``sequence`` one, in place, if it is a plain ``nn.Sequential`` with two folded blocks or more inside."""
-        if type(sequence) is nn.Sequential and len(_blocks_of(sequence) or ()) > 1:
-            sequence.__class__ = cls
-
-    def forward(self, input: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(input, Tensor):
-            return super().forward(input)
-        known = self.__dict__.get(_SEQUENCE)
-        if known is None or not known.holds(self):
-            known = self.__dict__[_SEQUENCE] = _Sequence(self)
-        y = known.run(input)
-        return super().forward(input) if y is None else y
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != _SEQUENCE}
-
-
-def _blocks_of(sequence: nn.Sequential) -> list[FoldedMBConv] | None:
-    """All blocks in the order of their calls, or None where there is anything else, or a hook."""
-    blocks: list[FoldedMBConv] = []
-    for child in sequence.children():
-        try:
-            check_untouched("", child)
-        except Unfit:
-            return None
-        if type(child) in (nn.Sequential, FoldedSequence):
-            inner = _blocks_of(child)
-            if inner is None:
-                return None
-            blocks += inner
-        elif type(child) is FoldedMBConv and child.after == "none":
-            blocks.append(child)
-        else:
-            return None
-    return blocks
-
-
-class _Sequence:
-    """What a `FoldedSequence` was when it was looked at, and whether it still is that."""
-
-    def __init__(self, sequence: FoldedSequence) -> None:
-        inner = [module for module in sequence.modules() if module is not sequence]
-        # A new instance attribute can be a forward of its own.
-        states = [module.__dict__ for module in inner]
-        names = ("_modules", "_parameters", "_buffers", *HOOKS)
-        watched = [sequence._modules, *states, *(state[name] for state in states for name in names)]
-        self._links, self._snapshot = sequence._modules, Snapshot(watched)
-        self._modules, self._types = inner, list(map(type, inner))
-        self._blocks = _blocks_of(sequence) or []
-        numbers = [
-            packed.SequenceBlock.of(block.expand_weight is not None, block.reduce_weight is not None, *_settings(block))
-            for block in self._blocks
-        ]
-        self._numbers = [number for block in numbers for number in block]
-        tensors = (p for block in self._blocks for p in block._parameters.values())
-        self._tensors = [p for p in tensors if p is not None]
-        self._prepared = PreparedCalls()
-
-    def holds(self, sequence: FoldedSequence) -> bool:
-        """Whether nothing has changed since. A replica has children of its own."""
-        same = self._links is sequence._modules and self._snapshot.holds()
-        return same and list(map(type, self._modules)) == self._types
-
-    def run(self, x: Tensor) -> Tensor | None:
-        """The blocks in one call, or None where one of them would not run packed on what it is given."""
-        if len(self._blocks) < 2 or _has_any_global_hook():
-            return None
-        x = self._blocks[0].cast(x)
-        key = (x.shape, x.stride(), x.dtype)
-        if (known := self._prepared.get(key, x)) is not None:
-            return known.run(x)
-        if not self._runs_packed(x):
-            return None
-        y = packed.mbconv_sequence(x, self._tensors, self._numbers)
-        self._prepared.keep(key, packed.prepare_sequence(x, self._tensors, self._numbers))
-        return y
-
-    def _runs_packed(self, x: Tensor) -> bool:
-        for block in self._blocks:
-            project, like = block._parameters.get("project_weight"), block._buffers.get("activations")
-            if project is None or not packed.fits(x, project) or (like is not None and like.dtype is not x.dtype):
-                return False
-        return self._blocks[0].runs_packed(x, self._blocks[0].in_channels)

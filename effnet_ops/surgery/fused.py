@@ -257,9 +257,10 @@ def fuses(
 
 
 def stock_class(module: nn.Module) -> type[nn.Module]:
-    """The class of ``module``, or the one it had before it was replaced."""
+    """The class of ``module``, or the one it had before it was replaced or folded."""
     cls = type(module)
-    return cls.stock if issubclass(cls, FusedLayer) and "stock" in cls.__dict__ else cls
+    stock = cls.__dict__.get("stock")
+    return stock if isinstance(stock, type) and issubclass(cls, stock) else cls
 
 
 def activation_name(part: Part) -> str:

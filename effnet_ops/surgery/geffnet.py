@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from effnet_ops.surgery.around import AROUND, NETWORKS, AroundConvolution
 from effnet_ops.surgery.drop_path import uniform_scale
+from effnet_ops.surgery.folded import METHODS
 from effnet_ops.surgery.fused import (
     ACTIVATIONS,
     CHAINS,
@@ -52,6 +53,7 @@ CHAINS.update(
         MobileNetV3: (("conv_stem", "bn1", "act1"),),
     }
 )
+METHODS.update({GenEfficientNet: ("features",), MobileNetV3: ("features",)})
 NETWORKS.update((GenEfficientNet, MobileNetV3))
 _GATES: tuple[tuple[Callable[..., Tensor], str], ...] = (
     (activations.sigmoid, "sigmoid"),

@@ -16,7 +16,8 @@ from torch import nn
 
 from effnet_ops.surgery import generic  # noqa: F401  (registers the layers of PyTorch itself)
 from effnet_ops.surgery.around import AROUND, NETWORK_POOLS, NETWORKS, AroundLayer
-from effnet_ops.surgery.fused import LAYERS, UNSUPPORTED, FusedLayer, Unfit, describe
+from effnet_ops.surgery.folded import Folded
+from effnet_ops.surgery.fused import LAYERS, UNSUPPORTED, FusedLayer, Unfit, describe, stock_class
 
 _LIBRARIES = frozenset({"timm", "torchvision", "efficientnet_pytorch", "geffnet"})
 _KINDS = {
@@ -130,7 +131,7 @@ def _visit(
     seen: set[int],
 ) -> None:
     """Plan the changes to a module or, where it stays, to its children."""
-    if id(module) in seen:
+    if id(module) in seen or (isinstance(module, Folded) and module.closed):
         return
     seen.add(id(module))
     found = classify(module)
@@ -228,7 +229,7 @@ def _why_not(module: nn.Module, layer: type[FusedLayer]) -> str:
     """Why ``module`` cannot become a ``layer``, or "" if it can."""
     if "parametrizations" in module._modules:
         return "its parameters are parametrized"
-    if type(module) is not layer.stock:
+    if stock_class(module) is not layer.stock:
         return f"{type(module).__name__} is a subclass of {layer.stock.__name__}, and its forward may differ"
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"

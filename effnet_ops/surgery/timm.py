@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from effnet_ops.surgery.around import AROUND, NETWORK_POOLS, NETWORKS, AroundConvolution, AroundNorm, AroundPool
 from effnet_ops.surgery.drop_path import bernoulli_scale
-from effnet_ops.surgery.folded import POOLS, FoldedPool
+from effnet_ops.surgery.folded import METHODS, POOLS, FoldedPool
 from effnet_ops.surgery.fused import (
     ACTIVATIONS,
     CHAINS,
@@ -68,6 +68,12 @@ CHAINS.update(
         mobilenetv3.MobileNetV3Features: (("conv_stem", "bn1"),),
     }
 )
+METHODS.update(
+    {
+        efficientnet.EfficientNet: ("forward_features",),
+        mobilenetv3.MobileNetV3: ("forward_features", "forward_head"),
+    }
+)
 NETWORKS.update((efficientnet.EfficientNet, efficientnet.EfficientNetFeatures))
 NETWORKS.update((mobilenetv3.MobileNetV3, mobilenetv3.MobileNetV3Features))
 
@@ -80,8 +86,8 @@ UNSUPPORTED.update(
 )
 
 
-class FoldedSelectPool(FoldedPool, SelectAdaptivePool2d):
-    """The pool of timm's networks, where it is the average, flattened."""
+class FoldedSelectPool(FoldedPool):
+    """Made of the pool of timm's networks, where it is the average, flattened."""
 
     keepdim = False
 

@@ -1,0 +1,359 @@
+"""What an optimized copy runs: convolutions with their normalisations folded in, and weights packed for the kernels.
+
+These are values, made from modules and beside them; `surgery.folded` has the modules that keep and call them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from effnet_ops import backends, functional, packing, reference
+from effnet_ops.checks import check_input, padding_sides, resolve_padding
+from effnet_ops.ops import _library, packed
+from effnet_ops.params import ConvNormParams, SqueezeExciteParams
+from effnet_ops.reference import activate, compute_dtype
+from effnet_ops.surgery.fused import (
+    HOOKS,
+    LAYERS,
+    Part,
+    Unfit,
+    check_pointwise,
+    convolution_padding,
+    stock_class,
+)
+
+
+class Calls(threading.local):
+    """What the calls of a thread know of each other."""
+
+    depth = 0
+    """How many containers of optimized copies are being called, one in the other."""
+    armed: dict[nn.Module, Any] = {}  # noqa: RUF012  (replaced, never changed)
+    """The parts that the innermost container calls itself, with what runs in their place; the called ones are gone."""
+    moved = False
+    """Whether a contiguous image became channels_last, which it would not in the model."""
+
+
+calls = Calls()
+
+_FEW_CHANNELS, _TALLEST = 16, 16
+"""Dense convolutions up to this many channels and filter rows, such as a network's first, have a packed form."""
+
+
+def fold(conv: ConvNormParams, dtype: torch.dtype | None = None) -> ConvNormParams:
+    """``conv`` without its normalisation, which is applied to weight and bias: norm(conv(x)) in evaluation.
+
+    Computed in fp64 and rounded once, to ``dtype`` or else the weight's: running variances span ten orders.
+    """
+    weight, bias, norm = conv.weight.detach().double(), conv.bias, conv.norm
+    shift = weight.new_zeros(weight.shape[0]) if bias is None else bias.detach().double()
+    if norm is not None:
+        scale = torch.rsqrt(norm.running_var.double() + norm.eps)
+        if norm.weight is not None:
+            scale = scale * norm.weight.detach().double()
+        weight, shift = weight * scale[:, None, None, None], (shift - norm.running_mean.double()) * scale
+        if norm.bias is not None:
+            shift = shift + norm.bias.detach().double()
+    dtype = dtype or conv.weight.dtype
+    return ConvNormParams(_own(weight.to(dtype)), _own(shift.to(dtype)))
+
+
+def _own(value: Tensor) -> Tensor:
+    """The values in memory of their own."""
+    return value.detach().clone(memory_format=torch.contiguous_format)
+
+
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a product's weight for activations of ``dtype``: bf16 in pairs, fp16 in fp32."""
+    return dtype if dtype is torch.bfloat16 else compute_dtype(dtype)
+
+
+def _on_cpu(tensor: Tensor) -> bool:
+    """Whether weights are packed, in the order of the CPU's kernels; elsewhere they are as the functions take them."""
+    return tensor.device.type == "cpu"
+
+
+class Prepared:
+    """An operator on arguments that nobody else has, prepared for the inputs that it has seen lately."""
+
+    __slots__ = ("_calls",)
+    most = 8
+
+    def __init__(self) -> None:
+        self._calls: dict[Any, _library.Prepared] = {}
+
+    def known(self, x: Tensor) -> _library.Prepared | None:
+        """What runs x, if it has been prepared, and nobody looks at the operators."""
+        known = self._calls.get((x.shape, x.stride(), x.dtype))
+        return known if known is not None and _library.Prepared.fits(x) else None
+
+    def run(self, x: Tensor, operator: Callable[..., Tensor], prepare: Callable[..., Any], *args: Any) -> Tensor:
+        """``operator(x, *args)``, by what ``prepare`` has prepared where such an x has been here before."""
+        if (known := self.known(x)) is not None:
+            return known.run(x)
+        y, prepared = operator(x, *args), prepare(x, *args)
+        if prepared is not None and prepared.elements <= _library.PreparedCalls.largest:
+            if len(self._calls) >= self.most:
+                self._calls.clear()
+            self._calls[x.shape, x.stride(), x.dtype] = prepared
+        return y
+
+
+class _Packed:
+    """Base of what runs packed weights."""
+
+    channels: int
+
+    def __init__(self) -> None:
+        self._prepared = Prepared()
+
+    def runs_packed(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether the packed operator takes x, which must have the right number of channels."""
+        if x.dim() != 4 or x.shape[1] != self.channels:
+            check_input(x)
+            raise ValueError(f"x must have {self.channels} channels, got shape {tuple(x.shape)}")
+        return _on_cpu(weight) and backends.select(x) == "cpu"
+
+
+class Product(_Packed):
+    """activation(W x + b): a 1x1 convolution, from its folded parameters, or a linear layer."""
+
+    def __init__(self, conv: ConvNormParams, dtype: torch.dtype, activation: str = "none") -> None:
+        super().__init__()
+        rows = conv.weight.flatten(1)
+        self.columns, self.channels = rows.shape
+        self.weight, self.bias, self.activation = _packed_product(rows, dtype), conv.bias, activation
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if (known := self._prepared.known(x)) is not None:
+            return known.run(x)
+        arguments = (self.weight, self.bias, self.activation)
+        if self.runs_packed(x, self.weight):
+            return self._prepared.run(x, packed.pointwise, packed.prepare_pointwise, *arguments)
+        weight = _plain_product(self.weight, self.columns, self.channels)
+        return functional.pointwise_conv2d(x, weight, self.bias, activation=self.activation)
+
+
+def _packed_product(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    rows = rows.to(product_dtype(dtype))
+    return packing.pack(rows) if _on_cpu(rows) else rows
+
+
+def _plain_product(weight: Tensor, columns: int, depth: int) -> Tensor:
+    rows = packing.unpack(weight, columns, depth) if packing.is_packed(weight) else weight
+    return rows[:, :, None, None]
+
+
+class DenseConvolution(_Packed):
+    """A dense convolution of few channels with bias and activation, in channels_last.
+
+    Its weight is in fp32 (fp64 for fp64 activations): of three channels, pairs of bf16 have no use.
+    """
+
+    def __init__(
+        self, conv: ConvNormParams, stride: Sequence[int], padding: functional.Padding, activation: str, to_nhwc: bool
+    ) -> None:
+        super().__init__()
+        self.columns, self.channels, *kernel = conv.weight.shape
+        self.weight = packing.pack_convolution(conv.weight) if _on_cpu(conv.weight) else conv.weight
+        self.bias, self.activation = conv.bias, activation
+        self.kernel, self.stride, self.sides = tuple(kernel), tuple(stride), padding_sides(padding)
+        self._to_nhwc = to_nhwc
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not self._to_nhwc and x.is_contiguous():
+            calls.moved = True
+        if (known := self._prepared.known(x)) is not None:
+            return known.run(x)
+        settings = (self.kernel, self.stride, self.sides, self.activation)
+        if self.runs_packed(x, self.weight):
+            arguments = (self.weight, self.bias, *settings)
+            return self._prepared.run(x, packed.convolution, packed.prepare_convolution, *arguments)
+        weight = self.weight
+        if _on_cpu(weight):
+            weight = packing.unpack_convolution(weight, self.columns, self.channels, self.kernel)
+        sides = resolve_padding(self.sides, x.shape[2:], self.kernel, self.stride, (1, 1))
+        convolution = reference.convolution if x.device.type == "cpu" else _library_convolution
+        return convolution(x, weight, self.bias, self.stride, sides, self.activation)
+
+
+def _library_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor, stride: Sequence[int], padding: Sequence[int], activation: str
+) -> Tensor:
+    """`reference.convolution` by PyTorch's kernel for x's dtype, in channels_last: fp32 would move twice as much."""
+    top, bottom, left, right = padding
+    if (top, left) != (bottom, right):
+        x, top, left = nn.functional.pad(x, (left, right, top, bottom)), 0, 0
+    weight = weight.to(x.dtype, memory_format=torch.channels_last)
+    return activate(nn.functional.conv2d(x, weight, bias.to(x.dtype), stride, (top, left)), activation)
+
+
+class OtherConvolution:
+    """Any other convolution: its module's own forward, or that of a fused depthwise one, with folded parameters."""
+
+    def __init__(self, conv: nn.Conv2d, folded: ConvNormParams, activation: str) -> None:
+        stock = stock_class(conv)
+        depthwise = LAYERS.get(stock)
+        cls = depthwise if depthwise is not None and depthwise.concerns(conv) else stock
+        module = cls.__new__(cls)
+        module.__dict__.update(conv.__dict__, **{name: {} for name in (*HOOKS, "_buffers")})
+        module._parameters = {"weight": folded.weight, "bias": folded.bias}
+        module.__dict__.pop("forward", None)
+        self._conv, self._activation = module, activation
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return activate(self._conv.forward(x), self._activation)
+
+
+def convolution(
+    conv: nn.Conv2d, params: ConvNormParams, dtype: torch.dtype, activation: str
+) -> Callable[[Tensor], Any]:
+    """What runs ``conv`` with ``params`` and the activation on inputs of ``dtype``."""
+    part = Part("it", conv)
+    try:
+        padding = convolution_padding(part)
+    except Unfit:
+        padding = None
+    if padding is not None and _is_pointwise(part):
+        return Product(fold(params, compute_dtype(dtype)), dtype, activation)
+    dense = conv.groups == 1 and tuple(conv.dilation) == (1, 1) and conv.kernel_size[0] <= _TALLEST
+    if padding is not None and dense and conv.in_channels <= _FEW_CHANNELS:
+        weight = params.weight
+        nhwc = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+        return DenseConvolution(fold(params, compute_dtype(dtype)), conv.stride, padding, activation, nhwc)
+    return OtherConvolution(conv, fold(params, dtype), activation)
+
+
+def _is_pointwise(part: Part) -> bool:
+    try:
+        return stock_class(part.module) is nn.Conv2d and check_pointwise(part) is part.module
+    except Unfit:
+        return False
+
+
+class Block(_Packed):
+    """An MBConv block without normalisations and without drop path, from folded convolutions.
+
+    On the CPU weights are packed, that of the depthwise convolution as (kh, kw, C). ``after`` is an activation behind
+    the projection; the other settings are as `effnet_ops.mbconv` takes them.
+    """
+
+    def __init__(
+        self,
+        expand: ConvNormParams | None,
+        depthwise: ConvNormParams,
+        squeeze_excite: SqueezeExciteParams | None,
+        project: ConvNormParams,
+        dtype: torch.dtype,
+        *,
+        stride: Sequence[int],
+        padding: functional.Padding,
+        activation: str,
+        gate: str,
+        residual: bool,
+        after: str = "none",
+    ) -> None:
+        super().__init__()
+        wide = depthwise.weight.dtype
+        self.depths: dict[str, int] = {}
+        self.expand_weight, self.expand_bias = self._product("expand", expand, dtype)
+        cpu = _on_cpu(depthwise.weight)
+        self.depthwise_weight = packing.pack_depthwise(depthwise.weight) if cpu else depthwise.weight
+        self.depthwise_bias = depthwise.bias
+        for name, at in (("reduce", 0), ("excite", 2)):
+            weight, bias = squeeze_excite[at : at + 2] if squeeze_excite else (None, None)
+            conv = None if weight is None else fold(ConvNormParams(weight, bias), wide)
+            # The gate is computed in fp32 (fp64 for fp64), as the pool is that it comes from.
+            weight, bias = self._product(name, conv, wide)
+            setattr(self, f"{name}_weight", weight)
+            setattr(self, f"{name}_bias", bias)
+        self.project_weight, self.project_bias = self._product("project", project, dtype)
+        self.channels = (depthwise if expand is None else expand).weight.shape[0 if expand is None else 1]
+        self.stride, self.padding, self.residual = tuple(stride), padding_sides(padding), residual
+        self.activation, self.gate, self.after = activation, gate, after
+        self.squeeze_activation = (squeeze_excite.activation if squeeze_excite else None) or activation
+
+    def _product(
+        self, name: str, conv: ConvNormParams | None, dtype: torch.dtype
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if conv is None:
+            return None, None
+        rows = conv.weight.flatten(1)
+        self.depths[name] = rows.shape[1]
+        return _packed_product(rows, dtype), conv.bias
+
+    def tensors(self) -> list[Tensor | None]:
+        """In the order of the packed operator."""
+        return [getattr(self, name) for name in _TENSORS]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.runs_packed(x, self.depthwise_weight):
+            config = (self.residual, self.activation, self.squeeze_activation, self.gate)
+            y = packed.mbconv(x, *self.tensors(), self.stride, self.padding, *config)
+        else:
+            y = self._run_plain(x)
+        return y if self.after == "none" else activate(y, self.after)
+
+    def _conv(self, name: str) -> ConvNormParams | None:
+        weight, bias = getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
+        return None if weight is None else ConvNormParams(_plain_product(weight, len(bias), self.depths[name]), bias)
+
+    def _run_plain(self, x: Tensor) -> Tensor:
+        """The block by `effnet_ops.mbconv`, on whatever backend that chooses."""
+        reduce, excite, squeeze_excite = self._conv("reduce"), self._conv("excite"), None
+        if reduce is not None:
+            squeeze_excite = SqueezeExciteParams(*reduce[:2], *excite[:2], self.squeeze_activation)
+        filters = self.depthwise_weight
+        filters = packing.unpack_depthwise(filters) if _on_cpu(filters) else filters
+        return functional.mbconv(
+            x,
+            self._conv("expand"),
+            ConvNormParams(filters, self.depthwise_bias),
+            squeeze_excite,
+            self._conv("project"),
+            stride=self.stride,
+            padding=self.padding or "same",
+            activation=self.activation,
+            gate=self.gate,
+            residual=self.residual,
+            training=False,
+        )
+
+
+_TENSORS = tuple(
+    f"{part}_{kind}" for part in ("expand", "depthwise", "reduce", "excite", "project") for kind in ("weight", "bias")
+)
+_settings = attrgetter("stride", "padding", "residual", "activation", "squeeze_activation", "gate")
+
+
+class BlockSequence:
+    """Blocks one after the other: one call, which saves the Python around each of them."""
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        self._blocks = list(blocks)
+        numbers = [
+            packed.SequenceBlock.of(block.expand_weight is not None, block.reduce_weight is not None, *_settings(block))
+            for block in self._blocks
+        ]
+        self._numbers = [number for block in numbers for number in block]
+        self._tensors = [t for block in self._blocks for t in block.tensors() if t is not None]
+        self._prepared = Prepared()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if (known := self._prepared.known(x)) is not None:
+            return known.run(x)
+        if not self._runs_packed(x):
+            for block in self._blocks:
+                x = block(x)
+            return x
+        return self._prepared.run(x, packed.mbconv_sequence, packed.prepare_sequence, self._tensors, self._numbers)
+
+    def _runs_packed(self, x: Tensor) -> bool:
+        fit = all(packed.fits(x, block.project_weight) for block in self._blocks)
+        return self._blocks[0].runs_packed(x, self._blocks[0].depthwise_weight) and fit

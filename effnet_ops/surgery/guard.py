@@ -1,0 +1,190 @@
+"""The one guard of optimized copies: whether what was made from modules and their tensors still holds.
+
+Packed weights lie beside the weights that they were made from. A change of such a weight is seen by its version, as
+autograd sees it. For what writes past versions (``.data``, NumPy, the storage), a parameter notes that somebody asks.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from effnet_ops.surgery.fused import HOOKS, stock_class
+from effnet_ops.surgery.snapshot import Snapshot
+
+_BESIDES_VERSIONS = ("numpy", "__array__", "__dlpack__", "untyped_storage", "storage", "_typed_storage")
+_version: Callable[[Tensor], int] = Tensor._version.__get__
+_storage_uses: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
+_OWN_USES = 3
+"""A tensor, its alias, and the storage object that asks."""
+
+
+class _Watch:
+    """What is known of a watched tensor; ``asked`` counts who asked for its memory."""
+
+    __slots__ = ("alias", "asked")
+    asked_in_all = 0
+
+    def __init__(self) -> None:
+        self.alias: Tensor | None = None
+        self.asked = 0
+
+
+def _note(tensor: Tensor) -> None:
+    tensor._watch.asked += 1
+    _Watch.asked_in_all += 1
+
+
+def _noted(name: str) -> Callable[..., Any]:
+    method = getattr(Tensor, name)
+
+    def noted(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+        _note(self)
+        return method(self, *args, **kwargs)
+
+    return noted
+
+
+class WatchedParameter(nn.Parameter):
+    """A parameter that notes who asks for its memory. It pickles and copies as a plain one."""
+
+    @functools.cached_property
+    def _watch(self) -> _Watch:
+        return _Watch()
+
+    @property
+    def data(self) -> Tensor:
+        _note(self)
+        return Tensor.data.__get__(self)
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        _note(self)
+        Tensor.data.__set__(self, value)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        if id(self) not in memo:
+            memo[id(self)] = nn.Parameter(self.detach().clone(), self.requires_grad)
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: int) -> Any:
+        return nn.Parameter(self.detach(), self.requires_grad).__reduce_ex__(protocol)
+
+
+for _name in _BESIDES_VERSIONS:
+    setattr(WatchedParameter, _name, _noted(_name))
+
+
+class Sources:
+    """The tensors that something was made from, and whether they still hold the same numbers."""
+
+    __slots__ = ("_asked", "_asked_in_all", "_buffers", "_known", "_parameters", "_places", "_versioned", "_versions")
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._parameters = [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
+        self._buffers = [tensor for tensor in tensors if not isinstance(tensor, nn.Parameter)]
+        plain = all(type(buffer) is Tensor and not buffer.is_inference() for buffer in self._buffers)
+        self._known = plain and all(map(_watch, self._parameters))
+        if self._known:
+            self._asked_in_all, self._asked = _Watch.asked_in_all, self._all_asked()
+            # The getter of versions is fast on plain tensors alone, and an alias has the version of its original.
+            self._versioned = [*(parameter._watch.alias for parameter in self._parameters), *self._buffers]
+            self._versions = list(map(_version, self._versioned))
+            self._places = list(map(Tensor.data_ptr, self._buffers))
+            self._known = all(map(_alone, self._parameters))
+
+    def _all_asked(self) -> list[int]:
+        return [parameter._watch.asked for parameter in self._parameters]
+
+    def hold(self) -> bool:
+        """Whether nobody has written to them. Where somebody else has their memory, too, nobody knows."""
+        if not self._known or list(map(_version, self._versioned)) != self._versions:
+            return False
+        if list(map(Tensor.data_ptr, self._buffers)) != self._places:
+            return False
+        if self._asked_in_all != _Watch.asked_in_all:
+            now = _Watch.asked_in_all
+            if self._asked != self._all_asked():
+                return False
+            self._asked_in_all = now
+        return True
+
+    def need_gradients(self) -> bool:
+        return any(parameter.requires_grad for parameter in self._parameters)
+
+
+def _watch(parameter: nn.Parameter) -> bool:
+    """Watch a parameter; False where its class is somebody else's, or it has no version."""
+    if type(parameter) is nn.Parameter:
+        parameter.__class__ = WatchedParameter
+    if type(parameter) is not WatchedParameter or parameter.is_inference():
+        return False
+    watch = parameter._watch
+    if watch.alias is None or _storage(watch.alias)._cdata != _storage(parameter)._cdata:
+        with torch.inference_mode(False), torch.no_grad():
+            watch.alias = parameter.detach()
+    return True
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    return Tensor.untyped_storage(tensor)
+
+
+def _alone(tensor: Tensor) -> bool:
+    return _storage_uses is None or _storage_uses(_storage(tensor)._cdata) <= _OWN_USES
+
+
+def tensors_of(modules: Iterable[nn.Module]) -> list[Tensor]:
+    """The floating-point parameters and buffers of the modules themselves, each once."""
+    found = (t for m in modules for table in (m._parameters, m._buffers) for t in table.values())
+    return list({id(t): t for t in found if t is not None and t.is_floating_point()}.values())
+
+
+class Kept:
+    """A value made from ``owner``'s attributes ``names`` and from ``modules``, with all that it was read from.
+
+    ``methods`` are those whose calls it takes the place of, beside the forward of the modules.
+    ``make`` may return None: then the modules run one by one, until something changes.
+    """
+
+    __slots__ = ("_attributes", "_links", "_methods", "_modules", "_names", "_snapshot", "_types", "sources", "value")
+
+    def __init__(
+        self,
+        owner: nn.Module,
+        modules: Sequence[nn.Module],
+        names: Sequence[str],
+        methods: Sequence[tuple[type, str]],
+        make: Callable[[], Any],
+    ) -> None:
+        self._links, self._names, self._modules = owner._modules, names, list(modules)
+        # A new instance attribute can be a forward of its own.
+        states = [module.__dict__ for module in self._modules]
+        tables = ("_modules", "_parameters", "_buffers", *HOOKS)
+        inner = (state[name] for state in states for name in tables)
+        self._snapshot = Snapshot([owner._modules, owner._parameters, owner._buffers, *states, *inner])
+        self._attributes, self._types = self._read(owner), list(map(type, self._modules))
+        classes = {*self._types, *map(stock_class, self._modules)}
+        watched = [*methods, *((cls, "forward") for cls in classes)]
+        self._methods = [(cls, name, getattr(cls, name)) for cls, name in watched]
+        # Before they are read, so that what changes meanwhile is noticed.
+        self.sources = Sources(tensors_of([owner, *self._modules]))
+        self.value = make()
+
+    def _read(self, owner: nn.Module) -> list[Any]:
+        return [getattr(owner, name) for name in self._names]
+
+    def holds(self, owner: nn.Module) -> bool:
+        """Whether nothing has changed since. A replica has children of its own."""
+        return (
+            self._links is owner._modules
+            and self._snapshot.holds()
+            and self._read(owner) == self._attributes
+            and list(map(type, self._modules)) == self._types
+            and all(getattr(cls, name) is method for cls, name, method in self._methods)
+            and self.sources.hold()
+        )

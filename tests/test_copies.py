@@ -1,0 +1,703 @@
+"""What a copy of `optimize_for_inference` guarantees beside its numbers: the rows of docs/copies.md."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+from collections import OrderedDict, namedtuple
+from collections.abc import Callable
+from typing import Any
+
+import efficientnet_pytorch
+import geffnet
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from networks import relative_difference, with_statistics
+from test_optimize import Seen
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+
+import effnet_ops
+from effnet_ops import layers, optimize_for_inference
+
+SIZE = 64
+LIBRARIES: dict[str, Callable[[], nn.Module]] = {
+    "timm": lambda: timm.create_model("efficientnet_b0"),
+    "torchvision": torchvision.models.efficientnet_b0,
+    "efficientnet_pytorch": lambda: efficientnet_pytorch.EfficientNet.from_name("efficientnet-b0"),
+    "geffnet": lambda: geffnet.create_model("efficientnet_b0"),
+    "ours": lambda: effnet_ops.create_model("efficientnet_b0"),
+}
+
+
+@pytest.fixture(scope="module")
+def networks() -> dict[str, nn.Module]:
+    torch.manual_seed(0)
+    return {name: with_statistics(build(), SIZE) for name, build in LIBRARIES.items()}
+
+
+@pytest.fixture(params=LIBRARIES)
+def network(request: pytest.FixtureRequest, networks: dict[str, nn.Module]) -> nn.Module:
+    return networks[request.param]
+
+
+def small(**settings: Any) -> nn.Module:
+    return with_statistics(timm.create_model("test_efficientnet", **settings), SIZE)
+
+
+def images(batch: int = 2) -> Tensor:
+    return torch.randn(batch, 3, SIZE, SIZE)
+
+
+def stages(network: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The first convolution and its normalisation, whatever the library calls them."""
+    modules = dict(network.named_modules())
+    names = ("conv_stem", "bn1"), ("features.0.0", "features.0.1"), ("_conv_stem", "_bn0")
+    conv, norm = next(pair for pair in names if pair[0] in modules)
+    return modules[conv], modules[norm]
+
+
+def close(found: Tensor, expected: Tensor, bound: float = 1e-4) -> None:
+    assert found.shape == expected.shape and relative_difference(found, expected) < bound
+
+
+class Wrapper(nn.Module):
+    """A model of a user around a network of a library."""
+
+    def __init__(self, body: nn.Module, run: Callable[..., Any], **parts: nn.Module) -> None:
+        super().__init__()
+        self.body, self.run = body, run
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(self, *args, **kwargs)
+
+
+def assert_same(model: nn.Module, *args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> nn.Module:
+    """The copy gives what the model gives, three times; returns it."""
+    optimized = optimize_for_inference(model, dtype=dtype)
+    with torch.no_grad():
+        expected = model(*args, **kwargs)
+        for _ in range(3):
+            found = optimized(*args, **kwargs)
+            assert found.dtype == expected.dtype
+            close(found, expected, 1e-4 if dtype in (None, torch.float32, torch.float64) else 0.2)
+    return optimized
+
+
+@torch.no_grad()
+def test_attributes_parameters_and_submodules_stay(network: nn.Module) -> None:
+    """Items 1 and 25: names, classes, shapes, dtypes and values of everything that the model has."""
+    optimized, x = optimize_for_inference(network), images()
+    optimized(x)
+    for (name, stock), (other, folded) in zip(network.named_modules(), optimized.named_modules(), strict=True):
+        assert name == other and isinstance(folded, type(stock))
+        for attribute in ("stride", "kernel_size", "padding", "in_features", "eps", "num_features"):
+            assert getattr(folded, attribute, None) == getattr(stock, attribute, None)
+    found, expected = optimized.state_dict(), network.state_dict()
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[key], expected[key]) and found[key].dtype == expected[key].dtype for key in found)
+    assert {name: p.shape for name, p in optimized.named_parameters()} == {
+        name: p.shape for name, p in network.named_parameters()
+    }
+    assert all(type(value) is Tensor for value in found.values())
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda net, x: net.body(x) @ net.fc.weight.T,
+        lambda net, x: F.linear(net.body(x), net.fc.weight, net.fc.bias),
+        lambda net, x: net.body(x) * net.fc.weight[3],
+        lambda net, x: net.encoder(net.body(x)[:, None]),
+        lambda net, x: F.conv2d(net.body.forward_features(x), net.fc.weight[:, :, None, None]),
+    ],
+    ids=["product", "linear", "class activation", "transformer", "convolution"],
+)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_item_1_a_linear_that_somebody_reads(read: Callable[..., Tensor], dtype: torch.dtype | None) -> None:
+    encoder = nn.TransformerEncoderLayer(256, 4, 64, batch_first=True)
+    model = Wrapper(small(num_classes=0), read, fc=nn.Linear(256, 100), encoder=encoder).eval()
+    assert_same(model, images(), dtype=dtype)
+
+
+@torch.no_grad()
+def test_item_2_a_forward_replaced_on_an_instance() -> None:
+    model = nn.Sequential(layers.MBConv(8, 8), layers.MBConv(8, 8)).eval()
+    block, x = model[1], torch.randn(2, 8, 9, 9)
+    block.forward = lambda x: type(block).forward(block, x) * 3
+    assert_same(model, x)
+    optimized = optimize_for_inference(model[0])
+    optimized(x)
+    optimized.forward = lambda x: x + 1
+    assert torch.equal(optimized(x), x + 1)
+
+
+class Preprocessed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor([123.675, 116.28, 103.53]).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor([58.395, 57.12, 57.375]).view(1, 3, 1, 1))
+        self.register_buffer("grid", torch.arange(1000) + 0.5)
+        self.body = small()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.body((x - self.mean) / self.std), self.grid
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_item_3_buffers_of_no_layer_keep_their_values(dtype: torch.dtype) -> None:
+    model, x = Preprocessed().eval(), torch.rand(2, 3, SIZE, SIZE) * 255
+    optimized = optimize_for_inference(model, dtype=dtype)
+    logits, grid = optimized(x)
+    assert torch.equal(optimized.mean.double(), model.mean.double())
+    assert torch.equal(grid, model.grid) and logits.dtype == torch.float32
+    assert relative_difference(logits, model(x)[0]) < 0.15
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda net, x: net.net[:2](x),
+        lambda net, x: net.net[1](net.net[0](x)),
+        lambda net, x: net.net[0](x),
+        lambda net, x: net.net[:1](x) * 2,
+        lambda net, x: [x := layer(x) for layer in net.net][-1],
+        lambda net, x: [x := layer(x) for layer in net.net.children()][1],
+        lambda net, x: net.net[3:](net.net[:3](x)),
+        lambda net, x: nn.Sequential(*net.net[:2])(x),
+    ],
+)
+def test_item_4_a_sequence_that_somebody_slices_or_walks(run: Callable[..., Tensor]) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
+    net = with_statistics(net, 16)
+    model = Wrapper(nn.Identity(), run, net=net).eval()
+    optimized = assert_same(model, torch.randn(2, 3, 16, 16))
+    optimized.net(torch.randn(2, 3, 16, 16))
+    close(optimized.net[:2](torch.ones(1, 3, 9, 9)), net[:2](torch.ones(1, 3, 9, 9)))
+
+
+Pair = namedtuple("Pair", "image scale")
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    image: Tensor
+    scale: Tensor
+
+
+class Output(OrderedDict):
+    """As the model outputs of transformers: a dictionary and attributes at once."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self[name]
+
+
+NESTS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "dictionary": lambda x, s: {"image": x, "scale": s},
+    "list": lambda x, s: [x, s],
+    "tuple": lambda x, s: (x, (s,)),
+    "named tuple": Pair,
+    "dataclass": Batch,
+    "model output": lambda x, s: Output(image=x, scale=s),
+}
+
+
+def tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if dataclasses.is_dataclass(value):
+        value = vars(value)
+    items = value.values() if isinstance(value, dict) else value
+    return [tensor for item in items for tensor in tensors(item)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NESTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_item_5_nests_come_back_in_the_callers_dtype(name: str, dtype: torch.dtype) -> None:
+    nest = NESTS[name]
+
+    def run(net: nn.Module, given: Any) -> Any:
+        x, scale = tensors(given)
+        return nest(net.body(x) * scale, scale)
+
+    model = Wrapper(small(), run)
+    given = nest(images(), torch.ones(2, 1))
+    found = optimize_for_inference(model, dtype=dtype)(given)
+    assert type(found) is type(given) and [t.dtype for t in tensors(found)] == [torch.float32] * 2
+    assert relative_difference(tensors(found)[0], tensors(model(given))[0]) < 0.2
+    assert [t.dtype for t in tensors(given)] == [torch.float32] * 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("memory_efficient", [False, True])
+def test_item_6_set_swish(networks: dict[str, nn.Module], memory_efficient: bool) -> None:
+    model, x = networks["efficientnet_pytorch"], images()
+    optimized = optimize_for_inference(model)
+    optimized(x)
+    optimized.set_swish(memory_efficient)
+    close(optimized(x), model(x))
+    close(optimized.extract_features(x), model.extract_features(x))
+    assert norms_run(optimized, x) == 0
+
+
+def norms_run(model: nn.Module, x: Tensor) -> int:
+    with Seen() as seen, torch.no_grad():
+        model(x)
+    return sum("batch_norm" in name for name in seen.names)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_item_7_a_model_that_is_half_already(network: nn.Module, half: torch.dtype) -> None:
+    model, x = copy.deepcopy(network).to(half), images()
+    optimized = optimize_for_inference(model)
+    y = optimized(x.to(half))
+    assert y.dtype == half
+    exact = network(x)
+    assert relative_difference(y, exact) <= max(1e-2, 2 * relative_difference(model(x.to(half)), exact))
+
+
+class Frozen(nn.Module):
+    """The usual way to freeze normalisations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = small()
+
+    def train(self, mode: bool = True) -> None:
+        super().train(mode)
+        self.body.bn1.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+def test_item_8_train_that_returns_nothing() -> None:
+    model = Frozen()
+    model.eval()
+    optimized = assert_same(model, images())
+    with pytest.raises(RuntimeError, match="cannot train"):
+        optimized.train()
+    optimized.eval()
+
+
+@torch.no_grad()
+def test_item_9_the_layout_is_the_models(network: nn.Module) -> None:
+    """Contiguous images give contiguous maps and channels_last ones channels_last, as in the model."""
+    features = "extract_features" if hasattr(network, "extract_features") else "forward_features"
+    features = features if hasattr(network, features) else "features"
+    optimized = optimize_for_inference(network)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = images().contiguous(memory_format=layout)
+        y = getattr(optimized, features)(x)
+        assert y.is_contiguous(memory_format=layout)
+        conv, norm = stages(optimized)
+        assert norm(conv(x)).is_contiguous(memory_format=layout)
+    model = Wrapper(network, lambda net, x: getattr(net.body, features)(x).view(2, -1, 4).mean(2))
+    assert_same(model, images())
+
+
+class Second(nn.Module):
+    """A second input that meets a layer, a bare parameter or the network's own features."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.body, self.kind = small(num_classes=0), kind
+        self.layer = {
+            "lstm": lambda: nn.LSTM(5, 256, batch_first=True),
+            "gru": lambda: nn.GRU(5, 256, batch_first=True),
+            "attention": lambda: nn.MultiheadAttention(256, 4, batch_first=True),
+            "bilinear": lambda: nn.Bilinear(256, 256, 7),
+        }.get(kind, nn.Identity)()
+        self.bare = nn.Parameter(torch.randn(256, 5) / 16)
+
+    def forward(self, x: Tensor, second: Tensor) -> Tensor:
+        h = self.body(x)
+        if self.kind in ("lstm", "gru"):
+            return h + self.layer(second)[0][:, -1]
+        if self.kind == "attention":
+            return self.layer(second, second, second)[0][:, 0] + h
+        if self.kind == "bilinear":
+            return self.layer(h, second)
+        return second @ self.bare if self.kind == "bare" else h @ second.T
+
+
+SECONDS = {"lstm": (2, 4, 5), "gru": (2, 4, 5), "attention": (2, 3, 256), "bilinear": (2, 256), "bare": (2, 256)}
+
+
+@pytest.mark.parametrize("kind", [*SECONDS, "features"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_item_10_a_second_input(kind: str, dtype: torch.dtype) -> None:
+    model = Second(kind).eval()
+    second = torch.randn(SECONDS.get(kind, (2, 256))) / 8
+    x = images()
+    found, expected = optimize_for_inference(model, dtype=dtype)(x, second), model(x, second)
+    assert found.dtype == torch.float32 and relative_difference(found, expected) < 0.2
+    named = optimize_for_inference(model, dtype=dtype)(x=x, second=second)
+    assert torch.equal(found, named)
+
+
+def test_item_11_function_transforms(network: nn.Module) -> None:
+    model = copy.deepcopy(network).double()
+    if hasattr(model, "set_swish"):
+        # Its other swish is a torch.autograd.Function that no transform takes.
+        model.set_swish(memory_efficient=False)
+    optimized, x = optimize_for_inference(model), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        optimized(x)
+    tolerance = {"rtol": 1e-6, "atol": 1e-8}
+
+    def logit(net: nn.Module) -> Callable[[Tensor], Tensor]:
+        return lambda image: net(image[None])[0, :3].square().sum()
+
+    per_sample = torch.func.vmap(torch.func.grad(logit(optimized)))(x)
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(model(leaf)[:, :3].square().sum(), leaf)
+    torch.testing.assert_close(per_sample, expected, **tolerance)
+    mapped = torch.func.vmap(lambda image: optimized(image[None])[0])(x)
+    torch.testing.assert_close(mapped, optimized(x), **tolerance)
+    tangent = torch.randn_like(x)
+    found = torch.func.jvp(lambda v: optimized(v), (x,), (tangent,))[1]
+    torch.testing.assert_close(found, torch.func.jvp(lambda v: model(v), (x,), (tangent,))[1], **tolerance)
+
+
+def test_item_11_jacobians_and_second_derivatives_of_a_block() -> None:
+    for block in (layers.MBConv(4, 4, expand_ratio=2), timm_block()):
+        model = with_statistics(nn.Sequential(nn.Conv2d(3, 4, 1), block), 8)[1].double().eval().requires_grad_(False)
+        optimized, x = optimize_for_inference(model), torch.randn(1, 4, 3, 3, dtype=torch.float64)
+        for transform in (torch.func.jacfwd, torch.func.jacrev, torch.func.hessian):
+            found, expected = (transform(lambda v, net=net: net(v).square().sum())(x) for net in (optimized, model))
+            torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+
+
+def timm_block() -> nn.Module:
+    return timm.models._efficientnet_blocks.InvertedResidual(4, 4, exp_ratio=2, act_layer=nn.SiLU)
+
+
+def test_item_11_stacked_copies() -> None:
+    model = small()
+    copies, x = [optimize_for_inference(model), optimize_for_inference(small())], images()
+    params, buffers = torch.func.stack_module_state(copies)
+    base = copy.deepcopy(copies[0])
+
+    def run(p: dict, b: dict, x: Tensor) -> Tensor:
+        return torch.func.functional_call(base, (p, b), (x,))
+
+    found = torch.func.vmap(run, (0, 0, None))(params, buffers, x)
+    close(found, torch.stack([c(x) for c in copies]))
+
+
+def test_item_12_second_derivatives(networks: dict[str, nn.Module]) -> None:
+    for name in ("ours", "timm"):
+        model = copy.deepcopy(networks[name]).double().requires_grad_(False)
+        found = []
+        for net in (optimize_for_inference(model), model):
+            with effnet_ops.use_backend("reference"):
+                x = torch.linspace(-1, 1, 3 * 32 * 32, dtype=torch.float64).view(1, 3, 32, 32).requires_grad_()
+            if net is model and name == "ours":
+                with effnet_ops.use_backend("reference"):
+                    (grad,) = torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
+            else:
+                (grad,) = torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
+            found.append(torch.autograd.grad(grad.square().sum(), x)[0])
+        assert relative_difference(*found) < 1e-6
+
+
+def test_item_15_distributed_data_parallel() -> None:
+    model, x = small(), images()
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        optimized = optimize_for_inference(wrapped)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert isinstance(optimized, type(model)) and optimized.optimization_report.blocks
+    close(optimized(x), model(x))
+
+
+@torch.no_grad()
+def test_item_16_hooks_set_later_see_what_the_model_shows(network: nn.Module) -> None:
+    """Better than the value behind the activation: the layer runs its stock form while somebody listens."""
+    optimized, x, heard = optimize_for_inference(network), images(), []
+    optimized(x)
+    for net in (optimized, network):
+        handles = [part.register_forward_hook(lambda m, args, y: heard.append(y)) for part in stages(net)]
+        net(x)
+        for handle in handles:
+            handle.remove()
+    assert len(heard) == 4
+    for found, expected in zip(heard[:2], heard[2:], strict=True):
+        close(found, expected)
+    assert norms_run(optimized, x) == 0
+
+
+@torch.no_grad()
+def test_item_22_a_module_that_is_used_twice() -> None:
+    stage = nn.Sequential(layers.MBConv(8, 8), layers.MBConv(8, 8))
+    model = with_statistics(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sequential(stage, stage), stage, stage[0]), 16)
+    assert_same(model, torch.randn(2, 3, 16, 16))
+    network = small()
+    last = network.blocks[-1][-1]
+    network.blocks.append(nn.Sequential(nn.Conv2d(last.bn3.num_features, 8, 1), stage, stage))
+    network.conv_head = nn.Conv2d(8, network.conv_head.out_channels, 1)
+    assert_same(network.eval(), images())
+
+
+@torch.no_grad()
+def test_item_23_somebody_else_calls_the_parts(network: nn.Module) -> None:
+    """Early fusion of depth: something is added between a network's first convolution and its normalisation."""
+
+    def run(net: nn.Module, x: Tensor, depth: Tensor) -> Tensor:
+        conv, norm = stages(net.body)
+        return norm(conv(x) + net.depth(depth)).relu().mean((2, 3)) + net.body(x).mean()
+
+    depth = nn.Conv2d(1, 32, 3, 2, 1)
+    optimized = assert_same(Wrapper(network, run, depth=depth), images(), torch.randn(2, 1, SIZE, SIZE))
+    assert norms_run(optimized.body, images()) == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("later", [False, True])
+def test_item_23_a_method_that_is_patched(later: bool) -> None:
+    def patch(net: nn.Module) -> None:
+        def forward_features(self: nn.Module, x: Tensor) -> Tensor:
+            h = self.bn1(self.conv_stem(x) * 2 + 1)
+            return self.bn2(self.conv_head(self.blocks(h)) - 1)
+
+        net.forward_features = forward_features.__get__(net)
+
+    model, x = small(), images()
+    if later:
+        optimized = optimize_for_inference(model)
+        optimized(x)
+        patch(optimized)
+        patch(model)
+        close(optimized(x), model(x))
+    else:
+        patch(model)
+        assert_same(model, x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("later", [False, True])
+def test_item_23_a_class_that_is_patched(later: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = small(), images()
+    block = type(model.blocks[3][0])
+    optimized = optimize_for_inference(model)
+    optimized(x)
+    stock, features = block.forward, type(model).forward_features
+    if later:
+        monkeypatch.setattr(block, "forward", lambda self, x: stock(self, x) * 2)
+
+    def patched(self: nn.Module, x: Tensor) -> Tensor:
+        return features(self, x) + self.bn1(self.conv_stem(x)).mean()
+
+    monkeypatch.setattr(type(model), "forward_features", patched)
+    if not later:
+        optimized = optimize_for_inference(model)
+    close(optimized(x), model(x))
+
+
+class Quantized(nn.Module):
+    """A layer with int8 weights and a scale."""
+
+    def __init__(self, inputs: int, outputs: int, parameter: bool) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.randint(-127, 127, (outputs, inputs), dtype=torch.int8))
+        scale = torch.rand(outputs, 1) / 1000
+        if parameter:
+            self.scale = nn.Parameter(scale)
+        else:
+            self.register_buffer("scale", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.float() * self.scale)
+
+
+@pytest.mark.parametrize("parameter", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_item_24_integer_weights(parameter: bool, dtype: torch.dtype) -> None:
+    model = Wrapper(small(num_classes=0), lambda net, x: net.head(net.body(x)), head=Quantized(256, 9, parameter))
+    assert_same(model, images(), dtype=dtype)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_item_24_integer_images_give_the_models_dtype(dtype: torch.dtype) -> None:
+    model = Wrapper(small(), lambda net, x: net.body(x.float() / 255))
+    x = torch.randint(0, 255, (2, 3, SIZE, SIZE), dtype=torch.uint8)
+    found = optimize_for_inference(model, dtype=dtype)(x)
+    assert found.dtype == torch.float32 and relative_difference(found, model(x)) < 0.2
+
+
+@torch.no_grad()
+def test_item_25_a_folded_layer_is_still_the_users(network: nn.Module) -> None:
+    model = copy.deepcopy(network)
+    block = next(
+        m
+        for m in model.modules()
+        if "block" in type(m).__name__.lower() or "MBConv" in type(m).__name__ or "Separable" in type(m).__name__
+    )
+    block.gain, block.tag = nn.Parameter(torch.ones(3)), "first"
+    block.register_buffer("seen", torch.zeros(2))
+    tags = []
+    block.register_forward_hook(remember)
+    optimized = optimize_for_inference(model)
+    folded = dict(optimized.named_modules())[dict((m, n) for n, m in model.named_modules())[block]]
+    optimized(images())
+    assert (
+        folded.tag == "first"
+        and folded.gain.shape == (3,)
+        and folded.seen.shape == (2,)
+        and folded.heard == ["first"] * 1
+    )
+    assert isinstance(folded, type(block)) and tags == []
+
+
+def remember(block: nn.Module, args: tuple, y: Tensor) -> None:
+    block.__dict__.setdefault("heard", []).append(block.tag)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_item_25_arguments_have_their_names(dtype: torch.dtype | None) -> None:
+    def run(net: nn.Module, x: Tensor) -> Tensor:
+        h = net.body.blocks(input=net.body.bn1(x=net.body.conv_stem(input=x)))
+        h = net.body.blocks[3][0](
+            x=net.body.blocks[2](input=net.body.blocks[1](net.body.blocks[0](net.body.bn1(net.body.conv_stem(x)))))
+        )
+        return net.fc(input=h.mean((2, 3)))
+
+    model = Wrapper(small(), run, fc=nn.Linear(48, 5))
+    model.fc = nn.Linear(model.body.blocks[3][0].bn3.num_features, 5)
+    assert_same(model.eval(), images(), dtype=dtype)
+    block = optimize_for_inference(layers.MBConv(8, 8).eval(), dtype=dtype)
+    x = torch.randn(1, 8, 5, 5)
+    assert torch.equal(block(x=x), block(x))
+
+
+def test_item_27_a_refused_train_changes_nothing(network: nn.Module) -> None:
+    model = Wrapper(network, lambda net, x: net.drop(net.body(x)), drop=nn.Dropout(0.5)).eval()
+    optimized, x = optimize_for_inference(model), images()
+    optimized.drop.train()
+    before = [module.training for module in optimized.modules()]
+    for module in (
+        optimized,
+        optimized.body,
+        copy.deepcopy(optimized),
+        pickle.loads(pickle.dumps(optimize_for_inference(network))),
+    ):
+        with pytest.raises(RuntimeError, match="cannot train"):
+            module.train()
+    assert [module.training for module in optimized.modules()] == before
+    optimized.eval()
+    assert torch.equal(optimized(x), optimized(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_item_27_pruned_and_weight_normed_layers(dtype: torch.dtype | None) -> None:
+    model = small()
+    prune.l1_unstructured(model.conv_stem, "weight", 0.4)
+    prune.l1_unstructured(model.blocks[3][0].conv_pwl, "weight", 0.3)
+    parametrizations.weight_norm(model.classifier)
+    parametrizations.weight_norm(model.blocks[2][0].conv_exp)
+    torch.nn.utils.weight_norm(model.conv_head)
+    assert_same(model, images(), dtype=dtype)
+
+
+WRITES: dict[str, Callable[[nn.Module], Any]] = {
+    "in place": lambda net: net.conv_head.weight.mul_(1.5),
+    "data": lambda net: net.conv_head.weight.data.mul_(1.5),
+    "data of a bias": lambda net: net.blocks[3][0].bn3.bias.data.add_(1),
+    "other data": lambda net: setattr(net.conv_stem.weight, "data", net.conv_stem.weight * 1.5),
+    "another parameter": lambda net: setattr(net.conv_stem, "weight", nn.Parameter(net.conv_stem.weight * 1.5)),
+    "numpy": lambda net: net.classifier.weight.numpy().__imul__(1.5),
+    "statistics": lambda net: net.bn1.running_mean.add_(1),
+    "state dict": lambda net: net.load_state_dict(
+        {k: v * 1.1 if v.is_floating_point() else v for k, v in net.state_dict().items()}
+    ),
+    "assigned state dict": lambda net: net.load_state_dict(
+        {k: v * 1.1 if v.is_floating_point() else v for k, v in net.state_dict().items()}, assign=True
+    ),
+    "eps": lambda net: setattr(net.bn1, "eps", 1.0),
+    "stride": lambda net: setattr(net.conv_stem, "stride", (1, 1)),
+    "dtype": lambda net: net.double().float(),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", WRITES)
+def test_weights_that_change_are_noticed(name: str) -> None:
+    model, x = small().requires_grad_(False), images()
+    optimized = optimize_for_inference(model)
+    for _ in range(2):
+        optimized(x)
+        WRITES[name](optimized)
+        WRITES[name](model)
+        close(optimized(x), model(x))
+
+
+@torch.no_grad()
+def test_memory_that_somebody_keeps_is_read_anew() -> None:
+    model, x = small().requires_grad_(False), images()
+    optimized = optimize_for_inference(model)
+    kept = [(net.conv_head.weight.data, net.classifier.weight.numpy()) for net in (optimized, model)]
+    for _ in range(3):
+        for weight, array in kept:
+            weight.mul_(1.2)
+            array *= 1.1
+        close(optimized(x), model(x))
+
+
+def test_gradients_of_weights_that_ask_for_them() -> None:
+    model, x = small(), images()
+    optimized = optimize_for_inference(model)
+    optimized(x)
+    for net in (optimized, model):
+        net.requires_grad_(False)
+        net.classifier.requires_grad_()
+        net.conv_head.requires_grad_()
+        net(x).square().mean().backward()
+    for found, expected in zip(optimized.parameters(), model.parameters(), strict=True):
+        assert (found.grad is None) == (expected.grad is None)
+        if found.grad is not None:
+            close(found.grad, expected.grad)
+
+
+def test_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        model, x = small(), images()
+        optimized = optimize_for_inference(model)
+        close(optimized(x), model(x))
+        optimized.classifier.weight.mul_(2)
+        model.classifier.weight.mul_(2)
+        close(optimized(x), model(x))
+
+
+def test_compiles_after_a_call() -> None:
+    model, x = small(), images()
+    optimized = optimize_for_inference(model)
+    with torch.no_grad():
+        expected = optimized(x)
+        torch._dynamo.reset()
+        found = torch.compile(optimized, backend="aot_eager", fullgraph=True)(x)
+    close(found, expected)
+
+
+def test_exports_and_traces(network: nn.Module) -> None:
+    optimized, x = optimize_for_inference(network), images()
+    with torch.no_grad():
+        expected = optimized(x)
+        close(torch.export.export(optimized, (x,)).module()(x), expected)
+        close(torch.jit.trace(optimized, x, check_trace=False)(x), expected)
