@@ -3,6 +3,8 @@
 Activations are contiguous (N, H, W, C). The steps are those of docs/mbconv.md. Nothing waits for the device and every
 size follows from the arguments' sizes, so a CUDA graph can hold any of these.
 
+The depthwise convolution may be another's: functions that do what those of `kernels/depthwise.py` do.
+
 Launches, inference: expand, depthwise with the pool, gate, project, and one more where norms are running statistics,
 which it turns into scales and shifts: 4 or 5, one less without expansion, one less without squeeze-and-excitation.
 In 16 bits each product casts its weight first where that is large and many tiles read it: at most 2 launches more.
@@ -10,7 +12,7 @@ In 16 bits each product casts its weight first where that is large and many tile
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -69,6 +71,16 @@ class Block(NamedTuple):
         return {"stride": self.stride, "padding": self.padding}
 
 
+class Depthwise(NamedTuple):
+    """Who convolves: functions with the arguments and the results of those in `kernels/depthwise.py`."""
+
+    forward: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
+    backward: Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]]
+
+
+TRITON = Depthwise(depthwise.forward, depthwise.backward)
+
+
 class Forward(NamedTuple):
     """What `training` makes: activations (N, H, W, C) before their normalisation, and vectors.
 
@@ -107,7 +119,7 @@ def _pixels(x: Tensor) -> Tensor:
     return x.flatten(1, 2)
 
 
-def inference(block: Block) -> Tensor:
+def inference(block: Block, depthwise_kernels: Depthwise = TRITON) -> Tensor:
     """y (N, Ho, Wo, Cout) where every normalisation is a constant or absent."""
     normalised = [conv for conv in block.convolutions if conv.gamma is not None]
     norms: dict[int, Tensor] = {}
@@ -124,7 +136,7 @@ def inference(block: Block) -> Tensor:
         expand, size = block.expand, h.shape[1:3]
         h, _ = pointwise.forward(_pixels(h), expand.weight, **behind(expand), out_activation=block.activation)
         h = h.unflatten(1, size)
-    h, pool, _ = depthwise.forward(
+    h, pool, _ = depthwise_kernels.forward(
         h,
         block.depthwise.weight,
         **block.window,
@@ -146,7 +158,7 @@ def inference(block: Block) -> Tensor:
     return y.unflatten(1, size)
 
 
-def training(block: Block) -> Forward:
+def training(block: Block, depthwise_kernels: Depthwise = TRITON) -> Forward:
     """Steps F1 to F5, with the batch's statistics where a normalisation has none of its own."""
     constants = [conv for conv in block.convolutions if not conv.uses_batch]
     norms: dict[int, Tensor] = {}
@@ -170,7 +182,7 @@ def training(block: Block) -> Forward:
         norm, activation = normalise(block.expand, partials), block.activation
     else:
         statistics.append(None)
-    convolved, _, partials = depthwise.forward(
+    convolved, _, partials = depthwise_kernels.forward(
         x if expanded is None else expanded,
         block.depthwise.weight,
         **block.window,
@@ -192,7 +204,9 @@ def training(block: Block) -> Forward:
     return Forward(y.unflatten(1, size), expanded, convolved, projected.unflatten(1, size), statistics, pooled)
 
 
-def backward(grad: Tensor, block: Block, saved: Forward, needs: Sequence[bool]) -> Gradients:
+def backward(
+    grad: Tensor, block: Block, saved: Forward, needs: Sequence[bool], depthwise_kernels: Depthwise = TRITON
+) -> Gradients:
     """Steps B1 to B5. ``needs`` has the order of `Gradients`."""
     wanted = Gradients(*needs)
     before_project, before_gate, before_depthwise = any(needs[:11]), any(needs[:7]), any(needs[:4])
@@ -257,7 +271,7 @@ def backward(grad: Tensor, block: Block, saved: Forward, needs: Sequence[bool]) 
         expanded = block.x if block.expand is None else saved.expanded
         if expanded is None:
             expanded = pointwise.forward(_pixels(block.x), block.expand.weight)[0].unflatten(1, block.x.shape[1:3])
-        n_grad, found["depthwise_weight"], _, partials = depthwise.backward(
+        n_grad, found["depthwise_weight"], _, partials = depthwise_kernels.backward(
             z_grad.unflatten(1, grad.shape[1:3]),
             expanded,
             block.depthwise.weight,

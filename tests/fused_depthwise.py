@@ -41,27 +41,27 @@ CASES = (
 )
 
 
-def _vectors(rows: int, channels: int) -> Tensor:
+def vectors(rows: int, channels: int) -> Tensor:
     """mean, positive scale, shift, and further rows."""
     return torch.stack([normal(channels) * 0.3, torch.rand(channels).double() + 0.5, *normal(rows - 2, channels) * 0.3])
 
 
-def _normalised(x: Tensor, norm: Tensor) -> Tensor:
+def normalised(x: Tensor, norm: Tensor) -> Tensor:
     mean, scale, shift = (row[:, None, None] for row in norm)
     return (x - mean) * scale + shift
 
 
-def _convolved(case: Fused, u: Tensor, weight: Tensor) -> Tensor:
+def convolved(case: Fused, u: Tensor, weight: Tensor) -> Tensor:
     top, bottom, left, right = case.padding
     return F.conv2d(F.pad(u, (left, right, top, bottom)), weight, None, case.stride, 0, 1, u.shape[1])
 
 
-def _derivative(x: Tensor, name: str) -> Tensor:
+def derivative(x: Tensor, name: str) -> Tensor:
     x = x.detach().requires_grad_()
     return torch.autograd.grad(reference.activate(x, name).sum(), x)[0]
 
 
-def _given(value: Tensor, dtype: torch.dtype, device: str, layout: torch.memory_format) -> tuple[Tensor, Tensor]:
+def given(value: Tensor, dtype: torch.dtype, device: str, layout: torch.memory_format) -> tuple[Tensor, Tensor]:
     """An activation as the kernel gets it, and the same in fp64."""
     cast = value.to(dtype)
     return cast.to(device).contiguous(memory_format=layout), cast.double()
@@ -70,14 +70,14 @@ def _given(value: Tensor, dtype: torch.dtype, device: str, layout: torch.memory_
 def check_forward(case: Fused, dtype: torch.dtype, device: str, layout: torch.memory_format) -> None:
     """Normalise, activate and gate in front; bias, normalise and activate behind; pool and statistics."""
     batch, channels = case.shape[:2]
-    x, exact_x = _given(normal(*case.shape), dtype, device, layout)
+    x, exact_x = given(normal(*case.shape), dtype, device, layout)
     weight, bias, gate = normal(channels, 1, case.kernel, case.kernel), normal(channels), torch.rand(batch, channels)
-    norm, out_norm = _vectors(3, channels), _vectors(3, channels)
+    norm, out_norm = vectors(3, channels), vectors(3, channels)
     small = [t.float() for t in (weight, bias, norm, gate, out_norm)]
     weight, bias, norm, gate, out_norm = (t.double() for t in small)
 
-    u = reference.activate(_normalised(exact_x, norm), case.activation) * gate[:, :, None, None]
-    before = _normalised(_convolved(case, u, weight) + bias[:, None, None], out_norm)
+    u = reference.activate(normalised(exact_x, norm), case.activation) * gate[:, :, None, None]
+    before = normalised(convolved(case, u, weight) + bias[:, None, None], out_norm)
     expected = reference.activate(before, case.activation)
     w, b, n, g, o = (t.to(device) for t in small)
     place = (case.stride, case.padding, case.activation, case.activation)
@@ -85,15 +85,15 @@ def check_forward(case: Fused, dtype: torch.dtype, device: str, layout: torch.me
     bound = FORWARD_TOLERANCE[dtype]
     assert relative_error(y.cpu(), expected) <= bound
     assert relative_error(pool.sum(1).cpu(), expected.sum((2, 3))) <= bound
-    _check_statistics(partials.double().cpu(), y.double().cpu(), bound)
+    check_statistics(partials.double().cpu(), y.double().cpu(), bound)
 
-    grad, exact_grad = _given(normal(*y.shape), dtype, device, layout)
+    grad, exact_grad = given(normal(*y.shape), dtype, device, layout)
     through, _, _ = torch.ops.effnet_ops.cuda_depthwise_forward(x, w, b, n, g, o, grad, *place, False, False)
-    assert relative_error(through.cpu(), exact_grad * _derivative(before, case.activation)) <= 10 * bound
+    assert relative_error(through.cpu(), exact_grad * derivative(before, case.activation)) <= 10 * bound
     assert through.stride() == y.stride()
 
 
-def _check_statistics(partials: Tensor, y: Tensor, bound: float) -> None:
+def check_statistics(partials: Tensor, y: Tensor, bound: float) -> None:
     """Counts, means and squares of the parts are those of the stored result; fp32 sums, so fp32's bound at best."""
     count, mean, squares = partials.unbind(1)
     total = count.sum(0)
@@ -107,13 +107,13 @@ def _check_statistics(partials: Tensor, y: Tensor, bound: float) -> None:
 def check_backward(case: Fused, dtype: torch.dtype, device: str, layout: torch.memory_format) -> None:
     """The backward of gate, activation and normalisation in front; activation, residual and sums behind."""
     batch, channels = case.shape[:2]
-    x, exact_x = _given(normal(*case.shape), dtype, device, layout)
+    x, exact_x = given(normal(*case.shape), dtype, device, layout)
     weight = normal(channels, 1, case.kernel, case.kernel)
-    size = _convolved(case, exact_x, weight).shape
-    grad, exact_grad = _given(normal(*size), dtype, device, layout)
-    a, exact_a = _given(normal(*size), dtype, device, layout)
-    residual, exact_residual = _given(normal(*case.shape), dtype, device, layout)
-    a_norm, norm, coefficients = _vectors(3, channels), _vectors(3, channels), _vectors(4, channels)
+    size = convolved(case, exact_x, weight).shape
+    grad, exact_grad = given(normal(*size), dtype, device, layout)
+    a, exact_a = given(normal(*size), dtype, device, layout)
+    residual, exact_residual = given(normal(*case.shape), dtype, device, layout)
+    a_norm, norm, coefficients = vectors(3, channels), vectors(3, channels), vectors(4, channels)
     coefficients[0] = a_norm[0]
     small = [
         t.float() for t in (weight, a_norm, coefficients, torch.rand(batch, channels), normal(batch, channels), norm)
@@ -122,10 +122,10 @@ def check_backward(case: Fused, dtype: torch.dtype, device: str, layout: torch.m
 
     mean, of_grad, of_a, constant = (row[:, None, None] for row in coefficients)
     n = exact_grad * gate[:, :, None, None] + pooled[:, :, None, None]
-    n = n * _derivative(_normalised(exact_a, a_norm), case.activation)
+    n = n * derivative(normalised(exact_a, a_norm), case.activation)
     g = of_grad * n + of_a * (exact_a - mean) + constant
-    before, leaf = _normalised(exact_x, norm).requires_grad_(), weight.clone().requires_grad_()
-    y = _convolved(case, reference.activate(before, case.activation), leaf)
+    before, leaf = normalised(exact_x, norm).requires_grad_(), weight.clone().requires_grad_()
+    y = convolved(case, reference.activate(before, case.activation), leaf)
     exact_dx, exact_dw = torch.autograd.grad(y, [before, leaf], g)
     exact_dx = exact_dx + exact_residual
     centred = exact_x - norm[0][:, None, None]

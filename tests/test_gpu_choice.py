@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from ahead_of_time import recorded
 
 from effnet_ops import _native, backends, reference
 from effnet_ops.ops import cuda, gpu, triton
+from effnet_ops.ops.cuda.depthwise import too_large
 
 WINDOW = backends.Window((3, 3), (1, 1), (1, 1))
 
@@ -144,6 +147,80 @@ def test_decisions_are_few_whatever_shapes_come(monkeypatch: pytest.MonkeyPatch)
             assert 0 < len(gpu._chosen) <= 5
 
 
+def depthwise_of_block(x: Any, window: backends.Window = WINDOW, channels: int = 48) -> str:
+    batch, _, *size = x.shape
+    return gpu.block_depthwise(x, (batch, channels, *size), window, (1, 1, 1, 1))
+
+
+@pytest.mark.usefixtures("both")
+def test_who_convolves_in_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA C++ kernels where they can and nobody asked for Triton's, whatever the layout of the block's input."""
+    contiguous = on_gpu(torch.float32, memory_format=torch.contiguous_format)
+    for x in (on_gpu(), on_gpu(torch.float16), contiguous):
+        assert depthwise_of_block(x) == depthwise_of_block(x, backends.Window((5, 5), (2, 2), (1, 1))) == "cuda"
+    for request in ("cuda", "triton"):
+        with backends.use_backend(request):
+            assert depthwise_of_block(on_gpu()) == request
+    monkeypatch.setattr(backends, "_environment", "triton")
+    assert depthwise_of_block(on_gpu()) == "triton"
+
+
+@pytest.mark.usefixtures("both")
+@pytest.mark.parametrize(
+    ("x", "window"),
+    [
+        (on_gpu(torch.float64), WINDOW),
+        (on_gpu(), WINDOW._replace(kernel=(3, 5))),
+        (on_gpu(), WINDOW._replace(stride=(1, 2))),
+        (on_gpu(index=1), WINDOW),
+        (on_gpu(shape=(1, 8, 16000, 16000)), WINDOW),
+    ],
+    ids=["fp64", "3x5", "stride 1x2", "old GPU", "large image"],
+)
+def test_blocks_convolve_with_triton_where_cuda_has_no_kernel(x: Any, window: backends.Window) -> None:
+    assert depthwise_of_block(x, window) == "triton"
+
+
+@pytest.mark.usefixtures("both")
+def test_blocks_convolve_with_triton_without_the_cuda_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(backends._reasons, "cuda", "the CUDA part was not built")
+    assert depthwise_of_block(on_gpu()) == "triton"
+
+
+@pytest.mark.usefixtures("both")
+def test_the_operators_of_a_block_ask_who_convolves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with the block's window, padding and expanded size, and then convolves with what it is told."""
+    from launches import arguments, blocks
+
+    asked: list[tuple[Any, ...]] = []
+    used: list[str] = []
+
+    def told(x: torch.Tensor, *problem: Any) -> str:
+        asked.append(problem)
+        return "cuda"
+
+    monkeypatch.setattr(gpu, "block_depthwise", told)
+    module = importlib.import_module("effnet_ops.ops.triton.mbconv")
+
+    def instead(name: str) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            used.append(name)
+            return getattr(module.kernels.TRITON, name)(*args, **kwargs)
+
+        return run
+
+    monkeypatch.setitem(module._DEPTHWISE, "cuda", module.kernels.Depthwise(instead("forward"), instead("backward")))
+    block, side = next((block, side) for block, side in blocks("b0") if block.stride == 2 and block.kernel_size == 5)
+    given = arguments(block, 2, side, torch.bfloat16, True)
+    with recorded("sm_90"):
+        triton.implementation("mbconv_inference")(*arguments(block, 2, side, torch.bfloat16, False))
+        y, *saved = triton.implementation("mbconv_training")(*given, True)
+        triton.implementation("mbconv_backward")(y, *given, *saved, [True] * 14)
+    expected = ((2, block.expanded_channels, side, side), backends.Window((5, 5), (2, 2), (1, 1)), (1, 2, 1, 2))
+    assert used == ["forward", "forward", "backward"]
+    assert [(size, backends.Window(*map(tuple, window)), sides) for size, window, sides in asked] == [expected] * 3
+
+
 def test_every_operator_is_registered_for_cuda_tensors() -> None:
     for operator in triton.WORDS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"effnet_ops::{operator}", "CUDA")
@@ -160,7 +237,7 @@ def test_too_large_for_the_kernels_is_right_all_the_same() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "sides", "too_large"),
+    ("shape", "sides", "expected"),
     [
         ((256, 96, 112, 112), (1, 1, 1, 1), False),
         ((520, 16, 512, 512), (1, 1, 1, 1), False),
@@ -169,10 +246,8 @@ def test_too_large_for_the_kernels_is_right_all_the_same() -> None:
         ((1 << 22, 8, 20, 20), (1, 1, 1, 1), True),
     ],
 )
-def test_images_too_large_for_the_kernels(shape: tuple[int, ...], sides: tuple[int, ...], too_large: bool) -> None:
-    from effnet_ops.ops.cuda.depthwise import _too_large
-
-    assert _too_large(torch.empty(shape, device="meta"), 3, sides) is too_large
+def test_images_too_large_for_the_kernels(shape: tuple[int, ...], sides: tuple[int, ...], expected: bool) -> None:
+    assert too_large(shape, 3, sides) is expected
 
 
 def test_table_covers_the_operators_of_both() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 
 import emulator
 import pytest
-from cuda_kernels import Kernels
+from cuda_kernels import Kernels, register_operators
 
 
 @pytest.fixture(scope="session")
@@ -39,3 +40,9 @@ def kernels(kernel_machine: Kernels) -> Iterator[Kernels]:
     kernel_machine.reset()
     yield kernel_machine
     kernel_machine.reset()
+
+
+@pytest.fixture(scope="session")
+def bindings(kernel_machine: Kernels) -> ctypes.CDLL:
+    """The bindings beside the emulated kernels, registered for the CPU."""
+    return register_operators(kernel_machine)

@@ -1,16 +1,21 @@
-"""The kernels of csrc/cuda on the emulated GPU: kernels.h as ctypes structures, and calls with tensors."""
+"""The kernels of csrc/cuda on the emulated GPU: kernels.h as ctypes structures, calls with tensors, operators."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import emulator
 import torch
 from emulator import CUDA, HERE, Machine
 from torch import Tensor
+
+_TORCH = Path(torch.__file__).parent
 
 _TYPES = {
     "int": ctypes.c_int,
@@ -105,3 +110,19 @@ class Kernels(Machine):
         problem, device = structure(name, values), self._device()
         error = self.call(f"run_{name}", ctypes.byref(problem), ctypes.byref(device))
         assert error == 0, f"{name} returned the error {error}"
+
+
+@functools.cache
+def register_operators(kernels: Kernels) -> ctypes.CDLL:
+    """The library of csrc/cuda/bindings.cpp on these kernels: the operators `cuda_*`, registered for the CPU."""
+    sources = [CUDA / "bindings.cpp", HERE / "adopt.cpp"]
+    flags = ["-std=c++17", "-O1", "-fPIC", "-DEFFNET_EMULATED", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    flags += [f"-I{HERE / 'include'}", f"-I{_TORCH / 'include'}", "-shared"]
+    link = [str(kernels.path), f"-Wl,-rpath,{kernels.path.parent}", f"-L{_TORCH / 'lib'}", "-ltorch_cpu"]
+    text = [path.read_bytes() for path in (*sources, CUDA / "kernels.h", CUDA.parent / "stable.h")]
+    key = hashlib.sha256(repr((flags, link, text)).encode()).hexdigest()[:16]
+    library = kernels.path.parent / f"torch_bindings-{key}.so"
+    if not library.exists():
+        emulator._run([emulator.compiler(), *flags, *map(str, sources), *link], library)
+    torch.ops.load_library(str(library))
+    return ctypes.CDLL(str(library))

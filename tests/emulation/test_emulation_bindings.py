@@ -6,7 +6,6 @@ The bindings are compiled for tensors of the CPU. The kernels may touch what the
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,6 @@ import pytest
 import torch
 from cases import DEPTHWISE, SQUEEZE_EXCITE, DepthwiseCase
 from cases import SqueezeExciteCase as SECase
-from cuda_kernels import Kernels
 from fused_depthwise import CASES, Fused, check_backward, check_forward
 from helpers import (
     FORWARD_TOLERANCE,
@@ -39,24 +37,6 @@ from effnet_ops.ops import cuda, gpu
 sys.path.insert(0, str(emulator.ROOT / "benchmarks" / "gpu"))
 
 import choice
-
-TORCH = Path(torch.__file__).parent
-
-
-@pytest.fixture(scope="session")
-def bindings(kernel_machine: Kernels) -> ctypes.CDLL:
-    """The bindings beside the emulated kernels, registered for the CPU."""
-    sources = [emulator.CUDA / "bindings.cpp", emulator.HERE / "adopt.cpp"]
-    flags = ["-std=c++17", "-O1", "-fPIC", "-DEFFNET_EMULATED", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    flags += [f"-I{emulator.HERE / 'include'}", f"-I{TORCH / 'include'}", "-shared"]
-    link = [str(kernel_machine.path), f"-Wl,-rpath,{kernel_machine.path.parent}", f"-L{TORCH / 'lib'}", "-ltorch_cpu"]
-    text = [path.read_bytes() for path in (*sources, emulator.CUDA / "kernels.h", emulator.CUDA.parent / "stable.h")]
-    key = hashlib.sha256(repr((flags, link, text)).encode()).hexdigest()[:16]
-    library = kernel_machine.path.parent / f"torch_bindings-{key}.so"
-    if not library.exists():
-        emulator._run([emulator.compiler(), *flags, *map(str, sources), *link], library)
-    torch.ops.load_library(str(library))
-    return ctypes.CDLL(str(library))
 
 
 class Emulated(torch.autograd.Function):

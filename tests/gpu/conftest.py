@@ -26,3 +26,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def gpu_backend(request: pytest.FixtureRequest) -> str:
     """Each backend for GPUs; a test that takes it must ask for it, by `use_backend`."""
     return request.param
+
+
+@pytest.fixture(params=["triton", None], ids=["triton", "automatic"])
+def block_request(request: pytest.FixtureRequest) -> str | None:
+    """What a block is asked to run on: Triton alone, or, by the automatic choice, `cuda` for what is depthwise."""
+    if request.param is None and REASONS["cuda"]:
+        pytest.skip(f"backend cuda: {REASONS['cuda']}")
+    return request.param

@@ -62,15 +62,17 @@ class OnCPU(torch.autograd.Function):
         return same_strides(grad, "cuda")
 
 
-def on_gpu(function: Function, backend: str) -> Function:
+def on_gpu(function: Function, backend: str | None) -> Function:
     """The function with its tensors moved to the GPU and its result back, through autograd and with all strides.
 
-    What is not in fp64, which is the reference's own call, runs on ``backend``.
+    What is not in fp64, which is the reference's own call, runs on ``backend``, or by the automatic choice.
     """
 
     def moved(tensors: Tensors) -> Tensor:
         given = {name: None if value is None else OnGPU.apply(value) for name, value in tensors.items()}
         if next(value for value in given.values() if value is not None).dtype == torch.float64:
+            return OnCPU.apply(function(given))
+        if backend is None:
             return OnCPU.apply(function(given))
         with effnet_ops.use_backend(backend):
             assert backends.select(given["x"]) == backend
@@ -80,7 +82,12 @@ def on_gpu(function: Function, backend: str) -> Function:
 
 
 def parity(
-    function: Function, tensors: Tensors, dtype: torch.dtype, layout: str, backend: str = "triton", **tolerances: Any
+    function: Function,
+    tensors: Tensors,
+    dtype: torch.dtype,
+    layout: str,
+    backend: str | None = "triton",
+    **tolerances: Any,
 ) -> None:
     check(on_gpu(function, backend), tensors, dtype, layout, **tolerances)
 
@@ -115,16 +122,17 @@ def test_squeeze_excite(case: SECase, layout: str, dtype: torch.dtype, gpu_backe
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize(("case", "layout"), laid_out(MBCONV), ids=names(MBCONV))
 @by_dtype
-def test_mbconv(case: MBConvCase, layout: str, dtype: torch.dtype, training: bool) -> None:
-    parity(mbconv_function(case, training), mbconv_tensors(case, dtype), dtype, layout, **mbconv_bounds(case, dtype))
+def test_mbconv(case: MBConvCase, layout: str, dtype: torch.dtype, training: bool, block_request: str | None) -> None:
+    function, tensors = mbconv_function(case, training), mbconv_tensors(case, dtype)
+    parity(function, tensors, dtype, layout, block_request, **mbconv_bounds(case, dtype))
 
 
 @by_dtype
-def test_realistic_size(dtype: torch.dtype) -> None:
+def test_realistic_size(dtype: torch.dtype, block_request: str | None) -> None:
     """Many programs at once: what the interpreter, which runs them in turn, cannot show."""
     case = MBConvCase("b0_stage_3", (32, 24, 56, 56), 40, 144, 6, kernel=(5, 5), stride=2)
     function, tensors = mbconv_function(case, True), mbconv_tensors(case, dtype)
-    parity(function, tensors, dtype, "channels_last", **mbconv_bounds(case, dtype))
+    parity(function, tensors, dtype, "channels_last", block_request, **mbconv_bounds(case, dtype))
 
 
 @pytest.mark.parametrize("gpu_backend", ["cuda"])

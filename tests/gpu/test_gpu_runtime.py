@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +13,8 @@ from helpers import mbconv_function, mbconv_tensors, prepared, relative_error
 from torch import Tensor
 
 import effnet_ops
+from effnet_ops.kernels import launching
+from effnet_ops.ops import gpu
 
 CASES = {case.name: case for case in MBCONV}
 BLOCK = CASES["residual"]
@@ -98,18 +101,42 @@ def test_compiled_without_graph_breaks(training: bool) -> None:
     assert relative_error(gradients[1], gradients[0].double()) <= 2e-5
 
 
+def asked_for(backend: str | None) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if backend is None else effnet_ops.use_backend(backend)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_every_run_gives_the_same_bits(dtype: torch.dtype) -> None:
+def test_every_run_gives_the_same_bits(dtype: torch.dtype, block_request: str | None) -> None:
+    """The first one goes the whole way, and the others launch what it has launched."""
     function, x = block(MBConvCase("wide", (16, 24, 40, 40), 24, 144, 6, residual=True), dtype, True)
 
     def step() -> list[Tensor]:
         leaf = x.detach().requires_grad_()
-        y = function(leaf)
+        with asked_for(block_request):
+            y = function(leaf)
         return [y.detach(), *torch.autograd.grad(y.float().square().sum(), leaf)]
 
     first = step()
     for _ in range(5):
         assert all(torch.equal(a, b) for a, b in zip(first, step(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["residual", "no_expansion_residual"])
+def test_blocks_are_recorded_with_their_calls(
+    name: str, block_request: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else each call of a block would run its host code, a millisecond of it."""
+    monkeypatch.setattr(gpu, "_chosen", {})
+    function, x = block(CASES[name], torch.bfloat16, True)
+    with asked_for(block_request):
+        y = function(x.requires_grad_())
+    y.float().square().sum().backward()
+    operators = {key[0]: replayed for key, replayed in gpu._chosen.items() if key[0].startswith("mbconv")}
+    assert set(operators) == {"mbconv_training", "mbconv_backward"}
+    for replayed in operators.values():
+        (recording,) = replayed._recordings.values()
+        calls = [step for step in recording._steps if isinstance(step, launching.Call)]
+        assert len(calls) == (block_request is None)
 
 
 def test_autocast() -> None:

@@ -75,6 +75,10 @@ def same(found: Any, expected: Any) -> bool:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["residual", "no_expansion_residual", "lite", "folded", "b0_style"])
 def test_inference(name: str, dtype: torch.dtype, interpreted: list[str]) -> None:
+    check_inference(name, dtype, interpreted)
+
+
+def check_inference(name: str, dtype: torch.dtype, interpreted: list[str]) -> None:
     function = triton.implementation("mbconv_inference")
     replayed = gpu.Replayed(function)
     first, second = (arguments(name, dtype, False) for _ in range(2))
@@ -82,9 +86,26 @@ def test_inference(name: str, dtype: torch.dtype, interpreted: list[str]) -> Non
     assert same(replayed.run(0, *second), function(*second)) and interpreted
 
 
+@pytest.mark.usefixtures("cuda_depthwise")
+@pytest.mark.parametrize(("name", "dtype"), [("b0_style", torch.bfloat16), ("folded_no_expansion", torch.float32)])
+def test_inference_with_a_call(name: str, dtype: torch.dtype, interpreted: list[str]) -> None:
+    """The depthwise convolution is called again, and what is launched around it has its results."""
+    check_inference(name, dtype, interpreted)
+
+
 @pytest.mark.parametrize("save_expanded", [True, False])
 @pytest.mark.parametrize("name", ["residual", "no_expansion_residual"])
 def test_training_step(name: str, save_expanded: bool, interpreted: list[str]) -> None:
+    check_training_step(name, save_expanded, interpreted)
+
+
+@pytest.mark.usefixtures("cuda_depthwise")
+@pytest.mark.parametrize("name", ["one_pixel", "no_expansion_residual"])
+def test_training_step_with_calls(name: str, interpreted: list[str]) -> None:
+    check_training_step(name, True, interpreted)
+
+
+def check_training_step(name: str, save_expanded: bool, interpreted: list[str]) -> None:
     operators = [triton.implementation(f"mbconv_{kind}") for kind in ("training", "backward")]
     forward, backward = (gpu.Replayed(operator) for operator in operators)
     for again in (False, True):

@@ -46,6 +46,22 @@ def test_block_in_every_way(case: MBConvCase, dtype: torch.dtype, training: bool
     check(mbconv_function(case, training), mbconv_tensors(case, dtype), dtype, layout, **mbconv_bounds(case, dtype))
 
 
+MIXED_BACKENDS = [
+    ("b0_style", torch.bfloat16, True), ("no_expansion_residual", torch.float32, True),
+    ("lite", torch.float16, False), ("odd_channels", torch.float32, True), ("folded", torch.bfloat16, False),
+    ("one_pixel", torch.float16, True),
+]  # fmt: skip
+
+
+@pytest.mark.usefixtures("cuda_depthwise")
+@pytest.mark.parametrize(("name", "dtype", "training"), MIXED_BACKENDS)
+def test_block_with_cuda_depthwise(name: str, dtype: torch.dtype, training: bool) -> None:
+    """As blocks run on a GPU: the depthwise convolution, both ways, on CUDA C++ kernels, here emulated."""
+    case = next(case for case in MBCONV if case.name == name)
+    bounds = mbconv_bounds(case, dtype)
+    check(mbconv_function(case, training), mbconv_tensors(case, dtype), dtype, "channels_last", **bounds)
+
+
 @pytest.mark.parametrize("name", ["b0_style", "no_expansion_residual", "lite"])
 def test_both_gradients_of_products_in_one_launch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the early blocks run in 16 bits, here in fp64, where nothing hides behind rounding."""

@@ -13,11 +13,15 @@ from effnet_ops.ops import _library
 _MOST_ELEMENTS = 2**31
 
 
-def _too_large(x: Tensor, kernel: int, sides: Sequence[int]) -> bool:
-    """Whether 32-bit offsets in an image, with all that a tile may overhang, or a count of pixels could overflow."""
-    height = x.shape[2] + sides[0] + sides[1] + 2 * kernel + 2
-    width = x.shape[3] + sides[2] + sides[3] + 64 * kernel + 2
-    return height * width * max(x.shape[1], 8, x.shape[0]) >= _MOST_ELEMENTS
+def too_large(size: Sequence[int], kernel: int, sides: Sequence[int]) -> bool:
+    """Whether 32-bit offsets in an image, with all that a tile may overhang, or a count of pixels could overflow.
+
+    ``size`` is that of x, (N, C, H, W).
+    """
+    batch, channels, height, width = size
+    height += sides[0] + sides[1] + 2 * kernel + 2
+    width += sides[2] + sides[3] + 64 * kernel + 2
+    return height * width * max(channels, 8, batch) >= _MOST_ELEMENTS
 
 
 def depthwise_conv2d(
@@ -30,7 +34,7 @@ def depthwise_conv2d(
     activation: str,
 ) -> Tensor:
     sides = resolve_padding(padding, x.shape[2:], weight.shape[2:], stride, dilation)
-    if _too_large(x, weight.shape[2], sides):
+    if too_large(x.shape, weight.shape[2], sides):
         return _library.fallbacks["depthwise_conv2d"](x, weight, bias, stride, padding, dilation, activation)
     y, _, _ = torch.ops.effnet_ops.cuda_depthwise_forward(
         x, weight, bias, None, None, None, None, stride[0], sides, "none", activation, False, False
@@ -53,7 +57,7 @@ def depthwise_conv2d_backward(
     if x.shape[0] == 0 or not any(wanted):
         return tuple(result.zero_() for result in _library.empty_gradients(x, (x, weight, bias), needs))
     sides = resolve_padding(padding, x.shape[2:], weight.shape[2:], stride, dilation)
-    if _too_large(x, weight.shape[2], sides):
+    if too_large(x.shape, weight.shape[2], sides):
         config = (stride, padding, dilation, activation, needs)
         return _library.fallbacks["depthwise_conv2d_backward"](grad, x, weight, bias, *config)
     if activation != "none":

@@ -1,4 +1,4 @@
-"""The operators of a whole block on Triton kernels."""
+"""The operators of a whole block on Triton kernels, but for the depthwise convolution, where `ops/gpu.py` says so."""
 
 from __future__ import annotations
 
@@ -11,17 +11,36 @@ from effnet_ops.checks import resolve_padding
 from effnet_ops.kernels import mbconv as kernels
 from effnet_ops.kernels.layout import nchw, nhwc
 from effnet_ops.kernels.squeeze_excite import Parameters
-from effnet_ops.ops import _library
+from effnet_ops.ops import _library, gpu
+from effnet_ops.ops.cuda import block_depthwise
 from effnet_ops.ops.mbconv import N_INPUTS, Block, Config, split
 from effnet_ops.ops.triton.layout import result_like
 from effnet_ops.reference import compute_dtype
 
 _N_STAGES = 10
+_DEPTHWISE = {
+    "cuda": kernels.Depthwise(block_depthwise.forward, block_depthwise.backward),
+    "triton": kernels.TRITON,
+}
+
+
+def _window(block: Block, config: Config) -> backends.Window:
+    return backends.Window(block.depthwise_weight.shape[2:], config.stride, (1, 1))
 
 
 def _uncovered(block: Block, config: Config) -> bool:
-    window = backends.Window(block.depthwise_weight.shape[2:], config.stride, (1, 1))
-    return block.x.shape[0] == 0 or bool(backends.BACKENDS["triton"].uncovered(window))
+    return block.x.shape[0] == 0 or bool(backends.BACKENDS["triton"].uncovered(_window(block, config)))
+
+
+def _sides(block: Block, config: Config) -> tuple[int, int, int, int]:
+    return resolve_padding(config.padding, block.x.shape[2:], block.depthwise_weight.shape[2:], config.stride, (1, 1))
+
+
+def _depthwise(block: Block, config: Config) -> kernels.Depthwise:
+    """The functions that convolve."""
+    batch, _, *size = block.x.shape
+    expanded = (batch, block.depthwise_weight.shape[0], *size)
+    return _DEPTHWISE[gpu.block_depthwise(block.x, expanded, _window(block, config), _sides(block, config))]
 
 
 def _block(block: Block, config: Config) -> kernels.Block:
@@ -35,7 +54,6 @@ def _block(block: Block, config: Config) -> kernels.Block:
 
     se = [tensors[f"se_{name}"] for name in ("reduce_weight", "reduce_bias", "expand_weight", "expand_bias")]
     expand, depthwise, project = map(convolution, ("expand", "depthwise", "project"), config.eps)
-    size, kernel = block.x.shape[2:], block.depthwise_weight.shape[2:]
     return kernels.Block(
         nhwc(block.x),
         expand,
@@ -44,7 +62,7 @@ def _block(block: Block, config: Config) -> kernels.Block:
         project,
         tensors["drop_path"],
         config.stride,
-        resolve_padding(config.padding, size, kernel, config.stride, (1, 1)),
+        _sides(block, config),
         config.residual,
         config.activation,
     )
@@ -54,7 +72,7 @@ def mbconv_inference(*args: Any) -> Tensor:
     block, config = split(args)
     if _uncovered(block, config):
         return _library.fallbacks["mbconv_inference"](*args)
-    return result_like(kernels.inference(_block(block, config)), block.x)
+    return result_like(kernels.inference(_block(block, config), _depthwise(block, config)), block.x)
 
 
 def mbconv_training(*args: Any) -> tuple[Tensor, ...]:
@@ -62,7 +80,7 @@ def mbconv_training(*args: Any) -> tuple[Tensor, ...]:
     if _uncovered(block, config):
         return _library.fallbacks["mbconv_training"](*args)
     x, save_expanded = block.x, args[N_INPUTS]
-    made = kernels.training(_block(block, config))
+    made = kernels.training(_block(block, config), _depthwise(block, config))
     expanded = made.expanded if save_expanded else None
 
     def vector(value: Tensor | None) -> Tensor:
@@ -93,6 +111,6 @@ def mbconv_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
         statistics,
         pooled if pooled.numel() else None,
     )
-    found = kernels.backward(nhwc(grad), _block(block, config), saved, needs)
+    found = kernels.backward(nhwc(grad), _block(block, config), saved, needs, _depthwise(block, config))
     dx = None if found.x is None else result_like(found.x, block.x)
     return tuple(block.x.new_empty(0) if value is None else value for value in found._replace(x=dx))
