@@ -271,6 +271,7 @@ def extensions() -> list[Extension]:
 setup(
     packages=[*find_packages(include=["effnet_ops", "effnet_ops.*"]), "effnet_ops.kernels"],
     package_dir={"effnet_ops.kernels": "kernels"},
+    py_modules=["effnet_ops_autoload"],
     ext_modules=extensions(),
     cmdclass={"build_ext": NinjaBuild},
 )

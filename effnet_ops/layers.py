@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effnet_ops import checks, functional, reference
+from effnet_ops import backends, checks, functional, reference
 from effnet_ops.params import BatchNormParams, ConvNormParams, SqueezeExciteParams
 
 Padding = int | str | Sequence[int]
@@ -270,7 +270,8 @@ class MBConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         drop = self.training and self.residual and self.drop_path_rate > 0.0
         drop_path = reference.drop_path_scale(x.shape[0], self.drop_path_rate, x.device) if drop else None
-        groups = self._groups()
+        # Exporters to ONNX fold the normalisations that they see as modules.
+        groups = None if backends.exports_to_onnx() else self._groups()
         if groups is None:
             return self._run_children(x, drop_path)
         *params, depthwise, training = groups
