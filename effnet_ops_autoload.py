@@ -1,7 +1,7 @@
 """Imports effnet_ops when a saved program asks PyTorch for one of its operators.
 
-`import torch` calls `register`, the entry point in the group torch.backends of pyproject.toml. It is a module of its own
-so that it imports nothing of the package: programs that never use it would pay for that at every start.
+`import torch` calls `register`, the entry point in the group torch.backends of pyproject.toml. This is a module of its
+own so that it imports nothing of the package: programs that never use it would pay for that at every start.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
+import torchvision
 from networks import relative_difference, with_statistics
 from torch import Tensor, nn
 
@@ -24,8 +25,10 @@ ROOT = Path(__file__).resolve().parent.parent
 BOUND = 1e-4
 """Of logits: other runtimes round each of B0's layers otherwise, and ONNX Runtime's sigmoid is an approximation."""
 
+SYMMETRIC = Convention()
 
-def own(convention: Convention = Convention(), **rates: float) -> nn.Module:
+
+def own(convention: Convention = SYMMETRIC, **rates: float) -> nn.Module:
     stages = StageSpec(1, 3, 1, 1, 16), StageSpec(2, 5, 2, 6, 24)
     spec = ScaledSpec(ArchitectureSpec(stages, 16, 64), 1.0, 1.0, 64, convention=convention)
     return effnet_ops.create_model(spec, num_classes=10, **rates)
@@ -188,3 +191,37 @@ def test_entry_point_is_one_that_import_torch_calls() -> None:
     before = torch.ops.effnet_ops
     effnet_ops_autoload.register()
     assert torch.ops.effnet_ops is before
+
+
+def test_what_goes_by_classes_works_on_restored_layers() -> None:
+    """torch.ao's fuse_modules, with the line of the README in front of it and behind."""
+    model, x = with_statistics(torchvision.models.mobilenet_v2()), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(x)
+        effnet_ops.replace_layers(model)
+        effnet_ops.restore_layers(model)
+        fused = torch.ao.quantization.fuse_modules(model, [["features.0.0", "features.0.1"]])
+        assert type(fused.features[0][1]) is nn.Identity
+        effnet_ops.replace_layers(fused)
+        assert relative_difference(fused(x), expected) < BOUND
+
+
+SCRIPT = """
+import sys, torch
+if sys.argv[1]:
+    import effnet_ops
+try:
+    torch.jit.load(sys.argv[2])(torch.ones(1, 8, 4, 4))
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("line", ["", "import effnet_ops"])
+def test_torchscript_file_needs_the_line_of_the_readme(line: str, tmp_path: Path) -> None:
+    weight, path = torch.ones(8, 8, 1, 1), tmp_path / "traced.pt"
+    traced = torch.jit.trace(lambda x: effnet_ops.pointwise_conv2d(x, weight), torch.ones(1, 8, 4, 4))
+    traced.save(str(path))
+    command = [sys.executable, "-c", SCRIPT, line, str(path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ("Unknown builtin op: effnet_ops::" in result.stdout) == (not line)
