@@ -4,7 +4,7 @@
 # Guess: buffers that are integers are copied, and the copy, which is for evaluation, is in evaluation mode.
 # Seen: "counter 0 of 20, copy in training mode: True" (torch 2.14.1). Calling the copy without eval() changes the
 # averaged statistics: "called once, the copy's statistics are its own: False".
-. "$(dirname "$0")/install" torch==2.14.1 ema-pytorch==0.8.3
+. "$(dirname "$0")/install" torch==2.14.1 ema-pytorch==0.8.3 numpy==2.4.6
 "$python" -W ignore - <<'PYTHON'
 import torch
 from ema_pytorch import EMA
