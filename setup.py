@@ -26,8 +26,9 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
-# An isolated build does not look for modules beside setup.py.
-sys.path.insert(0, str(ROOT))
+# Behind everything else: a build does not always look for modules beside setup.py, and setuptools loads what other
+# packages register for every build, such as kernels.locking, which our folder kernels/ must not hide.
+sys.path[:] = [*(path for path in sys.path if Path(path).resolve() != ROOT), str(ROOT)]
 
 import setup_cuda  # noqa: E402
 
@@ -271,6 +272,7 @@ def extensions() -> list[Extension]:
 setup(
     packages=[*find_packages(include=["effnet_ops", "effnet_ops.*"]), "effnet_ops.kernels"],
     package_dir={"effnet_ops.kernels": "kernels"},
+    py_modules=["effnet_ops_autoload"],
     ext_modules=extensions(),
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -146,8 +146,14 @@ BACKENDS: dict[str, Backend] = {
 Where `cuda` and `triton` both can, it is the table of `ops/gpu.py` that decides, shape by shape.
 """
 
-# Not a ContextVar: torch.compile can neither trace nor guard one.
-_requested = threading.local()
+
+class _Requested(threading.local):
+    """The name that each thread asks for. Not a ContextVar: torch.compile can neither trace nor guard one."""
+
+    name: str | None = None
+
+
+_requested = _Requested()
 # Found once, since torch.compile cannot trace the search.
 _reasons = {name: backend.unavailable() for name, backend in BACKENDS.items()}
 _automatic = [name for name, reason in _reasons.items() if not reason]
@@ -188,7 +194,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _request(name: str | None) -> Iterator[None]:
-    previous = getattr(_requested, "name", None)
+    previous = _requested.name
     _requested.name = name
     try:
         yield
@@ -197,8 +203,18 @@ def _request(name: str | None) -> Iterator[None]:
 
 
 def requested() -> str | None:
-    """The backend that this thread asks for by `use_backend` or the environment, or None for the automatic choice."""
-    return getattr(_requested, "name", None) or _environment
+    """The backend that this thread asks for by `use_backend` or the environment, or None for the automatic choice.
+
+    While PyTorch exports to ONNX it is the reference: ONNX has no operators of ours, but all that this is made of.
+    """
+    return "reference" if exports_to_onnx() else _requested.name or _environment
+
+
+def exports_to_onnx() -> bool:
+    """Whether PyTorch is recording this call for an ONNX file."""
+    recording = torch.compiler.is_exporting() if torch.compiler.is_compiling() else torch._C._is_tracing()
+    # torch.onnx takes a microsecond to answer, so it is asked last.
+    return recording and torch.onnx.is_in_onnx_export()
 
 
 def resume(name: str | None) -> contextlib.AbstractContextManager[None]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.overrides import handle_torch_function
 
-from effnet_ops import checks, context, functional, reference
+from effnet_ops import backends, checks, context, functional, reference
 from effnet_ops.params import BatchNormParams, ConvNormParams, SqueezeExciteParams
 
 Padding = int | str | Sequence[int]
@@ -280,7 +280,8 @@ class MBConv(nn.Module):
             return context.leaf(self, x)
         drop = self.training and self.residual and self.drop_path_rate > 0.0
         drop_path = reference.drop_path_scale(x, self.drop_path_rate) if drop else None
-        groups = None if isinstance(x, Proxy) else self._groups()
+        # Exporters to ONNX fold the normalisations that they see as modules.
+        groups = None if isinstance(x, Proxy) or backends.exports_to_onnx() else self._groups()
         if groups is None:
             return self._run_children(x, drop_path)
         *params, depthwise, training = groups

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
+import sys
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 import effnet_ops
+
+# The checkout's folder kernels/ must not hide the package of that name, which transformers imports if it is installed.
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:] = [*(path for path in sys.path if Path(path).resolve() != ROOT), str(ROOT)]
 
 # Two test processes on two cores: a second thread in each only waits. The tests that are about threads ask for more.
 torch.set_num_threads(1)

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import multiprocessing
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from effnet_ops.benchmark.calibration import Peaks, measure_peaks
 from effnet_ops.benchmark.comparison import Settings, compare, prepare
 from effnet_ops.benchmark.gate import Failed, gate
 from effnet_ops.benchmark.layers import FUNCTION, NETWORK, Layers
-from effnet_ops.benchmark.providers import PROVIDERS, Job
+from effnet_ops.benchmark.providers import PROVIDERS, SQUEEZES, Job, export_onnx, with_squeeze
 from effnet_ops.benchmark.rows import Results, Row, environment
 from effnet_ops.benchmark.timing import percentiles, ratio
 from effnet_ops.benchmark.worker import receive, send, serve
@@ -96,6 +97,53 @@ def test_gate_takes_nan_for_wrong() -> None:
     for error in (2e-6, float("nan"), float("inf")):
         with pytest.raises(Failed, match="wrong result of x"):
             gate("x", error, 1e-6)
+
+
+def test_gate_says_what_is_known_of_a_peer() -> None:
+    with pytest.raises(Failed, match=r"is allowed \(its Sigmoid is off by up to 1.7e-7, .*\)"):
+        gate("x", 1.0, 1e-6, PROVIDERS["onnxruntime"].remark)
+
+
+def test_onnxruntime_gets_both_squeezes_and_no_swish(tmp_path: Path) -> None:
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    job = Job(tmp_path, "float32", 1)
+    for library, model in ("timm", "efficientnet_b0"), ("torchvision", "efficientnet_b0"):
+        reference = prepare(job, models.build(f"{library}:{model}"), (1, 3, 64, 64))
+        export_onnx(job)
+        x = job.inputs()[0]
+        for squeeze in SQUEEZES:
+            graph = with_squeeze(onnx.load(job.onnx), squeeze)
+            onnx.checker.check_model(graph)
+            found = Counter(node.op_type for node in graph.graph.node)
+            assert found["ReduceMean"] + found["GlobalAveragePool"] == found[squeeze] == 17
+            assert found["Swish"] == 0 and found["Sigmoid"] == 65
+            session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+            out = torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+            assert (out - reference.logits[0]).norm() / reference.logits[0].norm() < 1e-4
+        choices = {runner.choice for runner in PROVIDERS["onnxruntime"].candidates(job)}
+        assert choices == {f"squeeze as {squeeze}" for squeeze in SQUEEZES}
+
+
+@pytest.mark.parametrize("opset", [13, 18])
+def test_squeeze_that_is_no_average_over_the_image_stays(opset: int) -> None:
+    onnx = pytest.importorskip("onnx")
+    import onnx.helper as build
+
+    def reduce(name: str, axes: list[int], keepdims: int) -> list[Any]:
+        if opset < 18:
+            return [build.make_node("ReduceMean", ["x"], [name], axes=axes, keepdims=keepdims)]
+        constant = build.make_tensor("", onnx.TensorProto.INT64, [len(axes)], axes)
+        constant = build.make_node("Constant", [], [f"{name} axes"], value=constant)
+        return [constant, build.make_node("ReduceMean", ["x", f"{name} axes"], [name], keepdims=keepdims)]
+
+    nodes = [*reduce("image", [-1, -2], 1), *reduce("no axes kept", [2, 3], 0), *reduce("channels", [1], 1)]
+    value = build.make_tensor_value_info
+    names = ("image", "no axes kept", "channels")
+    outputs = [value(name, onnx.TensorProto.FLOAT, None) for name in names]
+    graph = build.make_graph(nodes, "g", [value("x", onnx.TensorProto.FLOAT, [1, 2, 3, 4])], outputs)
+    model = build.make_model(graph, opset_imports=[build.make_opsetid("", opset)])
+    found = {node.output[0]: node.op_type for node in with_squeeze(model, "GlobalAveragePool").graph.node}
+    assert [found[name] for name in names] == ["GlobalAveragePool", "ReduceMean", "ReduceMean"]
 
 
 def test_ratios_are_of_the_same_rounds() -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import setup_cuda
 
@@ -57,6 +56,51 @@ def test_package_has_its_data(tmp_path: Path) -> None:
         if path.is_file() and path.suffix not in (".pyc", ".so")
     ]
     assert wanted and [name for name in wanted if not (tmp_path / name).exists()] == []
+
+
+@pytest.fixture
+def other_kernels(tmp_path: Path) -> Path:
+    """A folder with a stand-in for Hugging Face's `kernels`, which registers kernels.locking with setuptools."""
+    site = tmp_path / "site"
+    (site / "kernels").mkdir(parents=True)
+    (site / "kernels" / "__init__.py").write_text("THEIRS = True\n")
+    writer = 'def write_egg_lockfile(command, basename, filename):\n    print("their writer was asked for", basename)\n'
+    (site / "kernels" / "locking.py").write_text(writer)
+    information = site / "kernels-0.17.2.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.17.2\n")
+    (information / "RECORD").write_text("")
+    entry = "[egg_info.writers]\nkernels.lock = kernels.locking:write_egg_lockfile\n"
+    (information / "entry_points.txt").write_text(entry)
+    return site
+
+
+@pytest.mark.parametrize("how", ["pip", "setup.py"])
+def test_build_beside_a_package_named_kernels(how: str, other_kernels: Path, tmp_path: Path) -> None:
+    """setuptools loads what packages register for all builds, with the project's folder first on the path."""
+    source = tmp_path / "source"
+    shutil.copytree(ROOT / "effnet_ops", source / "effnet_ops", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copytree(ROOT / "kernels", source / "kernels")
+    for name in ("setup.py", "setup_cuda.py", "effnet_ops_autoload.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    commands = {
+        "pip": ["-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps", "-w", str(tmp_path), "."],
+        "setup.py": ["setup.py", "egg_info"],
+    }
+    environment = {**os.environ, "EFFNET_OPS_BUILD": "none", "PYTHONPATH": str(other_kernels)}
+    command = [sys.executable, *commands[how]]
+    result = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "their writer was asked for kernels.lock" in result.stdout + result.stderr
+
+
+def test_tests_of_a_checkout_do_not_hide_a_package_named_kernels(other_kernels: Path) -> None:
+    code = "import conftest, kernels, effnet_ops.kernels; assert kernels.THEIRS and not effnet_ops.kernels is kernels"
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(other_kernels)])
+    environment = {**os.environ, "PYTHONPATH": paths}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
 
 
 def test_none_builds_nothing(tmp_path: Path) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import builtins
 import importlib.metadata
 import importlib.resources
+import io
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 import effnet_ops
@@ -418,6 +421,36 @@ def test_interleave_calls_each_once_a_round_in_changing_order_and_orders_percent
     for timing in times.values():
         assert 0 <= timing.p20 <= timing.p50 <= timing.p80
         assert timing.repetitions == 3
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.2])
+def test_interleave_tells_which_share_is_done(seconds: float) -> None:
+    shares: list[float] = []
+    interleave({name: lambda: time.sleep(0.002) for name in "ab"}, seconds, report=shares.append)
+    assert shares == sorted(shares) and shares[0] > 0 and shares[-1] == 1.0
+    # No more than a tenth of the work is left when the bar is full.
+    assert shares.count(1.0) <= max(1, 0.1 * len(shares))
+
+
+def test_demo_shows_a_bar_with_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It said "about 12 s or more" for each timing, and took minutes on a machine that was busy."""
+    terminal = Console(force_terminal=True, width=150, file=io.StringIO(), _environ={})
+    monkeypatch.setattr(demo, "console", terminal)
+    with demo._progress() as report:
+        for step in range(5):
+            report("timing toy", step / 10)
+            time.sleep(0.2)
+    shown = terminal.file.getvalue()
+    assert "timing toy" in shown and "40%" in shown
+    assert re.search(r"0:00:0[12]", shown), shown
+
+
+def test_demo_says_each_step_once_without_a_terminal() -> None:
+    with console.capture() as captured, demo._progress() as report:
+        for share in (0.0, 0.5, 1.0):
+            report("timing toy", share)
+        report("timing another", 1.0)
+    assert captured.get().split("\n") == ["timing toy", "timing another", "", ""]
 
 
 def test_labels_are_in_the_order_of_the_classifier() -> None:

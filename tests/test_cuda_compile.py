@@ -19,8 +19,6 @@ from typing import NamedTuple
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import setup_cuda
 
 ROOT = setup_cuda.ROOT

@@ -135,9 +135,9 @@ class Reference:
             return float("inf")
         return max(relative_error(y, exact) for y, exact in zip(logits, self.logits, strict=True))
 
-    def check(self, logits: Sequence[Tensor]) -> float:
-        """The error; `Failed` where it is beyond what is allowed."""
-        return gate("the logits", self.error(logits), self.allowed)
+    def check(self, logits: Sequence[Tensor], remark: str = "") -> float:
+        """The error; `Failed` where it is beyond what is allowed, with what is known of the provider's precision."""
+        return gate("the logits", self.error(logits), self.allowed, remark)
 
 
 @dataclass
@@ -252,7 +252,7 @@ def _start(job: Job, entrants: list[_Entrant], reference: Reference, report: Rep
         with entrant.guarded():
             entrant.process.receive(PATIENCE)
             entrant.choice = entrant.process.ask("choice")
-            entrant.error = reference.check(entrant.process.ask("logits"))
+            entrant.error = reference.check(entrant.process.ask("logits"), entrant.provider.remark)
 
 
 def _export(job: Job, entrants: list[_Entrant], report: Report) -> str:
@@ -295,4 +295,5 @@ def _finish(entrants: list[_Entrant], reference: Reference) -> None:
         with entrant.guarded():
             if entrant.provider.heap:
                 entrant.memory = entrant.process.ask("peak_memory")
-            entrant.error = max(entrant.error, reference.check(entrant.process.ask("logits")))
+            error = reference.check(entrant.process.ask("logits"), entrant.provider.remark)
+            entrant.error = max(entrant.error, error)

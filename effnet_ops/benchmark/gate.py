@@ -14,8 +14,9 @@ def relative_error(out: Tensor, ref: Tensor) -> float:
     return ((out.double() - ref.double()).norm() / ref.double().norm().clamp_min(1e-30)).item()
 
 
-def gate(what: str, error: float, allowed: float) -> float:
-    """``error``, or `Failed` where it is not within its bound (NaN is not)."""
+def gate(what: str, error: float, allowed: float, remark: str = "") -> float:
+    """``error``, or `Failed`, with the remark, where it is not within its bound (NaN is not)."""
     if not error <= allowed:
-        raise Failed(f"wrong result of {what}: error {error:.1e} where {allowed:.1e} is allowed")
+        known = f" ({remark})" if remark else ""
+        raise Failed(f"wrong result of {what}: error {error:.1e} where {allowed:.1e} is allowed{known}")
     return error

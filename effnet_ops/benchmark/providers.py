@@ -20,6 +20,8 @@ import effnet_ops
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SQUEEZES = ("ReduceMean", "GlobalAveragePool")
+"""The ONNX operators for the average over an image: timm's models export as the first, torchvision's as the second."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Provider:
         dtypes: those that it computes in.
         ours: whether it is this package's.
         exports: whether it takes the model as an ONNX file.
+        remark: what is known of its precision, for the row of a wrong result.
         heap: whether its memory comes from the C heap, so that a peak of it says what an inference needs.
     """
 
@@ -77,6 +80,7 @@ class Provider:
     dtypes: tuple[str, ...] = tuple(DTYPES)
     ours: bool = False
     exports: bool = False
+    remark: str = ""
     heap: bool = True
 
     def missing(self) -> list[str]:
@@ -137,19 +141,23 @@ def _optimize_for_inference(job: Job) -> Iterator[Runner]:
 
 
 def _onnxruntime(job: Job) -> Iterator[Runner]:
+    """With the squeeze as either operator: for ReduceMean it leaves the layout that its convolutions want."""
+    import onnx
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = job.threads
     options.inter_op_num_threads = 1
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    session = onnxruntime.InferenceSession(str(job.onnx), options, providers=["CPUExecutionProvider"])
-    yield Runner(
-        "",
-        lambda x: {"x": x.numpy()},
-        lambda feed: session.run(None, feed)[0],
-        lambda out: torch.from_numpy(out.copy()),
-    )
+    for squeeze in SQUEEZES:
+        model = with_squeeze(onnx.load(job.onnx), squeeze)
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        yield Runner(
+            f"squeeze as {squeeze}",
+            lambda x: {"x": x.numpy()},
+            lambda feed, session=session: session.run(None, feed)[0],
+            lambda out: torch.from_numpy(out.copy()),
+        )
 
 
 def _openvino(job: Job) -> Iterator[Runner]:
@@ -178,7 +186,15 @@ PROVIDERS = {
         Provider("compile", _compile),
         Provider("compile_freezing", _compile_freezing),
         Provider("compile_max_autotune", _compile_max_autotune),
-        Provider("onnxruntime", _onnxruntime, ("onnx", "onnxruntime"), dtypes=("float32",), exports=True, heap=False),
+        Provider(
+            "onnxruntime",
+            _onnxruntime,
+            ("onnx", "onnxruntime"),
+            dtypes=("float32",),
+            exports=True,
+            remark="its Sigmoid is off by up to 1.7e-7, which is all of the value below -16",
+            heap=False,
+        ),
         Provider("openvino", _openvino, ("onnx", "openvino"), exports=True, heap=False),
         Provider("replace_layers", _replace_layers, ours=True),
         Provider("optimize_for_inference", _optimize_for_inference, ours=True),
@@ -186,8 +202,49 @@ PROVIDERS = {
 }
 
 
+def with_squeeze(model: Any, operator: str) -> Any:
+    """The ONNX model with every average over the image, keeping its axes, as ``operator``, one of `SQUEEZES`."""
+    import onnx
+
+    constants = {initializer.name: onnx.numpy_helper.to_array(initializer) for initializer in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Constant":
+            constants[node.output[0]] = onnx.helper.get_node_attr_value(node, "value")
+    reduces_by_input = next(entry.version for entry in model.opset_import if entry.domain == "") >= 18
+    if reduces_by_input and operator == "ReduceMean":
+        model.graph.initializer.append(onnx.helper.make_tensor("image_axes", onnx.TensorProto.INT64, [2], [2, 3]))
+    for node in model.graph.node:
+        if node.op_type != operator and _averages_image(node, constants):
+            node.op_type = operator
+            del node.attribute[:], node.input[1:]
+            if operator == "ReduceMean" and reduces_by_input:
+                node.input.append("image_axes")
+            elif operator == "ReduceMean":
+                node.attribute.append(onnx.helper.make_attribute("axes", [2, 3]))
+    return model
+
+
+def _averages_image(node: Any, constants: dict[str, Any]) -> bool:
+    """Whether the ONNX node is the average over the last two of four axes, which stay with size 1."""
+    import onnx
+
+    if node.op_type == "GlobalAveragePool":
+        return True
+    attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+    if node.op_type != "ReduceMean" or not attributes.get("keepdims", 1):
+        return False
+    axes = attributes.get("axes")
+    if axes is None and len(node.input) > 1:
+        value = constants.get(node.input[1])
+        axes = onnx.numpy_helper.to_array(value) if isinstance(value, onnx.TensorProto) else value
+    return axes is not None and sorted(int(axis) % 4 for axis in axes) == [2, 3]
+
+
 def export_onnx(job: Job) -> None:
-    """Write the job's model as ONNX, with its BatchNorms folded by the exporter."""
+    """Write the job's model as ONNX, with its BatchNorms folded by the exporter, and SiLU as Sigmoid and Mul.
+
+    ONNX Runtime runs these two as one, and Swish of opset 24 as four nodes.
+    """
     with warnings.catch_warnings(), torch.inference_mode(), effnet_ops.use_backend("reference"):
         warnings.simplefilter("ignore")
         # By TorchScript: the exporter behind torch.export needs onnxscript beside onnx.

@@ -19,23 +19,40 @@ class Timing(NamedTuple):
     repetitions: int
 
 
-def interleave(functions: Mapping[str, Callable[[], object]], seconds: float, warmup: int = 2) -> dict[str, Timing]:
+LEAST_ROUNDS = 3
+
+
+def interleave(
+    functions: Mapping[str, Callable[[], object]],
+    seconds: float,
+    warmup: int = 2,
+    report: Callable[[float], object] = lambda share: None,
+) -> dict[str, Timing]:
     """Call the functions in turn for about ``seconds`` in total, at least three rounds, and return each one's times.
 
     A machine that slows down hits all of them alike, and every round has an order of its own (the same ones in each
-    run), since a function pays for the caches and the freed memory that the one before it left behind.
+    run), since a function pays for the caches and the freed memory that the one before it left behind. ``report`` is
+    told after each call, outside its time, which share of the work is done.
     """
     names = list(functions)
+    calls, least = 0, len(names) * (warmup + LEAST_ROUNDS)
     for name in names * warmup:
         functions[name]()
+        calls += 1
+        report(calls / least)
     samples: dict[str, list[float]] = {name: [] for name in names}
     order = random.Random(0)
-    rounds, end = 0, time.perf_counter() + seconds
-    while rounds < 3 or time.perf_counter() < end:
+    rounds, begin = 0, time.perf_counter()
+    while rounds < LEAST_ROUNDS or time.perf_counter() < begin + seconds:
         for name in order.sample(names, len(names)):
             start = time.perf_counter()
             functions[name]()
             samples[name].append(time.perf_counter() - start)
+            calls += 1
+            # The warm-up was reported by calls alone, so time counts for what is left after it.
+            before = len(names) * warmup / least
+            spent = (time.perf_counter() - begin) / seconds if seconds > 0 else 1.0
+            report(min(calls / least, before + (1 - before) * spent, 1.0))
         rounds += 1
     return {name: Timing(*percentiles(values), rounds) for name, values in samples.items()}
 

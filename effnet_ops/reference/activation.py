@@ -17,7 +17,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
-    # Not F.hardsigmoid: its derivative is 1/6 rounded to fp32 in fp64 too, which is no reference.
+    # Not F.hardsigmoid: its derivative is 1/6 rounded to fp32 in fp64 too, up to torch 2.14.1.
     "hard_sigmoid": lambda x: F.relu6(x + 3) / 6,
 }
 

@@ -15,6 +15,13 @@ def convolution(
 ) -> Tensor:
     """activation(conv(x) + bias), x (N, Cin, H, W), weight (Cout, Cin, kh, kw), padding (top, bottom, left, right)."""
     dtype = compute_dtype(x.dtype)
+    x_padded, sides = pad_unevenly(x.to(dtype), padding)
+    return activate(F.conv2d(x_padded, weight.to(dtype), bias.to(dtype), tuple(stride), sides), activation).to(x.dtype)
+
+
+def pad_unevenly(x: Tensor, padding: Sequence[int]) -> tuple[Tensor, tuple[int, int]]:
+    """x padded by (top, bottom, left, right), or, where opposite sides are equal, x and what conv2d pads itself."""
     top, bottom, left, right = padding
-    x_padded = F.pad(x.to(dtype), (left, right, top, bottom))
-    return activate(F.conv2d(x_padded, weight.to(dtype), bias.to(dtype), tuple(stride)), activation).to(x.dtype)
+    if (top, left) == (bottom, right):
+        return x, (top, left)
+    return F.pad(x, (left, right, top, bottom)), (0, 0)

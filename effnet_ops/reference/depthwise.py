@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effnet_ops.reference.activation import activate, compute_dtype
+from effnet_ops.reference.convolution import pad_unevenly
 
 
 def depthwise_conv2d(
@@ -21,8 +22,7 @@ def depthwise_conv2d(
 ) -> Tensor:
     """activation(conv(x) + bias) for x (N, C, H, W), weight (C*m, 1, kh, kw), padding (top, bottom, left, right)."""
     dtype = compute_dtype(x.dtype)
-    top, bottom, left, right = padding
-    x_padded = F.pad(x.to(dtype), (left, right, top, bottom))
+    x_padded, sides = pad_unevenly(x.to(dtype), padding)
     bias = None if bias is None else bias.to(dtype)
-    y = F.conv2d(x_padded, weight.to(dtype), bias, tuple(stride), 0, tuple(dilation), groups=x.shape[1])
+    y = F.conv2d(x_padded, weight.to(dtype), bias, tuple(stride), sides, tuple(dilation), groups=x.shape[1])
     return activate(y, activation).to(x.dtype)
