@@ -11,6 +11,7 @@ from typing import Any
 
 import efficientnet_pytorch
 import geffnet
+import numpy as np
 import pytest
 import timm
 import torch
@@ -701,3 +702,45 @@ def test_exports_and_traces(network: nn.Module) -> None:
         expected = optimized(x)
         close(torch.export.export(optimized, (x,)).module()(x), expected)
         close(torch.jit.trace(optimized, x, check_trace=False)(x), expected)
+
+
+def _stem(activation: nn.Module) -> nn.Sequential:
+    first = (nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16), activation)
+    return nn.Sequential(*first, nn.Conv2d(16, 24, 1), nn.BatchNorm2d(24), nn.AdaptiveAvgPool2d(1)).eval()
+
+
+SETTINGS: dict[str, Callable[[nn.Sequential], object]] = {
+    "one number": lambda net: setattr(net[0], "stride", 1),
+    "a list": lambda net: setattr(net[0], "stride", [2, 2]),
+    "NumPy's": lambda net: setattr(net[0], "dilation", np.int64(2)),
+    "of an activation": lambda net: setattr(net[2], "max_val", 0.5),
+    "of a pool": lambda net: setattr(net[5], "output_size", [1, 1]),
+}
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_item_26_settings_in_any_form(setting: str, later: bool) -> None:
+    """Written before the copy is made, or to model and copy afterwards."""
+    model, x = _stem(nn.ReLU6()), torch.randn(2, 3, 20, 20)
+    if not later:
+        SETTINGS[setting](model)
+    fast = effnet_ops.optimize_for_inference(model)
+    if later:
+        fast(x)
+        SETTINGS[setting](model)
+        SETTINGS[setting](fast)
+    assert relative_difference(fast(x).detach(), model(x).detach()) < 1e-6
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["before", "after"])
+def test_item_21_patched_class_of_a_block(later: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = timm.create_model("efficientnet_b0").eval(), torch.randn(2, 3, 64, 64)
+    block = type(model.blocks[1][1])
+    forward = block.forward
+    fast = effnet_ops.optimize_for_inference(model) if later else None
+    if later:
+        fast(x)
+    monkeypatch.setattr(block, "forward", lambda self, x: 1.5 * forward(self, x))
+    fast = fast or effnet_ops.optimize_for_inference(model)
+    assert relative_difference(fast(x).detach(), model(x).detach()) < 1e-5

@@ -73,7 +73,7 @@ def reference_mbconv(
         drop_path=None,
         training=False,
     )
-    return _library.empty_result(x, y.shape).copy_(y)
+    return _library.as_result(x, y)
 
 
 def _mbconv_fake(x: Tensor, *args: Any) -> Tensor:
@@ -151,7 +151,7 @@ def _size(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequ
 def reference_pointwise(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
     weight = _pointwise_weight(weight, bias.shape[0], x.shape[1], x)
     y = reference.pointwise_conv2d(x, weight, bias, None, activation)
-    return _library.empty_result(x, y.shape).copy_(y)
+    return _library.as_result(x, y)
 
 
 def _pointwise_fake(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:

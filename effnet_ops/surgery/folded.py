@@ -31,7 +31,6 @@ from effnet_ops.reference import compute_dtype
 from effnet_ops.surgery.casting import cast
 from effnet_ops.surgery.folding import Block, BlockSequence, Prepared, Product, calls, convolution, fold
 from effnet_ops.surgery.fused import (
-    ACTIVATIONS,
     CHAINS,
     CONVOLUTIONS,
     LAYERS,
@@ -40,9 +39,11 @@ from effnet_ops.surgery.fused import (
     BlockPlan,
     Part,
     Unfit,
+    activation_name,
     check_untouched,
     conv_norm_params,
     describe_or_none,
+    is_average,
     parameter,
     stock_class,
 )
@@ -497,8 +498,8 @@ def _fold_chain(chain: Chain, owners: str | None = None) -> FoldedChain:
     follows = None if chain.activation is None else _activation_behind(chain.activation)
     found = [module for module in (*behind, follows) if module is not None and stock_class(module) is not nn.Identity]
     name, one = owners or "none", None
-    if owners is None and len(found) == 1 and stock_class(found[0]) in ACTIVATIONS:
-        name, one = ACTIVATIONS[stock_class(found[0])], found[0]
+    if owners is None and len(found) == 1 and (only := _activation(found[0])) is not None:
+        name, one = only, found[0]
     params = conv_norm_params(conv, norm)._replace(bias=parameter(conv, "bias"))
     run = convolution(conv, params, conv.dtype(), name)
     return FoldedChain(run, conv, norm, [m for m in behind if m is not one], follows if follows is one else None)
@@ -510,7 +511,15 @@ def _activation_behind(part: Part) -> nn.Module | None:
         _check_part(part)
     except Unfit:
         return None
-    return part.module if stock_class(part.module) in ACTIVATIONS else None
+    return part.module if _activation(part.module) is not None else None
+
+
+def _activation(module: nn.Module) -> str | None:
+    """The name of an activation that a convolution can compute."""
+    try:
+        return activation_name(Part("it", module))
+    except Unfit:
+        return None
 
 
 def _call_container(armed: dict[nn.Module, Any], call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -767,7 +776,7 @@ class FoldedAdaptivePool(FoldedPool):
 
     @staticmethod
     def averages(pool: nn.AdaptiveAvgPool2d) -> bool:
-        return pool.output_size in (1, (1, 1))
+        return is_average(pool)
 
 
 POOLS: dict[type[nn.Module], type[FoldedPool]] = {nn.AdaptiveAvgPool2d: FoldedAdaptivePool}

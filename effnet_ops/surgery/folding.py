@@ -25,6 +25,7 @@ from effnet_ops.surgery.fused import (
     Unfit,
     check_pointwise,
     convolution_padding,
+    convolution_pair,
     stock_class,
 )
 
@@ -216,17 +217,17 @@ def convolution(
 ) -> Callable[[Tensor], Any]:
     """What runs ``conv`` with ``params`` and the activation on inputs of ``dtype``."""
     part = Part("it", conv)
+    weight = params.weight
     try:
-        padding = convolution_padding(part)
+        padding, stride = convolution_padding(part), convolution_pair(part, "stride")
+        close = convolution_pair(part, "dilation") == (1, 1)
     except Unfit:
-        padding = None
-    if padding is not None and _is_pointwise(part):
+        return OtherConvolution(conv, fold(params, dtype), activation)
+    if _is_pointwise(part):
         return Product(fold(params, compute_dtype(dtype)), dtype, activation)
-    dense = conv.groups == 1 and tuple(conv.dilation) == (1, 1) and conv.kernel_size[0] <= _TALLEST
-    if padding is not None and dense and conv.in_channels <= _FEW_CHANNELS:
-        weight = params.weight
+    if close and conv.groups == 1 and weight.shape[1] <= _FEW_CHANNELS and weight.shape[2] <= _TALLEST:
         nhwc = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
-        return DenseConvolution(fold(params, compute_dtype(dtype)), conv.stride, padding, activation, nhwc)
+        return DenseConvolution(fold(params, compute_dtype(dtype)), stride, padding, activation, nhwc)
     return OtherConvolution(conv, fold(params, dtype), activation)
 
 

@@ -266,7 +266,7 @@ def stock_class(module: nn.Module) -> type[nn.Module]:
 def activation_name(part: Part) -> str:
     """The name of an activation module; raises `Unfit` for one that the fused operators do not have."""
     module = part.module
-    name = ACTIVATIONS.get(type(module))
+    name = ACTIVATIONS.get(stock_class(module))
     if name is None:
         raise Unfit(f"{part.name} is {type(module).__name__}, an activation that is not fused")
     if isinstance(module, nn.Hardtanh) and (module.min_val, module.max_val) != (0, 6):
@@ -316,7 +316,7 @@ def convolution_pair(part: Part, name: str, minimum: int = 1) -> tuple[int, int]
 
 def is_average(pool: nn.Module) -> bool:
     """Whether a module is exactly the average over the image; its size may have any form that torch takes."""
-    return type(pool) is nn.AdaptiveAvgPool2d and integers(pool.output_size, 2) == (1, 1)
+    return stock_class(pool) is nn.AdaptiveAvgPool2d and integers(pool.output_size, 2) == (1, 1)
 
 
 def check_pointwise(part: Part) -> nn.Conv2d:
