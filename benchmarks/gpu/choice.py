@@ -317,6 +317,16 @@ def overlaid(base: dict[str, Any], comparisons: list[Compared], origin: str) -> 
     return base
 
 
+def chosen(library: Path) -> dict[str, Any]:
+    """The table: by the model, whose plans ``library`` makes, and over it by every committed row."""
+    operators = table(list(modelled(library)), MODEL)
+    for path in sorted(path for path in RESULTS.glob("*.jsonl") if path.stem != "cpu"):
+        first = json.loads(path.read_text(encoding="utf-8").split("\n", 1)[0])
+        origin = f"measured on {first['environment']['device']}, {first['date'][:10]}"
+        operators = overlaid(operators, list(measured(existing_rows(path))), origin)
+    return operators
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--library", type=Path, help="whose plans are asked; by default those of effnet_ops")
@@ -324,11 +334,7 @@ def main() -> int:
     if library is None:
         print(f"no plan to ask: {_native.load_cuda()}", file=sys.stderr)
         return 3
-    operators = table(list(modelled(library)), MODEL)
-    for path in sorted(path for path in RESULTS.glob("*.jsonl") if path.stem != "cpu"):
-        first = json.loads(path.read_text(encoding="utf-8").split("\n", 1)[0])
-        origin = f"measured on {first['environment']['device']}, {first['date'][:10]}"
-        operators = overlaid(operators, list(measured(existing_rows(path))), origin)
+    operators = chosen(library)
     gpu.TABLE.write_text(json.dumps({"operators": operators}, indent=1) + "\n", encoding="utf-8")
     for operator, entry in operators.items():
         print(f"{operator}: {entry['default']} ({entry['origin']}), {len(entry['shapes'])} shapes of their own")

@@ -209,14 +209,9 @@ def test_direct_calls_that_do_not_fit(change: dict[int, Any], message: str) -> N
         torch.ops.effnet_ops.cuda_depthwise_forward(*arguments)
 
 
-def test_committed_choice_is_the_models(bindings: ctypes.CDLL) -> None:
-    """Where no rows decide. If tiles have changed: python benchmarks/gpu/choice.py --library <the bindings here>."""
-    expected = choice.table(list(choice.modelled(Path(bindings._name))), choice.MODEL)
-    for operator, entry in gpu.table().items():
-        by_model = {key: found for key, found in entry["shapes"].items() if found["origin"] == choice.MODEL}
-        assert (entry["default"], by_model) == (expected[operator]["default"], expected[operator]["shapes"]), (
-            bindings._name
-        )
+def test_committed_choice_is_that_of_model_and_rows(bindings: ctypes.CDLL) -> None:
+    """If tiles or rows have changed: python benchmarks/gpu/choice.py --library <the bindings here>."""
+    assert gpu.table() == choice.chosen(Path(bindings._name)), bindings._name
 
 
 def test_model_counts_what_a_plan_says(bindings: ctypes.CDLL) -> None:
