@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+import subprocess
+import sys
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import efficientnet_pytorch
@@ -20,10 +23,12 @@ import torchvision
 from networks import relative_difference, with_statistics
 from test_optimize import Seen
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, prune
 
 import effnet_ops
 from effnet_ops import layers, optimize_for_inference
+from effnet_ops.surgery import folding
 
 SIZE = 64
 LIBRARIES: dict[str, Callable[[], nn.Module]] = {
@@ -744,3 +749,95 @@ def test_item_21_patched_class_of_a_block(later: bool, monkeypatch: pytest.Monke
     monkeypatch.setattr(block, "forward", lambda self, x: 1.5 * forward(self, x))
     fast = fast or effnet_ops.optimize_for_inference(model)
     assert relative_difference(fast(x).detach(), model(x).detach()) < 1e-5
+
+
+VIEW_WRITES: dict[str, Callable[[nn.Module], object]] = {
+    "detach().numpy()": lambda net: np.multiply(w := net.conv_head.weight.detach().numpy(), 0.5, out=w),
+    "state_dict()": lambda net: net.state_dict()["conv_head.weight"].data.mul_(0.5),
+    "view().data": lambda net: net.conv_head.weight.view(-1).data.mul_(0.5),
+    "[..].data": lambda net: net.conv_head.weight[:100].data.zero_(),
+    "BatchNorm's": lambda net: np.multiply(w := net.bn2.weight.detach().numpy(), 0.5, out=w),
+}
+
+
+@pytest.mark.parametrize("write", VIEW_WRITES)
+def test_weights_that_change_through_a_view_are_noticed(write: str) -> None:
+    model, x = timm.create_model("efficientnet_b0").eval(), images()
+    fast = optimize_for_inference(model)
+    before = fast(x)
+    for net in (model, fast):
+        with torch.no_grad():
+            VIEW_WRITES[write](net)
+    assert relative_difference(fast(x).detach(), model(x).detach()) < 1e-5
+    assert relative_difference(fast(x).detach(), before.detach()) > 1e-3
+
+
+def test_reading_weights_costs_one_packing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is packed is not packed again at the next calls, unless somebody asks for the weights."""
+    fast, x = optimize_for_inference(timm.create_model("efficientnet_b0").eval()), images()
+    made: list[object] = []
+    pack = folding.packing.pack
+    monkeypatch.setattr(folding.packing, "pack", lambda rows: made.append(rows) or pack(rows))
+    with torch.no_grad():
+        fast(x)
+        assert made
+        for asked in (False, True, False):
+            made.clear()
+            if asked:
+                fast.conv_head.weight.detach()
+            fast(x)
+            assert bool(made) is asked
+            made.clear()
+            fast(x)
+            assert not made
+
+
+def test_global_hooks_see_every_layer() -> None:
+    model = timm.create_model("efficientnet_b0").eval()
+    replaced = copy.deepcopy(model)
+    effnet_ops.replace_layers(replaced)
+    fast, x, names = optimize_for_inference(model), images(), []
+    fast(x)
+    replaced(x)
+    with register_module_forward_hook(lambda module, args, y: 0.9 * y if isinstance(module, nn.BatchNorm2d) else None):
+        expected = model(x).detach()
+        for net in (fast, replaced):
+            assert relative_difference(net(x).detach(), expected) < 1e-5
+    with register_module_forward_hook(lambda module, args, y: names.append(isinstance(module, nn.BatchNorm2d))):
+        fast(x)
+    assert sum(names) == 49
+    assert relative_difference(fast(x).detach(), model(x).detach()) < 1e-5
+
+
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+def test_drop_path_that_is_switched_to_training(library: str) -> None:
+    if library == "timm":
+        model = timm.create_model("efficientnet_b0", drop_path_rate=0.5).eval()
+    else:
+        model = torchvision.models.efficientnet_b0(stochastic_depth_prob=0.5).eval()
+    fast, x = optimize_for_inference(model), images()
+    fast(x)
+    for module in fast.modules():
+        if type(module).__name__.removeprefix("Folded") in ("DropPath", "StochasticDepth"):
+            module.train()
+    assert not torch.equal(fast(x), fast(x))
+
+
+def test_saved_copy_runs_in_a_new_process(network: nn.Module, tmp_path: Path) -> None:
+    fast, x = optimize_for_inference(network), images()
+    torch.save({"copy": fast, "x": x, "y": fast(x).detach()}, tmp_path / "copy.pt")
+    program = (
+        "import sys, torch, effnet_ops\n"
+        "saved = torch.load(sys.argv[1], weights_only=False)\n"
+        "assert torch.allclose(saved['copy'](saved['x']), saved['y'], rtol=1e-4, atol=1e-4)\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "copy.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("build", [torchvision.models.efficientnet_b0, torchvision.models.resnet18])
+def test_fx_takes_folded_layers_for_leaves(build: Callable[[], nn.Module]) -> None:
+    model, x = build().eval(), images()
+    traced = torch.fx.symbolic_trace(optimize_for_inference(model))
+    assert relative_difference(traced(x).detach(), model(x).detach()) < 1e-5

@@ -120,8 +120,8 @@ class Folded(nn.Module):
     def value(self) -> Any:
         """What `make` makes of the module as it is now; None where the stock forward shall run."""
         cell = self.__dict__.setdefault(_KEPT, [None])
-        if "_is_replica" in self.__dict__:
-            # nn.DataParallel's: a copy of __dict__, made for one call, whose parameters are plain attributes.
+        # nn.DataParallel's replica is a copy of __dict__, made for one call, whose parameters are plain attributes.
+        if "_is_replica" in self.__dict__ or _has_any_global_hook():
             return None
         kept = cell[0]
         if kept is None or not kept.holds(self):
@@ -133,6 +133,11 @@ class Folded(nn.Module):
         return kept.value
 
     def _make_or_none(self) -> Any:
+        # Dropout or drop path that is switched to training by itself does what it does then.
+        if any(
+            module.training and (hasattr(module, "p") or hasattr(module, "drop_prob")) for module in self.read_from()
+        ):
+            return None
         try:
             check_own("it", self.stock)
             return self.make()
@@ -195,6 +200,10 @@ class Folded(nn.Module):
 
 
 def _restored(mixin: type[Folded], stock: type[nn.Module]) -> nn.Module:
+    # In a process that has optimized nothing yet. `replace` imports this file.
+    from effnet_ops.surgery.replace import load_adapters
+
+    load_adapters(stock)
     cls = folded_class(mixin, stock)
     return cls.__new__(cls)
 
@@ -202,7 +211,11 @@ def _restored(mixin: type[Folded], stock: type[nn.Module]) -> nn.Module:
 @functools.cache
 def folded_class(mixin: type[Folded], stock: type[nn.Module]) -> type[Folded]:
     """The class of folded modules of class ``stock``."""
-    return type(f"Folded{stock.__name__}", (mixin, stock), {"stock": stock, **mixin.methods(stock)})
+    own = {"stock": stock, **mixin.methods(stock)}
+    if stock.__module__.startswith("torch.nn"):
+        # By which torch.fx knows that it does not look inside.
+        own["__module__"] = stock.__module__
+    return type(f"Folded{stock.__name__}", (mixin, stock), own)
 
 
 def _begin(module: Folded) -> None:
@@ -727,7 +740,7 @@ class FoldedLinear(Folded):
         if "parametrizations" in self._modules or self.weight.dtype not in FLOAT_DTYPES or 0 in self.weight.shape:
             raise Unfit("it has no plain weight")
         bias = self.weight.new_zeros(self.out_features) if self.bias is None else self.bias
-        params = ConvNormParams(self.weight[:, :, None, None], bias)
+        params = ConvNormParams(Tensor.detach(self.weight)[:, :, None, None], bias)
         return Product(fold(params, compute_dtype(self.weight.dtype)), self.weight.dtype)
 
     def forward(self, input: Tensor) -> Tensor:

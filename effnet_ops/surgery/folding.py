@@ -52,15 +52,16 @@ def fold(conv: ConvNormParams, dtype: torch.dtype | None = None) -> ConvNormPara
 
     Computed in fp64 and rounded once, to ``dtype`` or else the weight's: running variances span ten orders.
     """
-    weight, bias, norm = conv.weight.detach().double(), conv.bias, conv.norm
-    shift = weight.new_zeros(weight.shape[0]) if bias is None else bias.detach().double()
+    # `Tensor.detach`, since a watched parameter notes that its own is called (`surgery.guard`).
+    weight, bias, norm = Tensor.detach(conv.weight).double(), conv.bias, conv.norm
+    shift = weight.new_zeros(weight.shape[0]) if bias is None else Tensor.detach(bias).double()
     if norm is not None:
         scale = torch.rsqrt(norm.running_var.double() + norm.eps)
         if norm.weight is not None:
-            scale = scale * norm.weight.detach().double()
+            scale = scale * Tensor.detach(norm.weight).double()
         weight, shift = weight * scale[:, None, None, None], (shift - norm.running_mean.double()) * scale
         if norm.bias is not None:
-            shift = shift + norm.bias.detach().double()
+            shift = shift + Tensor.detach(norm.bias).double()
     dtype = dtype or conv.weight.dtype
     return ConvNormParams(_own(weight.to(dtype)), _own(shift.to(dtype)))
 

@@ -17,6 +17,9 @@ from effnet_ops.surgery.fused import HOOKS, stock_class
 from effnet_ops.surgery.snapshot import Snapshot
 
 _BESIDES_VERSIONS = ("numpy", "__array__", "__dlpack__", "untyped_storage", "storage", "_typed_storage")
+_VIEWS = ("detach", "view", "reshape", "flatten", "__getitem__", "select", "narrow", "split", "chunk", "unbind")
+_VIEWS += ("squeeze", "unsqueeze", "transpose", "permute", "t", "expand")
+"""Methods that give a tensor with the same memory, whose ``data`` or ``numpy()`` nobody sees."""
 _version: Callable[[Tensor], int] = Tensor._version.__get__
 _storage_uses: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
 _OWN_USES = 3
@@ -68,14 +71,14 @@ class WatchedParameter(nn.Parameter):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         if id(self) not in memo:
-            memo[id(self)] = nn.Parameter(self.detach().clone(), self.requires_grad)
+            memo[id(self)] = nn.Parameter(Tensor.detach(self).clone(), self.requires_grad)
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: int) -> Any:
-        return nn.Parameter(self.detach(), self.requires_grad).__reduce_ex__(protocol)
+        return nn.Parameter(Tensor.detach(self), self.requires_grad).__reduce_ex__(protocol)
 
 
-for _name in _BESIDES_VERSIONS:
+for _name in (*_BESIDES_VERSIONS, *_VIEWS):
     setattr(WatchedParameter, _name, _noted(_name))
 
 
@@ -126,7 +129,7 @@ def _watch(parameter: nn.Parameter) -> bool:
     watch = parameter._watch
     if watch.alias is None or _storage(watch.alias)._cdata != _storage(parameter)._cdata:
         with torch.inference_mode(False), torch.no_grad():
-            watch.alias = parameter.detach()
+            watch.alias = Tensor.detach(parameter)
     return True
 
 

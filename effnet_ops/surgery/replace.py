@@ -216,7 +216,7 @@ def classify(module: nn.Module) -> tuple[str, type[FusedLayer] | str] | None:
         return module.kind, "it is fused already, by an earlier replace_layers"
     if kind := own_kind(module):
         return kind, f"it is fused already: effnet_ops.layers.{type(module).__name__}"
-    adapter_error = _load_adapters(type(module))
+    adapter_error = load_adapters(type(module))
     if type(module) in UNSUPPORTED:
         return "other", UNSUPPORTED[type(module)]
     layer = next((LAYERS[base] for base in type(module).__mro__ if base in LAYERS), None)
@@ -242,7 +242,7 @@ def _why_not(module: nn.Module, layer: type[FusedLayer]) -> str:
     return ""
 
 
-def _load_adapters(cls: type) -> str:
+def load_adapters(cls: type) -> str:
     """Load the adapter of the library that a class or one of its bases comes from; the reason if that fails, or ""."""
     for library in {base.__module__.partition(".")[0] for base in cls.__mro__} & _LIBRARIES:
         try:
