@@ -794,15 +794,10 @@ def test_reading_weights_costs_one_packing(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_global_hooks_see_every_layer() -> None:
     model = timm.create_model("efficientnet_b0").eval()
-    replaced = copy.deepcopy(model)
-    effnet_ops.replace_layers(replaced)
     fast, x, names = optimize_for_inference(model), images(), []
     fast(x)
-    replaced(x)
     with register_module_forward_hook(lambda module, args, y: 0.9 * y if isinstance(module, nn.BatchNorm2d) else None):
-        expected = model(x).detach()
-        for net in (fast, replaced):
-            assert relative_difference(net(x).detach(), expected) < 1e-5
+        assert relative_difference(fast(x).detach(), model(x).detach()) < 1e-5
     with register_module_forward_hook(lambda module, args, y: names.append(isinstance(module, nn.BatchNorm2d))):
         fast(x)
     assert sum(names) == 49

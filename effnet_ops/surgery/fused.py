@@ -13,7 +13,6 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from effnet_ops import context, functional
 from effnet_ops.checks import FLOAT_DTYPES, integers
@@ -189,7 +188,7 @@ class FusedLayer(nn.Module):
         if torch.compiler.is_compiling():
             onnx = torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
             return None if onnx else describe_or_none(self)
-        if torch.jit.is_tracing() or context.transforming() or _has_any_global_hook():
+        if torch.jit.is_tracing() or context.transforming():
             return None
         cached = self.__dict__.get(_CACHE)
         if cached is not None and cached.holds(self):
