@@ -6,6 +6,7 @@ PyTorch has no public names for most of it, so the private ones are here, each i
 from __future__ import annotations
 
 import sys
+from operator import itemgetter
 from types import FrameType
 
 import torch
@@ -13,6 +14,9 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import _engine_run_backward
 from torch.fx import Proxy
+from torch.nn import functional
+from torch.nn.modules import module as module_globals
+from torch.utils._device import DeviceContext
 
 _RECOMPUTING = ("recompute_fn", "backward")
 """The functions of torch.utils.checkpoint that run a forward pass again, without and with reentrant autograd."""
@@ -26,6 +30,46 @@ def in_transform() -> bool:
 def transforming() -> bool:
     """The same for functions that torch.compile traces: it sees transforms itself, and cannot trace the question."""
     return not torch.compiler.is_compiling() and in_transform()
+
+
+_GLOBAL_HOOKS = tuple(f"_global_{kind}_hooks" for kind in ("forward_pre", "forward", "backward_pre", "backward"))
+_COUNTING = ("torch.utils.module_tracker", "torch.distributed._tools.mod_tracker")
+"""Whose global hooks only note which module is running, such as those of torch.utils.flop_counter."""
+
+_FUNCTIONS = itemgetter(
+    *("conv2d", "batch_norm", "linear", "pad", "dropout", "adaptive_avg_pool2d"),
+    *("relu", "relu6", "hardtanh", "silu", "hardswish", "hardsigmoid"),
+)
+_ORIGINAL = (*_FUNCTIONS(vars(functional)), torch.sigmoid, nn.Module.__call__)
+"""What the stock layers call, as it was when this package was imported."""
+
+
+def overridden() -> bool:
+    """Whether somebody sees or changes the calls that stock layers make, so that a fused one must not hide them.
+
+    That are global module hooks, modes of ``__torch_function__`` but for the default device, and functions of
+    torch.nn.functional, or the call of a module, that somebody has replaced.
+    """
+    return (
+        (module_globals._has_any_global_hook() and _has_changing_hook())
+        or (torch._C._len_torch_function_stack() > 0 and _has_function_mode())
+        or (*_FUNCTIONS(vars(functional)), torch.sigmoid, nn.Module.__call__) != _ORIGINAL
+    )
+
+
+def _has_changing_hook() -> bool:
+    hooks = (hook for name in _GLOBAL_HOOKS for hook in getattr(module_globals, name).values())
+    return any(getattr(hook, "__module__", None) not in _COUNTING for hook in hooks)
+
+
+def _has_function_mode() -> bool:
+    stack = map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))
+    return any(type(mode) is not DeviceContext for mode in stack)
+
+
+def in_dispatch_mode() -> bool:
+    """Whether a mode of ``__torch_dispatch__`` sees each operator of PyTorch, such as that of fake tensors."""
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def recomputing() -> bool:

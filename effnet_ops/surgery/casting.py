@@ -13,16 +13,20 @@ import torch
 from torch import Tensor, nn
 
 
-def cast(value: Any, dtype: torch.dtype, but: Tensor | None = None) -> Any:
+def cast(value: Any, dtype: torch.dtype, but: Tensor | None = None, done: dict[int, Tensor] | None = None) -> Any:
     """The floating-point tensors in ``value``, without ``but``, in ``dtype``; what stays as it is is the same object.
 
-    Looks into mappings, lists, tuples (also named ones), dataclasses and namespaces, and keeps their classes.
+    Looks into mappings, lists, tuples (also named ones), dataclasses and namespaces, and keeps their classes. What is
+    one tensor in two places stays one; ``done`` has those that were cast, by their ids.
     """
+    done = {} if done is None else done
     if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() and value is not but else value
+        if not value.is_floating_point() or value is but:
+            return value
+        return done.setdefault(id(value), value.to(dtype))
     items, changed = dict(_items(value)), {}
     for key, item in items.items():
-        new = cast(item, dtype, but)
+        new = cast(item, dtype, but, done)
         if new is not item:
             changed[key] = new
     return _replaced(value, items | changed, changed) if changed else value
@@ -60,7 +64,11 @@ def _replaced(value: Any, items: dict[Any, Any], changed: dict[Any, Any]) -> Any
         return make(values)
     if isinstance(value, Mapping) and not isinstance(value, MutableMapping):
         return type(value)(items)
-    result = copy.copy(value)
+    try:
+        result = copy.copy(value)
+    except KeyError:
+        # A mapping whose attributes are its keys, and which says KeyError where Python expects AttributeError.
+        result = type(value)(value)
     for key, item in changed.items():
         if isinstance(value, Mapping | list):
             result[key] = item

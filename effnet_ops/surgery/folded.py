@@ -18,11 +18,9 @@ from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.module import _has_any_global_hook
 
-from effnet_ops import backends, layers
+from effnet_ops import backends, context, layers
 from effnet_ops.checks import FLOAT_DTYPES
 from effnet_ops.models import efficientnet
 from effnet_ops.ops import packed
@@ -47,7 +45,7 @@ from effnet_ops.surgery.fused import (
     parameter,
     stock_class,
 )
-from effnet_ops.surgery.guard import Kept
+from effnet_ops.surgery.guard import Kept, release
 
 _KEPT = "_effnet_ops_kept"
 OBSERVES = "_effnet_ops_observes"
@@ -66,12 +64,13 @@ OWN_CHAINS: dict[type[nn.Module], dict[str, tuple[str, str]]] = {
 
 
 def transformed() -> bool:
-    """Whether the call is traced, compiled, transformed or differentiated in forward mode: plain PyTorch then."""
+    """Whether the call is traced, compiled, transformed, or seen by modes and hooks: plain PyTorch then."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
-        or forward_ad._current_level >= 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or context.in_transform()
+        or context.in_dispatch_mode()
+        or context.overridden()
     )
 
 
@@ -119,9 +118,13 @@ class Folded(nn.Module):
 
     def value(self) -> Any:
         """What `make` makes of the module as it is now; None where the stock forward shall run."""
+        if transformed():
+            if not torch.compiler.is_compiling() and context.in_dispatch_mode():
+                release(self.parameters())
+            return None
         cell = self.__dict__.setdefault(_KEPT, [None])
         # nn.DataParallel's replica is a copy of __dict__, made for one call, whose parameters are plain attributes.
-        if "_is_replica" in self.__dict__ or _has_any_global_hook():
+        if "_is_replica" in self.__dict__:
             return None
         kept = cell[0]
         if kept is None or not kept.holds(self):
@@ -286,7 +289,7 @@ class FoldedMBConv(Folded):
         if torch.compiler.is_compiling():
             return self._run_compiled(self.cast(x))
         x = self.cast(x)
-        block = None if not isinstance(x, Tensor) or transformed() else self.value()
+        block = self.value() if isinstance(x, Tensor) else None
         if block is not None:
             return block(x)
         return self.run_stock(x)
@@ -606,6 +609,8 @@ def _own_method(stock: type[nn.Module], name: str, calling: bool) -> Callable[..
     def call(self: FoldedOwner, *args: Any, **kwargs: Any) -> Any:
         method = getattr(stock, name)
         if transformed():
+            # Nothing is used, but parameters may have to be released.
+            self.value()
             return method(self, *args, **kwargs)
         armed = dict(self.value() or {}) if calling else {}
         return _call_container(armed, method, self, *args, **kwargs)
@@ -644,7 +649,7 @@ def _own_chain_method(stock: type[nn.Module], name: str) -> Callable[..., Any]:
     @functools.wraps(getattr(stock, name))
     def call(self: FoldedOwnOwner, x: Tensor) -> Tensor:
         method = getattr(stock, name)
-        chain = None if transformed() else (self.value() or {}).get(name)
+        chain = (self.value() or {}).get(name)
         return method(self, x) if chain is None else _call_container({}, chain, x)
 
     return call
@@ -679,7 +684,7 @@ class FoldedSequence(_Container):
         return functools.partial(_run_steps, steps)
 
     def forward(self, input: Any) -> Any:
-        value = None if transformed() else self.value()
+        value = self.value()
         if value is None:
             return self.stock.forward(self, input)
         return _call_container({}, value, input)
@@ -725,7 +730,7 @@ class _Blocks:
         self._modules, self._first, self._run = modules, blocks[0], BlockSequence(values)
 
     def __call__(self, x: Any) -> Any:
-        if not isinstance(x, Tensor) or _has_any_global_hook():
+        if not isinstance(x, Tensor) or transformed():
             return _run_steps(self._modules, x)
         return self._run(self._first.cast(x))
 
@@ -744,7 +749,7 @@ class FoldedLinear(Folded):
         return Product(fold(params, compute_dtype(self.weight.dtype)), self.weight.dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        product = self.value() if not transformed() and self._fits(input) else None
+        product = self.value() if self._fits(input) else None
         if product is None:
             return self.stock.forward(self, input)
         return product(input[:, :, None, None]).flatten(1)
@@ -774,7 +779,7 @@ class FoldedPool(Folded):
         return Prepared()
 
     def forward(self, x: Tensor) -> Tensor:
-        fits = not transformed() and _is_activation(x) and 0 not in x.shape and backends.select(x) == "cpu"
+        fits = _is_activation(x) and 0 not in x.shape and backends.select(x) == "cpu"
         prepared = self.value() if fits else None
         if prepared is None:
             return self.stock.forward(self, x)

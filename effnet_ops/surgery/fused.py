@@ -188,7 +188,7 @@ class FusedLayer(nn.Module):
         if torch.compiler.is_compiling():
             onnx = torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
             return None if onnx else describe_or_none(self)
-        if torch.jit.is_tracing() or context.transforming():
+        if torch.jit.is_tracing() or context.in_transform() or context.overridden():
             return None
         cached = self.__dict__.get(_CACHE)
         if cached is not None and cached.holds(self):
@@ -441,13 +441,13 @@ def describe_or_none(module: FusedLayer) -> Any:
         return None
 
 
-_METHODS = ("forward", "_conv_forward")
+METHODS = ("forward", "_conv_forward")
 """What somebody can replace, on a module or on its class, in order to change what the module computes."""
 
 
 def check_class(name: str, cls: type[nn.Module]) -> None:
     """Raise `Unfit` where a method of the class of the module ``name`` is not the one that its library defines."""
-    for method in _METHODS:
+    for method in METHODS:
         if context.is_patched(cls, method):
             raise Unfit(f"the {method} of {cls.__name__}, {name}, was replaced")
 
@@ -460,7 +460,7 @@ def check_untouched(name: str, module: nn.Module) -> None:
     for attribute, kind in HOOKS.items():
         if state.get(attribute):
             raise Unfit(f"{name} has a {kind} hook")
-    for method in _METHODS:
+    for method in METHODS:
         if method in state:
             raise Unfit(f"the {method} of {name} was replaced on the instance")
     check_class(name, stock_class(module))

@@ -7,17 +7,18 @@ autograd sees it. For what writes past versions (``.data``, NumPy, the storage),
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from effnet_ops.surgery.fused import HOOKS, stock_class
+from effnet_ops.surgery.fused import HOOKS, METHODS, stock_class
 from effnet_ops.surgery.snapshot import Snapshot
 
 _BESIDES_VERSIONS = ("numpy", "__array__", "__dlpack__", "untyped_storage", "storage", "_typed_storage")
-_VIEWS = ("detach", "view", "reshape", "flatten", "__getitem__", "select", "narrow", "split", "chunk", "unbind")
+_VIEWS = ("view", "reshape", "flatten", "__getitem__", "select", "narrow", "split", "chunk", "unbind")
 _VIEWS += ("squeeze", "unsqueeze", "transpose", "permute", "t", "expand")
 """Methods that give a tensor with the same memory, whose ``data`` or ``numpy()`` nobody sees."""
 _version: Callable[[Tensor], int] = Tensor._version.__get__
@@ -69,12 +70,27 @@ class WatchedParameter(nn.Parameter):
         _note(self)
         Tensor.data.__set__(self, value)
 
+    def detach(self) -> Tensor:
+        _note(self)
+        alias = Tensor.detach(self)
+        # nn.Parameter(parameter) asks for it, and insists on the same class.
+        wanted = sys._getframe(1).f_code is nn.Parameter.__new__.__code__
+        return alias.as_subclass(WatchedParameter) if wanted else alias
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # By which torch.utils.swap_tensors gives a parameter another's memory.
+        if name == "__class__":
+            _note(self)
+        super().__setattr__(name, value)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         if id(self) not in memo:
             memo[id(self)] = nn.Parameter(Tensor.detach(self).clone(), self.requires_grad)
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: int) -> Any:
+        # torch.multiprocessing moves the memory to where other processes can write.
+        _note(self)
         return nn.Parameter(Tensor.detach(self), self.requires_grad).__reduce_ex__(protocol)
 
 
@@ -100,8 +116,9 @@ class Sources:
             self._places = list(map(Tensor.data_ptr, self._buffers))
             self._known = all(map(_alone, self._parameters))
 
-    def _all_asked(self) -> list[int]:
-        return [parameter._watch.asked for parameter in self._parameters]
+    def _all_asked(self) -> list[Any]:
+        watches = [parameter.__dict__.get("_watch") for parameter in self._parameters]
+        return [(watch, watch and watch.asked) for watch in watches]
 
     def hold(self) -> bool:
         """Whether nobody has written to them. Where somebody else has their memory, too, nobody knows."""
@@ -133,12 +150,23 @@ def _watch(parameter: nn.Parameter) -> bool:
     return True
 
 
+def release(parameters: Iterable[Tensor]) -> None:
+    """Give parameters their own class back: modes of ``__torch_dispatch__`` do not take every class."""
+    for parameter in parameters:
+        if type(parameter) is WatchedParameter:
+            parameter.__class__ = nn.Parameter
+
+
 def _storage(tensor: Tensor) -> torch.UntypedStorage:
     return Tensor.untyped_storage(tensor)
 
 
 def _alone(tensor: Tensor) -> bool:
-    return _storage_uses is None or _storage_uses(_storage(tensor)._cdata) <= _OWN_USES
+    """Whether nobody else, in this process or another, has the memory."""
+    storage = _storage(tensor)
+    if tensor.device.type == "cpu" and storage.is_shared():
+        return False
+    return _storage_uses is None or _storage_uses(storage._cdata) <= _OWN_USES
 
 
 def tensors_of(modules: Iterable[nn.Module]) -> list[Tensor]:
@@ -172,7 +200,7 @@ class Kept:
         self._snapshot = Snapshot([owner._modules, owner._parameters, owner._buffers, *states, *inner])
         self._attributes, self._types = self._read(owner), list(map(type, self._modules))
         classes = {*self._types, *map(stock_class, self._modules)}
-        watched = [*methods, *((cls, "forward") for cls in classes)]
+        watched = [*methods, *((cls, name) for cls in classes for name in METHODS if hasattr(cls, name))]
         self._methods = [(cls, name, getattr(cls, name)) for cls, name in watched]
         # Before they are read, so that what changes meanwhile is noticed.
         self.sources = Sources(tensors_of([owner, *self._modules]))
