@@ -193,6 +193,7 @@ def native_statements(plan: Plan, file: TextIO, output: Path) -> None:
         for isa in plan.isas:
             ninja.compile(source, isa, [*common, *ISA_FLAGS[isa], f"-DEFFNET_ISA_{isa.upper()}"])
     ninja.compile(ROOT / "csrc" / "bindings.cpp", "once", [*common, *stable_abi_flags()])
+    ninja.compile(ROOT / "csrc" / "recording.cpp", "once", common)
     ninja.compile(ROOT / "csrc" / "module.cpp", "once", [*common, *built, *described, *includes])
     ninja.link(output, [*sanitize, f"-L{torch_root() / 'lib'}", "-ltorch_cpu"])
 

@@ -1,30 +1,27 @@
 // Unpacks tensors for the kernels and registers them as the CPU implementations of the operators, through the LibTorch
 // stable ABI alone. Shapes and dtypes were checked in Python; what is checked here keeps a direct call of
-// torch.ops.effnet_ops from reading out of bounds.
+// torch.ops.effnet_ops from reading out of bounds. Each function takes its operator's arguments from a Reader, in the
+// order of the schema; the structures named ...Call are those of effnet_ops/ops/calls.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
-#include <cstdlib>
+#include <memory>
 #include <optional>
 #include <string>
-#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "reader.h"
+#include "recording.h"
 #include "stable.h"
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-#if defined(__GLIBC__)
-#include <malloc.h>
-#endif
 
 namespace effnet {
 namespace {
 
+using Results = std::vector<Tensor>;
 using cpu::Activation;
 using cpu::DType;
 using cpu::Gate;
@@ -50,31 +47,14 @@ ScalarType compute_type(ScalarType type) { return type == ScalarType::Double ? t
 Activation activation_of(const std::string& name) { return activation_named<Activation>(name); }
 Gate gate_of(const std::string& name) { return gate_named<Gate>(name); }
 
-uintptr_t element_size(ScalarType type) { return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2; }
+size_t element_size(ScalarType type) { return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2; }
 
-// Memory that is touched for the first time costs more than most kernels that write it. What is free at the top of the
-// heap glibc gives back to the system beyond twice the largest block that it saw freed, which a network's first outputs
-// exceed at each call: let it see one of nearly 32 MiB, the largest that counts. Larger blocks always come and go, with
-// pages of 2 MiB where that is asked for.
+const cpu::Kernels& kernels_for(const Tensor& x) { return cpu::kernels(kernel_dtype(x.scalar_type())); }
+
+size_t bytes_of(const Tensor& t) { return size_t(t.numel()) * element_size(t.scalar_type()); }
+
 Tensor with_cheap_pages(const Tensor& t) {
-#if defined(__linux__)
-    constexpr uintptr_t large = uintptr_t(2) << 20, largest = uintptr_t(32) << 20;
-    const uintptr_t bytes = uintptr_t(t.numel()) * element_size(t.scalar_type());
-    if (bytes < large) return t;
-    static const bool kept = [] {
-#if defined(__GLIBC__)
-        // Only a block that does not come from free memory counts.
-        malloc_trim(0);
-#endif
-        void* volatile block = std::malloc(largest - large);
-        std::free(block);
-        return true;
-    }();
-    if (!kept || bytes < largest) return t;
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
-    const uintptr_t first = (begin + large - 1) / large * large, last = (begin + bytes) / large * large;
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
+    cheapen_pages(t.const_data_ptr(), bytes_of(t));
     return t;
 }
 
@@ -119,6 +99,8 @@ class Output {
         memory_ = direct_ && !last ? empty(size, type_) : empty_nhwc(size, type_);
     }
     void* data() const { return memory_.mutable_data_ptr(); }
+    const Tensor& memory() const { return memory_; }
+    bool direct() const { return direct_; }
     Tensor finish() const {
         if (direct_ || memory_.numel() == 0) return direct_ ? memory_ : torch::stable::empty(size_, type_);
         const Tensor to = empty(size_, type_);
@@ -151,10 +133,32 @@ class Parameters {
         return p.has_value() ? (*this)(*p, elements, name) : nullptr;
     }
 
+    // Whether some value is a copy, which lives as long as this.
+    bool copied() const { return !kept_.empty(); }
+
   private:
     ScalarType type_;
     std::vector<Tensor> kept_;
 };
+
+// Runs a kernel from `input`, which is x or a copy of it, to `y`, and leaves it to who records this thread's calls.
+template <class Kernel>
+void run(const Tensor& x, const Tensor& input, const Parameters& parameters, const Tensor& y, bool direct,
+         Kernel kernel) {
+    kernel(kernels_for(x), input.const_data_ptr(), y.mutable_data_ptr());
+    Recording* const recording = Recording::current();
+    if (recording == nullptr) return;
+    if (parameters.copied() || !direct) return recording->spoil();
+    recording->add({kernel_dtype(x.scalar_type()), std::move(kernel), bytes_of(y)}, input.const_data_ptr(),
+                   y.const_data_ptr(), std::make_shared<Tensor>(y));
+}
+
+// The same for an output in the layout of x.
+template <class Kernel>
+Results run(const Tensor& x, const Tensor& input, const Parameters& parameters, const Output& y, Kernel kernel) {
+    run(x, input, parameters, y.memory(), y.direct(), std::move(kernel));
+    return {y.finish()};
+}
 
 // Gradients of parameters: computed in the compute type, handed out in the parameter's.
 class Gradients {
@@ -174,7 +178,12 @@ class Gradients {
         if (x_.size(0) == 0) torch::stable::zero_(results_.back());
         return results_.back().mutable_data_ptr();
     }
-    Tensor take(size_t i) const { return as_dtype(results_[i], types_[i]); }
+    // Behind the gradient of x, which is empty where nobody wants it.
+    Results take(const std::optional<Output>& grad_x) const {
+        Results all{grad_x ? grad_x->finish() : nothing(x_)};
+        for (size_t i = 0; i < results_.size(); ++i) all.push_back(as_dtype(results_[i], types_[i]));
+        return all;
+    }
 
   private:
     Tensor x_;
@@ -187,8 +196,24 @@ struct Filter {
     int64_t height, width, channels;
 };
 
-cpu::DepthwiseShape depthwise_shape(const Tensor& x, const Filter& filter, const Ints& stride, const Ints& padding,
-                                    const Ints& dilation) {
+// How a window moves: padding is (top, bottom, left, right), or nothing for SAME.
+struct Window {
+    Ints stride, padding, dilation{1, 1};
+
+    static Window undilated(Reader& in) {
+        Window window;
+        window.stride = in.numbers(), window.padding = in.numbers();
+        return window;
+    }
+    static Window dilated(Reader& in) {
+        Window window = undilated(in);
+        window.dilation = in.numbers();
+        return window;
+    }
+};
+
+cpu::DepthwiseShape depthwise_shape(const Tensor& x, const Filter& filter, const Window& window) {
+    const Ints &stride = window.stride, &padding = window.padding, &dilation = window.dilation;
     STD_TORCH_CHECK(stride.size() == 2 && dilation.size() == 2 && (padding.empty() || padding.size() == 4),
                     "stride and dilation take 2 numbers, padding 4 or none");
     STD_TORCH_CHECK(filter.height <= 64, "kernels taller than 64 are left to the reference, got ", filter.height);
@@ -221,57 +246,80 @@ cpu::DepthwiseShape depthwise_shape(const Tensor& x, const Filter& filter, const
     return s;
 }
 
-cpu::DepthwiseShape depthwise_shape(const Tensor& x, const Tensor& weight, const Ints& stride, const Ints& padding,
-                                    const Ints& dilation) {
-    STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 4 && weight.size(1) == 1,
-                    "x must be (N, C, H, W) and weight (C, 1, kh, kw)");
-    return depthwise_shape(x, Filter{weight.size(2), weight.size(3), weight.size(0)}, stride, padding, dilation);
+cpu::ConvolutionShape convolution_shape(const cpu::DepthwiseShape& d, int64_t out, bool channels_last) {
+    return {d.batch,    d.channels, out,        d.height,   d.width,   d.out_height, d.out_width,
+            d.kernel_h, d.kernel_w, d.stride_h, d.stride_w, d.pad_top, d.pad_left,   channels_last};
 }
 
-Tensor depthwise_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Ints& stride,
-                        const Ints& padding, const Ints& dilation, const std::string& activation) {
-    const cpu::DepthwiseShape s = depthwise_shape(x, weight, stride, padding, dilation);
-    STD_TORCH_CHECK(s.channels == x.size(1), "weight must have ", x.size(1), " filters, got ", s.channels);
-    const cpu::Kernels& kernels = cpu::kernels(kernel_dtype(x.scalar_type()));
+struct DepthwiseCall {
+    Tensor x, weight;
+    OptionalTensor bias;
+    Window window;
+    Activation activation;
+
+    explicit DepthwiseCall(Reader& in)
+        : x(in.tensor()),
+          weight(in.tensor()),
+          bias(in.optional()),
+          window(Window::dilated(in)),
+          activation(activation_of(in.name())) {}
+
+    cpu::DepthwiseShape shape() const {
+        STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 4 && weight.size(1) == 1,
+                        "x must be (N, C, H, W) and weight (C, 1, kh, kw)");
+        STD_TORCH_CHECK(weight.size(0) == x.size(1), "weight must have ", x.size(1), " filters, got ", weight.size(0));
+        return depthwise_shape(x, Filter{weight.size(2), weight.size(3), weight.size(0)}, window);
+    }
+};
+
+Results depthwise_conv2d(Reader& in) {
+    const DepthwiseCall call(in);
+    const Tensor& x = call.x;
+    const cpu::DepthwiseShape s = call.shape();
+    const cpu::Kernels& kernels = kernels_for(x);
     const Ints size{s.batch, s.channels, s.out_height, s.out_width};
     Parameters parameter(x);
-    const void *const weights = parameter(weight, weight.numel(), "weight"), *const shift =
-                                                                                 parameter(bias, s.channels, "bias");
+    const void* const weight = parameter(call.weight, call.weight.numel(), "weight");
+    const void* const bias = parameter(call.bias, s.channels, "bias");
+    const Activation activation = call.activation;
     if (s.batch != 0 && kernels.depthwise_contiguous != nullptr && x.is_contiguous()) {
         const Tensor y = empty(size, x.scalar_type());
-        kernels.depthwise_contiguous(s, memory_of(x, "x"), weights, shift, activation_of(activation),
-                                     y.mutable_data_ptr());
-        return y;
+        memory_of(x, "x");
+        run(x, x, parameter, y, true, [=](const cpu::Kernels& table, const void* from, void* to) {
+            table.depthwise_contiguous(s, from, weight, bias, activation, to);
+        });
+        return {y};
     }
     const Output y(x, size);
-    if (s.batch == 0) return y.finish();
-    const Tensor input = nhwc(x);
-    kernels.depthwise(s, input.const_data_ptr(), weights, shift, activation_of(activation), y.data());
-    return y.finish();
+    if (s.batch == 0) return {y.finish()};
+    return run(x, nhwc(x), parameter, y, [=](const cpu::Kernels& table, const void* from, void* to) {
+        table.depthwise(s, from, weight, bias, activation, to);
+    });
 }
 
-std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
-                                                             const std::optional<Tensor>& bias, const Ints& stride,
-                                                             const Ints& padding, const Ints& dilation,
-                                                             const std::string& activation, const Needs& needs) {
-    const cpu::DepthwiseShape s = depthwise_shape(x, weight, stride, padding, dilation);
-    STD_TORCH_CHECK(s.channels == x.size(1), "weight must have ", x.size(1), " filters, got ", s.channels);
+Results depthwise_conv2d_backward(Reader& in) {
+    const Tensor grad = in.tensor();
+    const DepthwiseCall call(in);
+    const Needs needs = in.flags();
+    const Tensor& x = call.x;
+    const cpu::DepthwiseShape s = call.shape();
     STD_TORCH_CHECK(grad.numel() == s.batch * s.channels * s.out_height * s.out_width,
                     "grad does not have the output's size");
+    STD_TORCH_CHECK(needs.size() == 3, "needs takes 3 flags, got ", needs.size());
     Gradients gradients(x);
-    void* const grad_weight = gradients.add(weight, needs[1]);
-    void* const grad_bias = gradients.add(bias, needs[2]);
+    void* const grad_weight = gradients.add(call.weight, needs[1]);
+    void* const grad_bias = gradients.add(call.bias, needs[2]);
     std::optional<Output> grad_x;
     if (needs[0]) grad_x.emplace(x, Ints{s.batch, s.channels, s.height, s.width});
     if (s.batch != 0) {
         Parameters parameter(x);
         const Tensor input = nhwc(x), above = like_output(grad, x);
-        cpu::kernels(kernel_dtype(x.scalar_type()))
-            .depthwise_backward(s, above.const_data_ptr(), input.const_data_ptr(),
-                                parameter(weight, weight.numel(), "weight"), parameter(bias, s.channels, "bias"),
-                                activation_of(activation), grad_x ? grad_x->data() : nullptr, grad_weight, grad_bias);
+        kernels_for(x).depthwise_backward(s, above.const_data_ptr(), input.const_data_ptr(),
+                                          parameter(call.weight, call.weight.numel(), "weight"),
+                                          parameter(call.bias, s.channels, "bias"), call.activation,
+                                          grad_x ? grad_x->data() : nullptr, grad_weight, grad_bias);
     }
-    return {grad_x ? grad_x->finish() : nothing(x), gradients.take(0), gradients.take(1)};
+    return gradients.take(grad_x);
 }
 
 cpu::PointwiseShape pointwise_shape(const Tensor& x, const Tensor& weight) {
@@ -287,37 +335,50 @@ bool multiplies_contiguous(const Tensor& x, const std::optional<Tensor>& residua
            cpu::kernels(kernel_dtype(x.scalar_type())).pointwise_contiguous != nullptr;
 }
 
-Tensor pointwise_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                        const std::optional<Tensor>& residual, const std::string& activation) {
+Tensor multiply(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
+                Activation activation) {
     const cpu::PointwiseShape s = pointwise_shape(x, weight);
-    const cpu::Kernels& kernels = cpu::kernels(kernel_dtype(x.scalar_type()));
     const Ints size{s.batch, s.out, x.size(2), x.size(3)};
     STD_TORCH_CHECK(!residual.has_value() || residual->numel() == s.batch * s.pixels * s.out,
                     "residual does not have the output's size");
     Parameters parameter(x);
-    const void *const weights = parameter(weight, weight.numel(), "weight"), *const shift =
-                                                                                 parameter(bias, s.out, "bias");
+    const void* const weights = parameter(weight, weight.numel(), "weight");
+    const void* const shift = parameter(bias, s.out, "bias");
+    if (Recording::current() != nullptr && residual.has_value()) Recording::current()->spoil();
     if (s.batch != 0 && multiplies_contiguous(x, residual, s)) {
         const Tensor y = empty(size, x.scalar_type());
         const Tensor added = residual.has_value() ? as_dtype(*residual, x.scalar_type()) : nothing(x);
-        kernels.pointwise_contiguous(s, memory_of(x, "x"), weights, shift,
-                                     residual.has_value() ? added.const_data_ptr() : nullptr, activation_of(activation),
-                                     y.mutable_data_ptr());
+        const void* const plus = residual.has_value() ? added.const_data_ptr() : nullptr;
+        memory_of(x, "x");
+        run(x, x, parameter, y, true, [=](const cpu::Kernels& table, const void* from, void* to) {
+            table.pointwise_contiguous(s, from, weights, shift, plus, activation, to);
+        });
         return y;
     }
     const Output y(x, size);
     if (s.batch == 0) return y.finish();
-    const Tensor input = nhwc(x), added = residual.has_value() ? like_output(*residual, x) : nothing(x);
-    kernels.pointwise(s, input.const_data_ptr(), weights, shift,
-                      residual.has_value() ? added.const_data_ptr() : nullptr, activation_of(activation), y.data());
+    const Tensor added = residual.has_value() ? like_output(*residual, x) : nothing(x);
+    const void* const plus = residual.has_value() ? added.const_data_ptr() : nullptr;
+    run(x, nhwc(x), parameter, y, [=](const cpu::Kernels& table, const void* from, void* to) {
+        table.pointwise(s, from, weights, shift, plus, activation, to);
+    });
     return y.finish();
 }
 
-std::tuple<Tensor, Tensor, Tensor> pointwise_conv2d_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
-                                                             const std::optional<Tensor>& bias,
-                                                             const std::string& activation, const Needs& needs) {
+Results pointwise_conv2d(Reader& in) {
+    const Tensor x = in.tensor(), weight = in.tensor();
+    const OptionalTensor bias = in.optional(), residual = in.optional();
+    return {multiply(x, weight, bias, residual, activation_of(in.name()))};
+}
+
+Results pointwise_conv2d_backward(Reader& in) {
+    const Tensor grad = in.tensor(), x = in.tensor(), weight = in.tensor();
+    const OptionalTensor bias = in.optional();
+    const std::string activation = in.name();
+    const Needs needs = in.flags();
     const cpu::PointwiseShape s = pointwise_shape(x, weight);
     STD_TORCH_CHECK(grad.numel() == s.batch * s.pixels * s.out, "grad does not have the output's size");
+    STD_TORCH_CHECK(needs.size() == 3, "needs takes 3 flags, got ", needs.size());
     Gradients gradients(x);
     void* const grad_weight = gradients.add(weight, needs[1]);
     void* const grad_bias = gradients.add(bias, needs[2]);
@@ -326,137 +387,173 @@ std::tuple<Tensor, Tensor, Tensor> pointwise_conv2d_backward(const Tensor& grad,
     if (s.batch != 0) {
         Parameters parameter(x);
         const Tensor input = nhwc(x), above = like_output(grad, x);
-        cpu::kernels(kernel_dtype(x.scalar_type()))
-            .pointwise_backward(s, above.const_data_ptr(), input.const_data_ptr(),
-                                parameter(weight, weight.numel(), "weight"), parameter(bias, s.out, "bias"),
-                                activation_of(activation), grad_x ? grad_x->data() : nullptr, grad_weight, grad_bias);
+        kernels_for(x).pointwise_backward(s, above.const_data_ptr(), input.const_data_ptr(),
+                                          parameter(weight, weight.numel(), "weight"), parameter(bias, s.out, "bias"),
+                                          activation_of(activation), grad_x ? grad_x->data() : nullptr, grad_weight,
+                                          grad_bias);
     }
-    return {grad_x ? grad_x->finish() : nothing(x), gradients.take(0), gradients.take(1)};
+    return gradients.take(grad_x);
 }
 
-cpu::SqueezeExciteParams squeeze_excite_params(Parameters& parameter, int64_t channels, int64_t reduced,
-                                               const Tensor& reduce_weight, const std::optional<Tensor>& reduce_bias,
-                                               const Tensor& expand_weight, const std::optional<Tensor>& expand_bias,
-                                               const std::string& activation, const std::string& gate) {
-    return {parameter(reduce_weight, channels * reduced, "reduce_weight"),
-            parameter(reduce_bias, reduced, "reduce_bias"),
-            parameter(expand_weight, channels * reduced, "expand_weight"),
-            parameter(expand_bias, channels, "expand_bias"),
-            activation_of(activation),
-            gate_of(gate)};
-}
+// Tensors that are all there, or none.
+struct SqueezeExciteCall {
+    OptionalTensor reduce_weight, reduce_bias, expand_weight, expand_bias;
+    Activation activation;
+    Gate gate;
 
-std::tuple<Tensor, Tensor> squeeze_excite(const Tensor& x, const Tensor& reduce_weight,
-                                          const std::optional<Tensor>& reduce_bias, const Tensor& expand_weight,
-                                          const std::optional<Tensor>& expand_bias, const std::string& activation,
-                                          const std::string& gate) {
+    static SqueezeExciteCall required(Reader& in) {
+        SqueezeExciteCall call;
+        call.reduce_weight = in.tensor(), call.reduce_bias = in.optional();
+        call.expand_weight = in.tensor(), call.expand_bias = in.optional();
+        call.read_names(in);
+        return call;
+    }
+    static SqueezeExciteCall optional(Reader& in) {
+        SqueezeExciteCall call;
+        call.reduce_weight = in.optional(), call.reduce_bias = in.optional();
+        call.expand_weight = in.optional(), call.expand_bias = in.optional();
+        call.read_names(in);
+        return call;
+    }
+    int64_t reduced() const { return reduce_weight.has_value() ? reduce_weight->size(0) : 0; }
+    cpu::SqueezeExciteParams params(Parameters& parameter, int64_t channels) const {
+        STD_TORCH_CHECK(expand_weight.has_value(), "reduce_weight comes with expand_weight");
+        return {parameter(reduce_weight, channels * reduced(), "reduce_weight"),
+                parameter(reduce_bias, reduced(), "reduce_bias"),
+                parameter(expand_weight, channels * reduced(), "expand_weight"),
+                parameter(expand_bias, channels, "expand_bias"),
+                activation,
+                gate};
+    }
+
+  private:
+    void read_names(Reader& in) {
+        const std::string first = in.name(), second = in.name();
+        activation = activation_of(first), gate = gate_of(second);
+    }
+};
+
+Results squeeze_excite(Reader& in) {
+    const Tensor x = in.tensor();
+    const auto call = SqueezeExciteCall::required(in);
     STD_TORCH_CHECK(x.dim() == 4, "x must be (N, C, H, W)");
-    const cpu::SqueezeExciteShape s{x.size(0), x.size(2) * x.size(3), x.size(1), reduce_weight.size(0)};
+    const cpu::SqueezeExciteShape s{x.size(0), x.size(2) * x.size(3), x.size(1), call.reduced()};
     const Output y(x, {s.batch, s.channels, x.size(2), x.size(3)});
     const Tensor pooled = torch::stable::empty({s.batch, s.channels}, compute_type(x.scalar_type()));
     if (s.batch == 0) return {y.finish(), pooled};
     Parameters parameter(x);
     const Tensor input = nhwc(x);
-    const auto params = squeeze_excite_params(parameter, s.channels, s.reduced, reduce_weight, reduce_bias,
-                                              expand_weight, expand_bias, activation, gate);
-    cpu::kernels(kernel_dtype(x.scalar_type()))
-        .squeeze_excite(s, input.const_data_ptr(), params, y.data(), pooled.mutable_data_ptr());
+    kernels_for(x).squeeze_excite(s, input.const_data_ptr(), call.params(parameter, s.channels), y.data(),
+                                  pooled.mutable_data_ptr());
     return {y.finish(), pooled};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> squeeze_excite_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& pooled, const Tensor& reduce_weight,
-    const std::optional<Tensor>& reduce_bias, const Tensor& expand_weight, const std::optional<Tensor>& expand_bias,
-    const std::string& activation, const std::string& gate, const Needs& needs) {
+Results squeeze_excite_backward(Reader& in) {
+    const Tensor grad = in.tensor(), x = in.tensor();
+    const auto call = SqueezeExciteCall::required(in);
+    const Tensor pooled = in.tensor();
+    const Needs needs = in.flags();
     STD_TORCH_CHECK(x.dim() == 4 && grad.numel() == x.numel() && pooled.numel() == x.size(0) * x.size(1),
                     "grad must have the size of x, pooled must be (N, C)");
-    const cpu::SqueezeExciteShape s{x.size(0), x.size(2) * x.size(3), x.size(1), reduce_weight.size(0)};
+    STD_TORCH_CHECK(needs.size() == 5, "needs takes 5 flags, got ", needs.size());
+    const cpu::SqueezeExciteShape s{x.size(0), x.size(2) * x.size(3), x.size(1), call.reduced()};
     Gradients gradients(x);
     cpu::SqueezeExciteGrads grads;
-    grads.reduce_weight = gradients.add(reduce_weight, needs[1]);
-    grads.reduce_bias = gradients.add(reduce_bias, needs[2]);
-    grads.expand_weight = gradients.add(expand_weight, needs[3]);
-    grads.expand_bias = gradients.add(expand_bias, needs[4]);
+    grads.reduce_weight = gradients.add(call.reduce_weight, needs[1]);
+    grads.reduce_bias = gradients.add(call.reduce_bias, needs[2]);
+    grads.expand_weight = gradients.add(call.expand_weight, needs[3]);
+    grads.expand_bias = gradients.add(call.expand_bias, needs[4]);
     std::optional<Output> grad_x;
     if (needs[0]) grad_x.emplace(x, Ints{s.batch, s.channels, x.size(2), x.size(3)});
     if (s.batch != 0) {
         Parameters parameter(x);
         const Tensor input = nhwc(x), above = like_output(grad, x);
         const void* mean = parameter(pooled, s.batch * s.channels, "pooled");
-        const auto params = squeeze_excite_params(parameter, s.channels, s.reduced, reduce_weight, reduce_bias,
-                                                  expand_weight, expand_bias, activation, gate);
-        cpu::kernels(kernel_dtype(x.scalar_type()))
-            .squeeze_excite_backward(s, above.const_data_ptr(), input.const_data_ptr(), mean, params,
-                                     grad_x ? grad_x->data() : nullptr, grads);
+        kernels_for(x).squeeze_excite_backward(s, above.const_data_ptr(), input.const_data_ptr(), mean,
+                                               call.params(parameter, s.channels), grad_x ? grad_x->data() : nullptr,
+                                               grads);
     }
-    return {grad_x ? grad_x->finish() : nothing(x), gradients.take(0), gradients.take(1), gradients.take(2),
-            gradients.take(3)};
+    return gradients.take(grad_x);
 }
 
-using OptionalTensor = std::optional<Tensor>;
+// A convolution and the normalisation behind it: without gamma there is none, and beta is the convolution's bias.
+struct ConvNormCall {
+    OptionalTensor weight, gamma, beta, mean, var;
+    double eps;
 
-// The arguments that every mbconv operator shares, in the order of the schema.
-#define EFFNET_BLOCK_ARGUMENTS                                                                                       \
-    const Tensor &x, const OptionalTensor &expand_weight, const OptionalTensor &expand_gamma,                        \
-        const OptionalTensor &expand_beta, const OptionalTensor &expand_mean, const OptionalTensor &expand_var,      \
-        const Tensor &depthwise_weight, const OptionalTensor &depthwise_gamma, const OptionalTensor &depthwise_beta, \
-        const OptionalTensor &depthwise_mean, const OptionalTensor &depthwise_var,                                   \
-        const OptionalTensor &se_reduce_weight, const OptionalTensor &se_reduce_bias,                                \
-        const OptionalTensor &se_expand_weight, const OptionalTensor &se_expand_bias, const Tensor &project_weight,  \
-        const OptionalTensor &project_gamma, const OptionalTensor &project_beta, const OptionalTensor &project_mean, \
-        const OptionalTensor &project_var, const OptionalTensor &drop_path, const std::vector<double>&eps,           \
-        const Ints &stride, const Ints &padding, bool residual, const std::string &activation,                       \
-        const std::string &se_activation, const std::string &gate
-#define EFFNET_BLOCK_VALUES                                                                                     \
-    x, expand_weight, expand_gamma, expand_beta, expand_mean, expand_var, depthwise_weight, depthwise_gamma,    \
-        depthwise_beta, depthwise_mean, depthwise_var, se_reduce_weight, se_reduce_bias, se_expand_weight,      \
-        se_expand_bias, project_weight, project_gamma, project_beta, project_mean, project_var, drop_path, eps, \
-        stride, padding, residual, activation, se_activation, gate
+    static ConvNormCall required(Reader& in) { return ConvNormCall(in.tensor(), in); }
+    static ConvNormCall optional(Reader& in) { return ConvNormCall(in.optional(), in); }
 
-// The block as the kernels take it, and what keeps its memory alive.
-struct BlockArguments {
-    Parameters parameter;
-    cpu::Block block{};
-    Tensor input;
-
-    explicit BlockArguments(EFFNET_BLOCK_ARGUMENTS) : parameter(x), input(nhwc(x)) {
-        STD_TORCH_CHECK(eps.size() == 3, "eps takes 3 numbers, got ", eps.size());
-        const cpu::DepthwiseShape s = depthwise_shape(x, depthwise_weight, stride, padding, {1, 1});
-        block.depthwise_shape = s;
-        block.in = x.size(1), block.out = project_weight.size(0);
-        STD_TORCH_CHECK(expand_weight.has_value() || s.channels == block.in, "depthwise_weight must have ", block.in,
-                        " filters, got ", s.channels);
-        if (expand_weight.has_value())
-            block.expand = conv(*expand_weight, s.channels * block.in, s.channels, expand_gamma, expand_beta,
-                                expand_mean, expand_var, eps[0]);
-        block.depthwise = conv(depthwise_weight, depthwise_weight.numel(), s.channels, depthwise_gamma, depthwise_beta,
-                               depthwise_mean, depthwise_var, eps[1]);
-        block.project = conv(project_weight, block.out * s.channels, block.out, project_gamma, project_beta,
-                             project_mean, project_var, eps[2]);
-        if (se_reduce_weight.has_value()) {
-            STD_TORCH_CHECK(se_expand_weight.has_value(), "se_reduce_weight comes with se_expand_weight");
-            block.reduced = se_reduce_weight->size(0);
-            block.squeeze_excite =
-                squeeze_excite_params(parameter, s.channels, block.reduced, *se_reduce_weight, se_reduce_bias,
-                                      *se_expand_weight, se_expand_bias, se_activation, gate);
-        }
-        STD_TORCH_CHECK(!residual || (block.in == block.out && s.height == s.out_height && s.width == s.out_width),
-                        "residual needs an output of the input's size");
-        block.residual = residual;
-        block.drop_path = parameter(drop_path, s.batch, "drop_path");
-        block.activation = activation_of(activation);
-    }
-
-    const cpu::DepthwiseShape& shape() const { return block.depthwise_shape; }
-
-  private:
-    cpu::ConvNorm conv(const Tensor& weight, int64_t elements, int64_t channels, const OptionalTensor& gamma,
-                       const OptionalTensor& beta, const OptionalTensor& mean, const OptionalTensor& var, double eps) {
+    bool uses_batch() const { return gamma.has_value() && !mean.has_value(); }
+    cpu::ConvNorm params(Parameters& parameter, int64_t elements, int64_t channels) const {
         STD_TORCH_CHECK(mean.has_value() == var.has_value(), "a normalisation has a mean and a variance, or neither");
         return {parameter(weight, elements, "weight"), parameter(gamma, channels, "gamma"),
                 parameter(beta, channels, "beta"),     parameter(mean, channels, "mean"),
                 parameter(var, channels, "var"),       eps};
     }
+
+  private:
+    ConvNormCall(OptionalTensor first, Reader& in)
+        : weight(std::move(first)),
+          gamma(in.optional()),
+          beta(in.optional()),
+          mean(in.optional()),
+          var(in.optional()),
+          eps(in.real()) {}
+};
+
+struct MBConvCall {
+    Tensor x;
+    ConvNormCall expand, depthwise;
+    SqueezeExciteCall squeeze_excite;
+    ConvNormCall project;
+    OptionalTensor drop_path;
+    Window window;
+    bool residual;
+    Activation activation;
+
+    explicit MBConvCall(Reader& in)
+        : x(in.tensor()),
+          expand(ConvNormCall::optional(in)),
+          depthwise(ConvNormCall::required(in)),
+          squeeze_excite(SqueezeExciteCall::optional(in)),
+          project(ConvNormCall::required(in)),
+          drop_path(in.optional()),
+          window(Window::undilated(in)),
+          residual(in.flag()),
+          activation(activation_of(in.name())) {}
+};
+
+// The block as the kernels take it, and what keeps its memory alive.
+struct UnpackedBlock {
+    Parameters parameter;
+    cpu::Block block{};
+    Tensor input;
+
+    explicit UnpackedBlock(const MBConvCall& call) : parameter(call.x), input(nhwc(call.x)) {
+        const Tensor &x = call.x, &depthwise = *call.depthwise.weight, &project = *call.project.weight;
+        STD_TORCH_CHECK(depthwise.dim() == 4 && depthwise.size(1) == 1, "depthwise_weight must be (C, 1, kh, kw)");
+        const cpu::DepthwiseShape s =
+            depthwise_shape(x, Filter{depthwise.size(2), depthwise.size(3), depthwise.size(0)}, call.window);
+        block.depthwise_shape = s;
+        block.in = x.size(1), block.out = project.size(0);
+        STD_TORCH_CHECK(call.expand.weight.has_value() || s.channels == block.in, "depthwise_weight must have ",
+                        block.in, " filters, got ", s.channels);
+        if (call.expand.weight.has_value())
+            block.expand = call.expand.params(parameter, s.channels * block.in, s.channels);
+        block.depthwise = call.depthwise.params(parameter, depthwise.numel(), s.channels);
+        block.project = call.project.params(parameter, block.out * s.channels, block.out);
+        block.reduced = call.squeeze_excite.reduced();
+        if (block.reduced != 0) block.squeeze_excite = call.squeeze_excite.params(parameter, s.channels);
+        STD_TORCH_CHECK(!call.residual || (block.in == block.out && s.height == s.out_height && s.width == s.out_width),
+                        "residual needs an output of the input's size");
+        block.residual = call.residual;
+        block.drop_path = parameter(call.drop_path, s.batch, "drop_path");
+        block.activation = call.activation;
+    }
+
+    const cpu::DepthwiseShape& shape() const { return block.depthwise_shape; }
+    Ints output_size() const { return {shape().batch, block.out, shape().out_height, shape().out_width}; }
 };
 
 // Weights that effnet_ops.packing packed: (panels, terms, 16), or (panels, terms, 16, 2) for bf16.
@@ -472,231 +569,219 @@ const void* panels(const Tensor& packed, const Tensor& x, bool products_in_stora
     return memory_of(packed, name);
 }
 
-// The tensors of a block with packed weights; null pointers where it has no expansion or no gate.
-struct PackedTensors {
-    const Tensor *expand_weight, *expand_bias, *depthwise_weight, *depthwise_bias, *reduce_weight, *reduce_bias,
-        *excite_weight, *excite_bias, *project_weight, *project_bias;
+// A convolution with its normalisation folded in; the weight is packed.
+struct PackedConv {
+    OptionalTensor weight, bias;
+
+    static PackedConv required(Reader& in) { return {in.tensor(), in.tensor()}; }
+    static PackedConv optional(Reader& in) { return {in.optional(), in.optional()}; }
 };
 
-struct PackedConfig {
-    Ints stride, padding;
+struct PackedBlockCall {
+    Tensor x;
+    PackedConv expand, depthwise, reduce, excite, project;
+    Window window;
     bool residual;
     Activation activation, squeeze_activation;
     Gate gate;
+
+    explicit PackedBlockCall(Reader& in)
+        : x(in.tensor()),
+          expand(PackedConv::optional(in)),
+          depthwise(PackedConv::required(in)),
+          reduce(PackedConv::optional(in)),
+          excite(PackedConv::optional(in)),
+          project(PackedConv::required(in)),
+          window(Window::undilated(in)),
+          residual(in.flag()) {
+        const std::string first = in.name(), second = in.name(), third = in.name();
+        activation = activation_of(first), squeeze_activation = activation_of(second), gate = gate_of(third);
+    }
 };
 
-Tensor run_packed(const Tensor& x, const PackedTensors& t, const PackedConfig& config) {
-    STD_TORCH_CHECK(x.dim() == 4 && t.depthwise_weight->dim() == 3,
-                    "x must be (N, C, H, W), depthwise_weight (kh, kw, C)");
+// The block as the kernels take it.
+cpu::PackedBlock unpack(const PackedBlockCall& call, Parameters& parameter) {
+    const Tensor &x = call.x, &depthwise = *call.depthwise.weight;
+    STD_TORCH_CHECK(x.dim() == 4 && depthwise.dim() == 3, "x must be (N, C, H, W), depthwise_weight (kh, kw, C)");
     cpu::PackedBlock block{};
-    const int64_t channels = t.depthwise_weight->size(2);
-    block.depthwise_shape =
-        depthwise_shape(x, Filter{t.depthwise_weight->size(0), t.depthwise_weight->size(1), channels}, config.stride,
-                        config.padding, {1, 1});
+    const int64_t channels = depthwise.size(2);
+    block.depthwise_shape = depthwise_shape(x, Filter{depthwise.size(0), depthwise.size(1), channels}, call.window);
     const cpu::DepthwiseShape& s = block.depthwise_shape;
-    block.in = x.size(1), block.out = t.project_bias->numel();
-    Parameters parameter(x);
-    if (t.expand_weight != nullptr) {
-        STD_TORCH_CHECK(t.expand_bias != nullptr, "expand_weight needs expand_bias");
-        block.expand = panels(*t.expand_weight, x, true, block.in, channels, "expand_weight");
-        block.expand_bias = parameter(*t.expand_bias, channels, "expand_bias");
+    block.in = x.size(1), block.out = call.project.bias->numel();
+    if (call.expand.weight.has_value()) {
+        STD_TORCH_CHECK(call.expand.bias.has_value(), "expand_weight needs expand_bias");
+        block.expand = panels(*call.expand.weight, x, true, block.in, channels, "expand_weight");
+        block.expand_bias = parameter(*call.expand.bias, channels, "expand_bias");
     } else {
         STD_TORCH_CHECK(channels == block.in, "depthwise_weight must have ", block.in, " channels, got ", channels);
     }
-    block.depthwise = parameter(*t.depthwise_weight, s.kernel_h * s.kernel_w * channels, "depthwise_weight");
-    block.depthwise_bias = parameter(*t.depthwise_bias, channels, "depthwise_bias");
-    if (t.reduce_weight != nullptr) {
-        STD_TORCH_CHECK(t.reduce_bias != nullptr && t.excite_weight != nullptr && t.excite_bias != nullptr,
+    block.depthwise = parameter(depthwise, s.kernel_h * s.kernel_w * channels, "depthwise_weight");
+    block.depthwise_bias = parameter(*call.depthwise.bias, channels, "depthwise_bias");
+    if (call.reduce.weight.has_value()) {
+        STD_TORCH_CHECK(call.reduce.bias.has_value() && call.excite.weight.has_value() && call.excite.bias.has_value(),
                         "squeeze-and-excitation takes two weights and two biases");
-        block.reduced = t.reduce_bias->numel();
-        block.reduce = panels(*t.reduce_weight, x, false, channels, block.reduced, "reduce_weight");
-        block.reduce_bias = parameter(*t.reduce_bias, block.reduced, "reduce_bias");
-        block.excite = panels(*t.excite_weight, x, false, block.reduced, channels, "excite_weight");
-        block.excite_bias = parameter(*t.excite_bias, channels, "excite_bias");
+        block.reduced = call.reduce.bias->numel();
+        block.reduce = panels(*call.reduce.weight, x, false, channels, block.reduced, "reduce_weight");
+        block.reduce_bias = parameter(*call.reduce.bias, block.reduced, "reduce_bias");
+        block.excite = panels(*call.excite.weight, x, false, block.reduced, channels, "excite_weight");
+        block.excite_bias = parameter(*call.excite.bias, channels, "excite_bias");
     }
-    block.project = panels(*t.project_weight, x, true, channels, block.out, "project_weight");
-    block.project_bias = parameter(*t.project_bias, block.out, "project_bias");
-    STD_TORCH_CHECK(!config.residual || (block.in == block.out && s.height == s.out_height && s.width == s.out_width),
+    block.project = panels(*call.project.weight, x, true, channels, block.out, "project_weight");
+    block.project_bias = parameter(*call.project.bias, block.out, "project_bias");
+    STD_TORCH_CHECK(!call.residual || (block.in == block.out && s.height == s.out_height && s.width == s.out_width),
                     "residual needs an output of the input's size");
-    block.residual = config.residual;
-    block.activation = config.activation;
-    block.squeeze_activation = config.squeeze_activation;
-    block.gate = config.gate;
+    block.residual = call.residual;
+    block.activation = call.activation;
+    block.squeeze_activation = call.squeeze_activation;
+    block.gate = call.gate;
+    return block;
+}
+
+Results mbconv_packed(Reader& in) {
+    const PackedBlockCall call(in);
+    const Tensor& x = call.x;
+    Parameters parameter(x);
+    const cpu::PackedBlock block = unpack(call, parameter);
+    const cpu::DepthwiseShape& s = block.depthwise_shape;
     const Output y(x, {s.batch, block.out, s.out_height, s.out_width});
-    if (s.batch == 0) return y.finish();
-    const Tensor input = nhwc(x);
-    cpu::kernels(kernel_dtype(x.scalar_type())).mbconv_packed(block, input.const_data_ptr(), y.data());
-    return y.finish();
+    if (s.batch == 0) return {y.finish()};
+    return run(x, nhwc(x), parameter, y, [block](const cpu::Kernels& table, const void* from, void* to) {
+        table.mbconv_packed(block, from, to);
+    });
 }
 
-Tensor mbconv_packed(const Tensor& x, const OptionalTensor& expand_weight, const OptionalTensor& expand_bias,
-                     const Tensor& depthwise_weight, const Tensor& depthwise_bias, const OptionalTensor& reduce_weight,
-                     const OptionalTensor& reduce_bias, const OptionalTensor& excite_weight,
-                     const OptionalTensor& excite_bias, const Tensor& project_weight, const Tensor& project_bias,
-                     const Ints& stride, const Ints& padding, bool residual, const std::string& activation,
-                     const std::string& squeeze_activation, const std::string& gate) {
-    const auto address = [](const OptionalTensor& t) { return t.has_value() ? &*t : nullptr; };
-    return run_packed(
-        x,
-        {address(expand_weight), address(expand_bias), &depthwise_weight, &depthwise_bias, address(reduce_weight),
-         address(reduce_bias), address(excite_weight), address(excite_bias), &project_weight, &project_bias},
-        {stride, padding, residual, activation_of(activation), activation_of(squeeze_activation), gate_of(gate)});
-}
-
-// Blocks one after the other. `blocks` has 13 numbers for each: whether it has an expansion and a gate, the stride,
-// whether padding is given (else SAME) and its four sides, the residual, then activation, the gate's activation and the
-// gate as places in their enumerations.
-Tensor mbconv_sequence_packed(const Tensor& x, const std::vector<Tensor>& tensors, const Ints& blocks) {
-    constexpr int64_t numbers = 13, activations = 5, gates = 2;
-    STD_TORCH_CHECK(!blocks.empty() && blocks.size() % numbers == 0, "blocks takes ", numbers,
-                    " numbers for each block, got ", blocks.size());
-    size_t next = 0;
-    const auto take = [&](bool has) -> const Tensor* {
-        if (!has) return nullptr;
-        STD_TORCH_CHECK(next < tensors.size(), "the blocks need more tensors than the ", tensors.size(), " given");
-        return &tensors[next++];
-    };
-    Tensor y = x;
-    for (auto b = blocks.begin(); b != blocks.end(); b += numbers) {
-        const auto place = [&](int at, int64_t count) {
-            STD_TORCH_CHECK(b[at] >= 0 && b[at] < count, "number ", at, " of a block is ", b[at], ", of ", count);
-            return int(b[at]);
-        };
-        const bool expands = b[0] != 0, gated = b[1] != 0;
-        // In the order of mbconv_packed: braces evaluate from left to right.
-        const PackedTensors t{take(expands), take(expands), take(true),  take(true), take(gated),
-                              take(gated),   take(gated),   take(gated), take(true), take(true)};
-        y = run_packed(
-            y, t,
-            {Ints(b + 2, b + 4), b[4] != 0 ? Ints(b + 5, b + 9) : Ints{}, b[9] != 0, Activation(place(10, activations)),
-             Activation(place(11, activations)), Gate(place(12, gates))});
-    }
-    STD_TORCH_CHECK(next == tensors.size(), "the blocks need ", next, " tensors, got ", tensors.size());
-    return y;
-}
-
-Tensor average_pool(const Tensor& x, bool keepdim) {
+Results average_pool(Reader& in) {
+    const Tensor x = in.tensor();
+    const bool keepdim = in.flag();
     STD_TORCH_CHECK(x.dim() == 4 && x.size(2) * x.size(3) > 0, "x must be (N, C, H, W) with at least one pixel");
-    const Ints size{x.size(0), x.size(1), 1, 1};
-    const Tensor y = torch::stable::empty(Ints(size.begin(), size.end() - (keepdim ? 0 : 2)), x.scalar_type());
-    const Tensor input = nhwc(x);
-    cpu::kernels(kernel_dtype(x.scalar_type()))
-        .average_pool(x.size(0), x.size(2) * x.size(3), x.size(1), input.const_data_ptr(), y.mutable_data_ptr());
-    return y;
+    const int64_t images = x.size(0), pixels = x.size(2) * x.size(3), channels = x.size(1);
+    const Tensor y =
+        torch::stable::empty(keepdim ? Ints{images, channels, 1, 1} : Ints{images, channels}, x.scalar_type());
+    run(x, nhwc(x), Parameters(x), y, true, [=](const cpu::Kernels& table, const void* from, void* to) {
+        table.average_pool(images, pixels, channels, from, to);
+    });
+    return {y};
 }
 
-Tensor pointwise_packed(const Tensor& x, const Tensor& weight, const Tensor& bias, const std::string& activation) {
+Results pointwise_packed(Reader& in) {
+    const Tensor x = in.tensor(), weight = in.tensor(), bias = in.tensor();
+    const Activation activation = activation_of(in.name());
     STD_TORCH_CHECK(x.dim() == 4, "x must be (N, C, H, W)");
     const cpu::PointwiseShape s{x.size(0), x.size(2) * x.size(3), x.size(1), bias.numel()};
     const void* const weights = panels(weight, x, true, s.in, s.out, "weight");
     const Output y(x, {s.batch, s.out, x.size(2), x.size(3)});
-    if (s.batch == 0) return y.finish();
+    if (s.batch == 0) return {y.finish()};
     Parameters parameter(x);
-    const Tensor input = nhwc(x);
-    cpu::kernels(kernel_dtype(x.scalar_type()))
-        .pointwise_packed(s, input.const_data_ptr(), weights, parameter(bias, s.out, "bias"), nullptr,
-                          activation_of(activation), y.data());
-    return y.finish();
+    const void* const shift = parameter(bias, s.out, "bias");
+    return run(x, nhwc(x), parameter, y, [=](const cpu::Kernels& table, const void* from, void* to) {
+        table.pointwise_packed(s, from, weights, shift, nullptr, activation, to);
+    });
 }
 
 // The output is channels_last, whatever the input: what follows a network's first layer wants that.
-Tensor convolution_packed(const Tensor& x, const Tensor& weight, const Tensor& bias, const Ints& kernel,
-                          const Ints& stride, const Ints& padding, const std::string& activation) {
+Results convolution_packed(Reader& in) {
+    const Tensor x = in.tensor(), weight = in.tensor(), bias = in.tensor();
+    const Ints kernel = in.numbers();
+    const Window window = Window::undilated(in);
+    const Activation activation = activation_of(in.name());
     STD_TORCH_CHECK(x.dim() == 4 && kernel.size() == 2, "x must be (N, C, H, W), kernel takes 2 numbers");
     STD_TORCH_CHECK(kernel[0] <= 16, "kernels taller than 16 are not packed, got ", kernel[0]);
-    const cpu::DepthwiseShape d = depthwise_shape(x, Filter{kernel[0], kernel[1], x.size(1)}, stride, padding, {1, 1});
-    const cpu::ConvolutionShape s{d.batch,      d.channels,  bias.numel(), d.height,          d.width,
-                                  d.out_height, d.out_width, d.kernel_h,   d.kernel_w,        d.stride_h,
-                                  d.stride_w,   d.pad_top,   d.pad_left,   !x.is_contiguous()};
+    const cpu::DepthwiseShape d = depthwise_shape(x, Filter{kernel[0], kernel[1], x.size(1)}, window);
+    const cpu::ConvolutionShape s = convolution_shape(d, bias.numel(), !x.is_contiguous());
     const void* const weights = panels(weight, x, false, s.kernel_h * s.kernel_w * s.in, s.out, "weight");
     const Tensor y = empty_nhwc({s.batch, s.out, s.out_height, s.out_width}, x.scalar_type());
-    if (s.batch == 0) return y;
+    if (s.batch == 0) return {y};
     Parameters parameter(x);
-    const Tensor input = s.channels_last ? nhwc(x) : x;
-    cpu::kernels(kernel_dtype(x.scalar_type()))
-        .convolution_packed(s, memory_of(input, "x"), weights, parameter(bias, s.out, "bias"),
-                            activation_of(activation), y.mutable_data_ptr());
-    return y;
+    const void* const shift = parameter(bias, s.out, "bias");
+    memory_of(x, "x");
+    run(x, s.channels_last ? nhwc(x) : x, parameter, y, true,
+        [=](const cpu::Kernels& table, const void* from, void* to) {
+            table.convolution_packed(s, from, weights, shift, activation, to);
+        });
+    return {y};
 }
 
-cpu::ConvNorm norm_arguments(Parameters& parameter, int64_t channels, const OptionalTensor& gamma,
-                             const OptionalTensor& beta, const OptionalTensor& mean, const OptionalTensor& var,
-                             double eps) {
-    STD_TORCH_CHECK(gamma.has_value() == mean.has_value() && gamma.has_value() == var.has_value(),
-                    "a normalisation has gamma, a mean and a variance, or none of them");
-    return {nullptr,
-            parameter(gamma, channels, "gamma"),
-            parameter(beta, channels, "beta"),
-            parameter(mean, channels, "mean"),
-            parameter(var, channels, "var"),
-            eps};
-}
-
-Tensor batch_norm_inference(const Tensor& x, const Tensor& gamma, const OptionalTensor& beta, const Tensor& mean,
-                            const Tensor& var, double eps, const std::string& activation) {
+Results batch_norm_inference(Reader& in) {
+    const Tensor x = in.tensor(), gamma = in.tensor();
+    const OptionalTensor beta = in.optional();
+    const Tensor mean = in.tensor(), var = in.tensor();
+    const double eps = in.real();
+    const Activation activation = activation_of(in.name());
     STD_TORCH_CHECK(x.dim() == 4, "x must be (N, C, H, W)");
     Parameters parameter(x);
-    const cpu::ConvNorm norm = norm_arguments(parameter, x.size(1), gamma, beta, mean, var, eps);
+    const int64_t channels = x.size(1), pixels = x.size(2) * x.size(3);
+    const cpu::ConvNorm norm{nullptr,
+                             parameter(gamma, channels, "gamma"),
+                             parameter(beta, channels, "beta"),
+                             parameter(mean, channels, "mean"),
+                             parameter(var, channels, "var"),
+                             eps};
     const bool last = keeps_channels_last(x);
-    const Ints size{x.size(0), x.size(1), x.size(2), x.size(3)};
+    const Ints size{x.size(0), channels, x.size(2), x.size(3)};
     const Tensor y = last ? empty_nhwc(size, x.scalar_type()) : empty(size, x.scalar_type());
-    if (x.numel() == 0) return y;
-    const Tensor input = last ? nhwc(x) : torch::stable::contiguous(x);
-    const int64_t pixels = size[2] * size[3];
-    cpu::kernels(kernel_dtype(x.scalar_type()))
-        .batch_norm({size[0], pixels, size[1], last || pixels == 1}, input.const_data_ptr(), norm,
-                    activation_of(activation), y.mutable_data_ptr());
-    return y;
+    if (x.numel() == 0) return {y};
+    const cpu::NormShape s{x.size(0), pixels, channels, last || pixels == 1};
+    run(x, last ? nhwc(x) : torch::stable::contiguous(x), parameter, y, true,
+        [=](const cpu::Kernels& table, const void* from, void* to) {
+            table.batch_norm(s, from, norm, activation, to);
+        });
+    return {y};
 }
 
 // A convolution is pointwise, or has few channels and filter rows. Its output is channels_last where x or the weight
 // is, as PyTorch's is.
-Tensor conv_norm_inference(const Tensor& x, const Tensor& weight, const OptionalTensor& gamma,
-                           const OptionalTensor& beta, const OptionalTensor& mean, const OptionalTensor& var,
-                           double eps, const Ints& stride, const Ints& padding, const std::string& activation) {
+Results conv_norm_inference(Reader& in) {
+    const Tensor x = in.tensor();
+    const auto call = ConvNormCall::required(in);
+    const Window window = Window::undilated(in);
+    const Activation activation = activation_of(in.name());
+    const Tensor& weight = *call.weight;
     STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 4 && weight.size(1) == x.size(1),
                     "x must be (N, Cin, H, W) and weight (Cout, Cin, kh, kw)");
     STD_TORCH_CHECK(weight.size(2) <= 16, "kernels taller than 16 are not covered, got ", weight.size(2));
-    const cpu::DepthwiseShape d =
-        depthwise_shape(x, Filter{weight.size(2), weight.size(3), x.size(1)}, stride, padding, {1, 1});
+    STD_TORCH_CHECK(call.gamma.has_value() == call.mean.has_value() && call.gamma.has_value() == call.var.has_value(),
+                    "a normalisation has gamma, a mean and a variance, or none of them");
+    const cpu::DepthwiseShape d = depthwise_shape(x, Filter{weight.size(2), weight.size(3), x.size(1)}, window);
     const int64_t out = weight.size(0);
     const bool pointwise =
         d.kernel_h * d.kernel_w * d.stride_h * d.stride_w == 1 && d.out_height == d.height && d.out_width == d.width;
-    if (pointwise && !gamma.has_value()) return pointwise_conv2d(x, weight, beta, std::nullopt, activation);
+    if (pointwise && !call.gamma.has_value()) return {multiply(x, weight, call.beta, std::nullopt, activation)};
     const Output y(x, {d.batch, out, d.out_height, d.out_width},
                    keeps_channels_last(x) || (!pointwise && keeps_channels_last(weight)));
-    if (d.batch == 0) return y.finish();
+    if (d.batch == 0) return {y.finish()};
     Parameters parameter(x);
-    cpu::ConvNorm norm = norm_arguments(parameter, out, gamma, beta, mean, var, eps);
     const bool weight_rows = weight.scalar_type() == compute_type(x.scalar_type()) && is_dense_nhwc(weight);
-    norm.weight = weight_rows ? memory_of(weight, "weight") : parameter(weight, weight.numel(), "weight");
-    const cpu::Kernels& kernels = cpu::kernels(kernel_dtype(x.scalar_type()));
+    ConvNormCall rest = call;
+    if (weight_rows) rest.weight = std::nullopt;
+    cpu::ConvNorm norm = rest.params(parameter, weight.numel(), out);
+    if (weight_rows) norm.weight = memory_of(weight, "weight");
     if (pointwise) {
-        const Tensor input = nhwc(x);
-        kernels.pointwise_norm({d.batch, d.height * d.width, d.channels, out}, input.const_data_ptr(), norm,
-                               activation_of(activation), y.data());
-        return y.finish();
+        const cpu::PointwiseShape s{d.batch, d.height * d.width, d.channels, out};
+        return run(x, nhwc(x), parameter, y, [=](const cpu::Kernels& table, const void* from, void* to) {
+            table.pointwise_norm(s, from, norm, activation, to);
+        });
     }
-    const bool channels_last = !x.is_contiguous();
-    const Tensor input = channels_last ? nhwc(x) : x;
-    kernels.convolution_norm({d.batch, d.channels, out, d.height, d.width, d.out_height, d.out_width, d.kernel_h,
-                              d.kernel_w, d.stride_h, d.stride_w, d.pad_top, d.pad_left, channels_last},
-                             memory_of(input, "x"), norm, weight_rows, activation_of(activation), y.data());
-    return y.finish();
+    memory_of(x, "x");
+    const cpu::ConvolutionShape s = convolution_shape(d, out, !x.is_contiguous());
+    return run(x, s.channels_last ? nhwc(x) : x, parameter, y,
+               [=](const cpu::Kernels& table, const void* from, void* to) {
+                   table.convolution_norm(s, from, norm, weight_rows, activation, to);
+               });
 }
 
-const cpu::Kernels& kernels_for(const Tensor& x) { return cpu::kernels(kernel_dtype(x.scalar_type())); }
-
-Tensor mbconv_inference(EFFNET_BLOCK_ARGUMENTS) {
-    const BlockArguments arguments(EFFNET_BLOCK_VALUES);
-    const cpu::DepthwiseShape& s = arguments.shape();
-    STD_TORCH_CHECK((!expand_gamma.has_value() || expand_mean.has_value()) &&
-                        (!depthwise_gamma.has_value() || depthwise_mean.has_value()) &&
-                        (!project_gamma.has_value() || project_mean.has_value()),
+Results mbconv_inference(Reader& in) {
+    const MBConvCall call(in);
+    const UnpackedBlock unpacked(call);
+    STD_TORCH_CHECK(!call.expand.uses_batch() && !call.depthwise.uses_batch() && !call.project.uses_batch(),
                     "mbconv_inference needs running statistics for every normalisation");
-    const Output y(x, {s.batch, arguments.block.out, s.out_height, s.out_width});
-    if (s.batch != 0) kernels_for(x).mbconv_inference(arguments.block, arguments.input.const_data_ptr(), y.data());
-    return y.finish();
+    const Output y(call.x, unpacked.output_size());
+    if (call.x.size(0) == 0) return {y.finish()};
+    // It belongs to these images.
+    if (call.drop_path.has_value() && Recording::current() != nullptr) Recording::current()->spoil();
+    return run(call.x, unpacked.input, unpacked.parameter, y,
+               [block = unpacked.block](const cpu::Kernels& table, const void* from, void* to) {
+                   table.mbconv_inference(block, from, to);
+               });
 }
 
 // The tensors that training hands from forward to backward, in the order of the schema.
@@ -704,6 +789,16 @@ struct Stages {
     Tensor expanded, convolved, projected, expand_mean, expand_var, depthwise_mean, depthwise_var, project_mean,
         project_var, pooled;
 
+    static Stages read(Reader& in) {
+        // Braces evaluate from left to right.
+        return {in.tensor(), in.tensor(), in.tensor(), in.tensor(), in.tensor(),
+                in.tensor(), in.tensor(), in.tensor(), in.tensor(), in.tensor()};
+    }
+    Results behind(const Tensor& y) const {
+        return {y,          expanded,       convolved,     projected,    expand_mean,
+                expand_var, depthwise_mean, depthwise_var, project_mean, project_var,
+                pooled};
+    }
     cpu::BlockSaved saved() const {
         const auto data = [](const Tensor& t) { return t.numel() == 0 ? nullptr : t.mutable_data_ptr(); };
         cpu::BlockSaved to;
@@ -716,103 +811,77 @@ struct Stages {
     }
 };
 
-using TrainingResult =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-TrainingResult mbconv_training(EFFNET_BLOCK_ARGUMENTS, bool save_expanded) {
-    const BlockArguments arguments(EFFNET_BLOCK_VALUES);
-    const cpu::Block& block = arguments.block;
-    const cpu::DepthwiseShape& s = arguments.shape();
-    const ScalarType type = x.scalar_type();
+Results mbconv_training(Reader& in) {
+    const MBConvCall call(in);
+    const bool save_expanded = in.flag();
+    const UnpackedBlock unpacked(call);
+    const cpu::Block& block = unpacked.block;
+    const cpu::DepthwiseShape& s = unpacked.shape();
+    const ScalarType type = call.x.scalar_type(), wide = compute_type(type);
     const auto channels_last = [&](int64_t channels, int64_t height, int64_t width) {
         return empty_nhwc({s.batch, channels, height, width}, type);
     };
-    const auto vector = [&](const OptionalTensor& gamma, const OptionalTensor& mean, int64_t channels) {
-        const Tensor v =
-            torch::stable::empty({gamma.has_value() && !mean.has_value() ? channels : 0}, compute_type(type));
-        return s.batch == 0 ? torch::stable::fill_(const_cast<Tensor&>(v), 0.0) : v;
+    const auto vector = [&](const ConvNormCall& conv, int64_t channels) {
+        Tensor v = torch::stable::empty({conv.uses_batch() ? channels : 0}, wide);
+        return s.batch == 0 ? torch::stable::fill_(v, 0.0) : v;
     };
-    const bool expands = expand_weight.has_value();
+    const bool saves = call.expand.weight.has_value() && save_expanded;
     const Stages stages{
-        expands && save_expanded ? channels_last(s.channels, s.height, s.width) : nothing(x),
+        saves ? channels_last(s.channels, s.height, s.width) : nothing(call.x),
         channels_last(s.channels, s.out_height, s.out_width),
         channels_last(block.out, s.out_height, s.out_width),
-        vector(expand_gamma, expand_mean, s.channels),
-        vector(expand_gamma, expand_mean, s.channels),
-        vector(depthwise_gamma, depthwise_mean, s.channels),
-        vector(depthwise_gamma, depthwise_mean, s.channels),
-        vector(project_gamma, project_mean, block.out),
-        vector(project_gamma, project_mean, block.out),
-        block.reduced != 0 ? torch::stable::empty({s.batch, s.channels}, compute_type(type))
-                           : torch::stable::empty({0}, compute_type(type)),
+        vector(call.expand, s.channels),
+        vector(call.expand, s.channels),
+        vector(call.depthwise, s.channels),
+        vector(call.depthwise, s.channels),
+        vector(call.project, block.out),
+        vector(call.project, block.out),
+        torch::stable::empty(block.reduced != 0 ? Ints{s.batch, s.channels} : Ints{0}, wide),
     };
-    const Output y(x, {s.batch, block.out, s.out_height, s.out_width});
-    if (s.batch != 0) kernels_for(x).mbconv_training(block, arguments.input.const_data_ptr(), y.data(), stages.saved());
-    return {y.finish(),          stages.expanded,    stages.convolved,      stages.projected,
-            stages.expand_mean,  stages.expand_var,  stages.depthwise_mean, stages.depthwise_var,
-            stages.project_mean, stages.project_var, stages.pooled};
+    const Output y(call.x, unpacked.output_size());
+    if (s.batch != 0)
+        kernels_for(call.x).mbconv_training(block, unpacked.input.const_data_ptr(), y.data(), stages.saved());
+    return stages.behind(y.finish());
 }
 
-using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                                  Tensor, Tensor, Tensor, Tensor>;
-
-BackwardResult mbconv_backward(const Tensor& grad, EFFNET_BLOCK_ARGUMENTS, const Tensor& expanded,
-                               const Tensor& convolved, const Tensor& projected, const Tensor& mean1,
-                               const Tensor& var1, const Tensor& mean2, const Tensor& var2, const Tensor& mean3,
-                               const Tensor& var3, const Tensor& pooled, const Needs& needs) {
-    const BlockArguments arguments(EFFNET_BLOCK_VALUES);
-    const cpu::Block& block = arguments.block;
-    const cpu::DepthwiseShape& s = arguments.shape();
+Results mbconv_backward(Reader& in) {
+    const Tensor grad = in.tensor();
+    const MBConvCall call(in);
+    Stages stages = Stages::read(in);
+    const Needs needs = in.flags();
+    const UnpackedBlock unpacked(call);
+    const cpu::Block& block = unpacked.block;
+    const cpu::DepthwiseShape& s = unpacked.shape();
     const int64_t pixels = s.batch * s.out_height * s.out_width;
     STD_TORCH_CHECK(needs.size() == 14, "needs takes 14 flags, got ", needs.size());
-    STD_TORCH_CHECK(grad.numel() == pixels * block.out && convolved.numel() == pixels * s.channels &&
-                        projected.numel() == pixels * block.out,
+    STD_TORCH_CHECK(grad.numel() == pixels * block.out && stages.convolved.numel() == pixels * s.channels &&
+                        stages.projected.numel() == pixels * block.out,
                     "grad, convolved and projected must have the sizes that mbconv_training gave them");
-    const OptionalTensor parameters[] = {expand_weight,    expand_gamma,   expand_beta,      depthwise_weight,
-                                         depthwise_gamma,  depthwise_beta, se_reduce_weight, se_reduce_bias,
-                                         se_expand_weight, se_expand_bias, project_weight,   project_gamma,
-                                         project_beta};
-    Gradients gradients(x);
-    void* to[13];
-    for (int i = 0; i < 13; ++i) to[i] = gradients.add(parameters[i], needs[i + 1]);
+    Gradients gradients(call.x);
+    int next = 1;
+    const auto add = [&](const OptionalTensor& p) { return gradients.add(p, needs[next++]); };
+    const auto add_conv = [&](const ConvNormCall& conv) -> cpu::ConvNormGrads {
+        return {add(conv.weight), add(conv.gamma), add(conv.beta)};
+    };
+    // In the order of the schema, which is that of the flags.
+    cpu::BlockGrads grads;
+    grads.expand = add_conv(call.expand);
+    grads.depthwise = add_conv(call.depthwise);
+    const SqueezeExciteCall& gate = call.squeeze_excite;
+    grads.squeeze_excite = {add(gate.reduce_weight), add(gate.reduce_bias), add(gate.expand_weight),
+                            add(gate.expand_bias)};
+    grads.project = add_conv(call.project);
     std::optional<Output> grad_x;
-    if (needs[0]) grad_x.emplace(x, Ints{s.batch, block.in, s.height, s.width});
+    if (needs[0]) grad_x.emplace(call.x, Ints{s.batch, block.in, s.height, s.width});
     if (s.batch != 0) {
-        const Tensor above = like_output(grad, x);
-        const Stages stages{expanded.numel() == 0 ? expanded : nhwc(expanded),
-                            nhwc(convolved),
-                            nhwc(projected),
-                            mean1,
-                            var1,
-                            mean2,
-                            var2,
-                            mean3,
-                            var3,
-                            pooled};
-        cpu::BlockGrads grads;
+        const Tensor above = like_output(grad, call.x);
+        if (stages.expanded.numel() != 0) stages.expanded = nhwc(stages.expanded);
+        stages.convolved = nhwc(stages.convolved), stages.projected = nhwc(stages.projected);
         grads.x = grad_x ? grad_x->data() : nullptr;
-        grads.expand = {to[0], to[1], to[2]};
-        grads.depthwise = {to[3], to[4], to[5]};
-        grads.squeeze_excite = {to[6], to[7], to[8], to[9]};
-        grads.project = {to[10], to[11], to[12]};
-        kernels_for(x).mbconv_backward(block, above.const_data_ptr(), arguments.input.const_data_ptr(), stages.saved(),
-                                       grads);
+        kernels_for(call.x).mbconv_backward(block, above.const_data_ptr(), unpacked.input.const_data_ptr(),
+                                            stages.saved(), grads);
     }
-    const auto take = [&](size_t i) { return gradients.take(i); };
-    return {grad_x ? grad_x->finish() : nothing(x),
-            take(0),
-            take(1),
-            take(2),
-            take(3),
-            take(4),
-            take(5),
-            take(6),
-            take(7),
-            take(8),
-            take(9),
-            take(10),
-            take(11),
-            take(12)};
+    return gradients.take(grad_x);
 }
 
 const bool threads_are_torch_threads = [] {
@@ -826,20 +895,19 @@ const bool threads_are_torch_threads = [] {
 }  // namespace effnet
 
 STABLE_TORCH_LIBRARY_IMPL(effnet_ops, CPU, m) {
-    m.impl("depthwise_conv2d", TORCH_BOX(&effnet::depthwise_conv2d));
-    m.impl("depthwise_conv2d_backward", TORCH_BOX(&effnet::depthwise_conv2d_backward));
-    m.impl("pointwise_conv2d", TORCH_BOX(&effnet::pointwise_conv2d));
-    m.impl("pointwise_conv2d_backward", TORCH_BOX(&effnet::pointwise_conv2d_backward));
-    m.impl("squeeze_excite", TORCH_BOX(&effnet::squeeze_excite));
-    m.impl("squeeze_excite_backward", TORCH_BOX(&effnet::squeeze_excite_backward));
-    m.impl("mbconv_inference", TORCH_BOX(&effnet::mbconv_inference));
-    m.impl("mbconv_packed", TORCH_BOX(&effnet::mbconv_packed));
-    m.impl("mbconv_sequence_packed", TORCH_BOX(&effnet::mbconv_sequence_packed));
-    m.impl("average_pool", TORCH_BOX(&effnet::average_pool));
-    m.impl("pointwise_packed", TORCH_BOX(&effnet::pointwise_packed));
-    m.impl("convolution_packed", TORCH_BOX(&effnet::convolution_packed));
-    m.impl("batch_norm_inference", TORCH_BOX(&effnet::batch_norm_inference));
-    m.impl("conv_norm_inference", TORCH_BOX(&effnet::conv_norm_inference));
-    m.impl("mbconv_training", TORCH_BOX(&effnet::mbconv_training));
-    m.impl("mbconv_backward", TORCH_BOX(&effnet::mbconv_backward));
+    m.impl("depthwise_conv2d", &effnet::boxed<effnet::depthwise_conv2d>);
+    m.impl("depthwise_conv2d_backward", &effnet::boxed<effnet::depthwise_conv2d_backward>);
+    m.impl("pointwise_conv2d", &effnet::boxed<effnet::pointwise_conv2d>);
+    m.impl("pointwise_conv2d_backward", &effnet::boxed<effnet::pointwise_conv2d_backward>);
+    m.impl("squeeze_excite", &effnet::boxed<effnet::squeeze_excite>);
+    m.impl("squeeze_excite_backward", &effnet::boxed<effnet::squeeze_excite_backward>);
+    m.impl("mbconv_inference", &effnet::boxed<effnet::mbconv_inference>);
+    m.impl("mbconv_packed", &effnet::boxed<effnet::mbconv_packed>);
+    m.impl("average_pool", &effnet::boxed<effnet::average_pool>);
+    m.impl("pointwise_packed", &effnet::boxed<effnet::pointwise_packed>);
+    m.impl("convolution_packed", &effnet::boxed<effnet::convolution_packed>);
+    m.impl("batch_norm_inference", &effnet::boxed<effnet::batch_norm_inference>);
+    m.impl("conv_norm_inference", &effnet::boxed<effnet::conv_norm_inference>);
+    m.impl("mbconv_training", &effnet::boxed<effnet::mbconv_training>);
+    m.impl("mbconv_backward", &effnet::boxed<effnet::mbconv_backward>);
 }

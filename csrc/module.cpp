@@ -6,8 +6,8 @@
 #include <pybind11/stl.h>
 
 #include <cstring>
-#include <functional>
 #include <map>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -15,6 +15,7 @@
 
 #include "cpu/calibration.h"
 #include "cpu/kernels.h"
+#include "recording.h"
 
 EFFNET_DECLARE_CALIBRATION(baseline)
 EFFNET_DECLARE_CALIBRATION(avx2)
@@ -105,117 +106,25 @@ void copy(const py::buffer& destination, const py::buffer& source) {
     std::memcpy(to.ptr, from.ptr, size_t(bytes));
 }
 
-using Numbers = std::vector<int64_t>;
-
-// Settings and addresses in the order of a structure of kernels.h, taken one after the other.
-class Arguments {
-  public:
-    Arguments(const Numbers& numbers, size_t count) : next_(numbers.begin()) {
-        if (numbers.size() != count)
-            throw py::value_error("it takes " + std::to_string(count) + " numbers, got " +
-                                  std::to_string(numbers.size()));
-    }
-    int64_t number() { return *next_++; }
-    const void* address() { return reinterpret_cast<const void*>(uintptr_t(*next_++)); }
-    cpu::Activation activation() { return cpu::Activation(*next_++); }
-    cpu::Gate gate() { return cpu::Gate(*next_++); }
-    cpu::DepthwiseShape depthwise_shape() {
-        // Braces evaluate from left to right.
-        return {number(), number(), number(), number(), number(), number(), number(),
-                number(), number(), number(), number(), number(), number(), number()};
-    }
-
-  private:
-    Numbers::const_iterator next_;
-};
-
-// A kernel with settings and addresses that the caller vouches for, for one input size. Such a call does not unpack a
-// hundred tensors.
+// What a recording led to. Its caller vouches for the memory, and for whatever the steps were made from.
 class Prepared {
   public:
-    using Kernel = std::function<void(const cpu::Kernels&, const void* x, void* y)>;
-    Prepared(int dtype, Kernel kernel) : dtype_(cpu::DType(dtype)), kernel_(std::move(kernel)) {}
+    explicit Prepared(std::vector<effnet::Step> steps) : steps_(std::move(steps)) {}
     void run(uintptr_t x, uintptr_t y) const {
         if (x == 0) throw std::invalid_argument("x has no memory: its storage was freed");
-        kernel_(cpu::kernels(dtype_), reinterpret_cast<const void*>(x), reinterpret_cast<void*>(y));
+        effnet::run_steps(steps_, reinterpret_cast<const void*>(x), reinterpret_cast<void*>(y));
     }
+    size_t size() const { return steps_.size(); }
 
   private:
-    cpu::DType dtype_;
-    Kernel kernel_;
+    std::vector<effnet::Step> steps_;
 };
 
-cpu::PackedBlock packed_block(const Numbers& numbers) {
-    Arguments next(numbers, 31);
-    cpu::PackedBlock block{next.depthwise_shape(), next.number(), next.number(), next.number()};
-    block.residual = next.number() != 0;
-    block.activation = next.activation();
-    block.squeeze_activation = next.activation();
-    block.gate = next.gate();
-    for (const void** field :
-         {&block.expand, &block.expand_bias, &block.depthwise, &block.depthwise_bias, &block.reduce, &block.reduce_bias,
-          &block.excite, &block.excite_bias, &block.project, &block.project_bias})
-        *field = next.address();
-    return block;
-}
-
-Prepared prepare_sequence(int dtype, const std::vector<Numbers>& numbers) {
-    std::vector<cpu::PackedBlock> blocks;
-    for (const Numbers& block : numbers) blocks.push_back(packed_block(block));
-    return {dtype, [blocks](const cpu::Kernels& kernels, const void* x, void* y) {
-                kernels.mbconv_sequence(blocks.data(), int64_t(blocks.size()), x, y);
-            }};
-}
-
-Prepared prepare_inference(int dtype, const Numbers& numbers, const std::vector<double>& eps) {
-    if (eps.size() != 3) throw py::value_error("eps takes 3 numbers, got " + std::to_string(eps.size()));
-    Arguments next(numbers, 40);
-    cpu::Block block{next.depthwise_shape(), next.number(), next.number(), next.number()};
-    block.residual = next.number() != 0;
-    cpu::SqueezeExciteParams& se = block.squeeze_excite;
-    block.activation = next.activation();
-    se.activation = next.activation();
-    se.gate = next.gate();
-    const auto conv = [&](double e) {
-        return cpu::ConvNorm{next.address(), next.address(), next.address(), next.address(), next.address(), e};
-    };
-    block.expand = conv(eps[0]);
-    block.depthwise = conv(eps[1]);
-    for (const void** field : {&se.reduce_weight, &se.reduce_bias, &se.expand_weight, &se.expand_bias})
-        *field = next.address();
-    block.project = conv(eps[2]);
-    return {dtype,
-            [block](const cpu::Kernels& kernels, const void* x, void* y) { kernels.mbconv_inference(block, x, y); }};
-}
-
-Prepared prepare_pointwise(int dtype, const Numbers& numbers) {
-    Arguments next(numbers, 7);
-    const cpu::PointwiseShape shape{next.number(), next.number(), next.number(), next.number()};
-    const cpu::Activation activation = next.activation();
-    const void *const weight = next.address(), *const bias = next.address();
-    return {dtype, [=](const cpu::Kernels& kernels, const void* x, void* y) {
-                kernels.pointwise_packed(shape, x, weight, bias, nullptr, activation, y);
-            }};
-}
-
-Prepared prepare_convolution(int dtype, const Numbers& numbers) {
-    Arguments next(numbers, 17);
-    const cpu::ConvolutionShape shape{next.number(), next.number(), next.number(), next.number(),     next.number(),
-                                      next.number(), next.number(), next.number(), next.number(),     next.number(),
-                                      next.number(), next.number(), next.number(), next.number() != 0};
-    const cpu::Activation activation = next.activation();
-    const void *const weight = next.address(), *const bias = next.address();
-    return {dtype, [=](const cpu::Kernels& kernels, const void* x, void* y) {
-                kernels.convolution_packed(shape, x, weight, bias, activation, y);
-            }};
-}
-
-Prepared prepare_average_pool(int dtype, const Numbers& numbers) {
-    Arguments next(numbers, 3);
-    const int64_t images = next.number(), pixels = next.number(), channels = next.number();
-    return {dtype, [=](const cpu::Kernels& kernels, const void* x, void* y) {
-                kernels.average_pool(images, pixels, channels, x, y);
-            }};
+std::optional<Prepared> finish(effnet::Recording& recording, uintptr_t x, uintptr_t y) {
+    std::vector<effnet::Step> steps =
+        recording.finish(reinterpret_cast<const void*>(x), reinterpret_cast<const void*>(y));
+    if (steps.empty()) return std::nullopt;
+    return Prepared(std::move(steps));
 }
 
 // `entries` has dictionaries, each followed by its keys and values in turn: whether they still hold the same objects. A
@@ -262,14 +171,13 @@ PYBIND11_MODULE(_C, m) {
         "unchanged", &unchanged, py::arg("entries"),
         "`entries` has dictionaries, each followed by its keys and values in turn: whether they still hold these very "
         "objects in this order.");
-    py::class_<Prepared>(m, "Prepared", "A kernel for one input size, with the addresses of its parameters.")
+    py::class_<effnet::Recording>(m, "Recording", "Keeps what the operators that this thread calls from now on run.")
+        .def(py::init<>())
+        .def("finish", &finish, py::arg("x"), py::arg("y"),
+             "End it. The kernels, prepared to run again, or None where they do not lead from the memory x to y by "
+             "themselves.");
+    py::class_<Prepared>(m, "Prepared", "Kernels for one input size, with the addresses of their parameters.")
         .def("run", &Prepared::run, py::arg("x"), py::arg("y"), py::call_guard<py::gil_scoped_release>(),
-             "Run on dense tensors at these addresses, NHWC but for a convolution's input. Nothing is checked.");
-    const char* const doc =
-        "The kernel of this name on the numbers and addresses of its structures (csrc/cpu/kernels.h), in their order.";
-    m.def("prepare_sequence", &prepare_sequence, py::arg("dtype"), py::arg("blocks"), doc);
-    m.def("prepare_inference", &prepare_inference, py::arg("dtype"), py::arg("numbers"), py::arg("eps"), doc);
-    m.def("prepare_pointwise", &prepare_pointwise, py::arg("dtype"), py::arg("numbers"), doc);
-    m.def("prepare_convolution", &prepare_convolution, py::arg("dtype"), py::arg("numbers"), doc);
-    m.def("prepare_average_pool", &prepare_average_pool, py::arg("dtype"), py::arg("numbers"), doc);
+             "Run on dense tensors at these addresses, in the layouts that were recorded. Nothing is checked.")
+        .def("__len__", &Prepared::size, "How many kernels run.");
 }

@@ -57,6 +57,9 @@ def overridden() -> bool:
     )
 
 
+_TRACING = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
+
+
 def _has_changing_hook() -> bool:
     hooks = (hook for name in _GLOBAL_HOOKS for hook in getattr(module_globals, name).values())
     return any(getattr(hook, "__module__", None) not in _COUNTING for hook in hooks)
@@ -67,9 +70,9 @@ def _has_function_mode() -> bool:
     return any(type(mode) is not DeviceContext for mode in stack)
 
 
-def in_dispatch_mode() -> bool:
-    """Whether a mode of ``__torch_dispatch__`` sees each operator of PyTorch, such as that of fake tensors."""
-    return torch._C._len_torch_dispatch_stack() > 0
+def in_tracing_mode() -> bool:
+    """Whether a mode of ``__torch_dispatch__`` of PyTorch itself fakes or traces tensors; others see operators run."""
+    return torch._C._len_torch_dispatch_stack() > 0 and any(map(torch._C._get_dispatch_mode, _TRACING))
 
 
 def recomputing() -> bool:

@@ -71,7 +71,7 @@ def depthwise_conv2d(
     if _runs_reference(x, "depthwise_conv2d", _uncovered_filter(weight, channels), window):
         resolved = checks.resolve_padding(sides, x.shape[2:], weight.shape[2:], stride, dilation)
         return _run_reference(reference.depthwise_conv2d, x, weight, bias, stride, resolved, dilation, activation)
-    return ops.depthwise_conv2d(x, weight, bias, stride, sides, dilation, activation)
+    return ops.depthwise_conv2d(ops.DepthwiseCall(x, weight, bias, stride, sides, dilation, activation))
 
 
 def pointwise_conv2d(
@@ -113,7 +113,7 @@ def pointwise_conv2d(
         raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)} must have no empty axis but the batch")
     if _runs_reference(x, "pointwise_conv2d"):
         return _run_reference(reference.pointwise_conv2d, x, weight, bias, residual, activation)
-    return ops.pointwise_conv2d(x, weight, bias, residual, activation)
+    return ops.pointwise_conv2d(ops.PointwiseCall(x, weight, bias, residual, activation))
 
 
 def squeeze_excite(
@@ -152,7 +152,7 @@ def squeeze_excite(
     checks.check_gate(gate)
     if _runs_reference(x, "squeeze_excite"):
         return _run_reference(reference.squeeze_excite, x, *params, activation, gate)
-    return ops.squeeze_excite(x, *params, activation, gate)
+    return ops.squeeze_excite(ops.SqueezeExciteCall(x, *params, activation, gate))[0]
 
 
 def mbconv(
@@ -194,12 +194,12 @@ def mbconv(
     Raises:
         ValueError, TypeError: a shape, dtype, device, size or name that does not fit, named in the message.
     """
+    groups = (expand, depthwise, squeeze_excite, project)
     if isinstance(x, Proxy):
         settings = dict(stride=stride, padding=padding, activation=activation, gate=gate, residual=residual)
-        groups = (expand, depthwise, squeeze_excite, project)
         return handle_torch_function(mbconv, (x,), x, *groups, **settings, drop_path=drop_path, training=training)
     stride, sides = checks.pair("stride", stride, 1), checks.padding_sides(padding)
-    size = _check_mbconv(x, expand, depthwise, squeeze_excite, project, stride, sides, activation, gate, residual)
+    size = _check_mbconv(x, *groups, stride, sides, activation, gate, residual)
     drop_path = _drop_path_scale(drop_path, x, training)
     convs = [conv for conv in (expand, depthwise, project) if conv is not None]
     if training:
@@ -207,25 +207,9 @@ def mbconv(
     keywords = dict(stride=stride, activation=activation, gate=gate, residual=residual, drop_path=drop_path)
     if _block_runs_reference(x, convs, depthwise, stride):
         padding = checks.resolve_padding(sides, x.shape[2:], depthwise.weight.shape[2:], stride, (1, 1))
-        y, statistics = _run_reference(
-            reference.mbconv,
-            x,
-            expand,
-            depthwise,
-            squeeze_excite,
-            project,
-            padding=padding,
-            training=training,
-            **keywords,
-        )
-        if expand is None:
-            statistics = [None, *statistics]
+        y, statistics, *_ = _run_reference(reference.mbconv, x, *groups, padding=padding, training=training, **keywords)
     else:
-        y, statistics = ops.mbconv(
-            *ops.mbconv_arguments(
-                x, expand, depthwise, squeeze_excite, project, padding=sides, training=training, **keywords
-            )
-        )
+        y, statistics = ops.mbconv(ops.MBConvCall.of(x, *groups, padding=sides, training=training, **keywords))
     if training:
         _update_running_statistics((expand, depthwise, project), statistics, x, size)
     return y
@@ -264,8 +248,9 @@ class MBConvInference:
     __slots__ = ("_checked",)
 
     def __init__(self) -> None:
-        # One tuple, which threads that run the same block exchange as a whole: key, state, arguments of the operator.
-        self._checked: tuple[Any, Sequence[Any], tuple[Any, ...], ops.PreparedCalls] | None = None
+        # One tuple, which threads that run the same block exchange as a whole: key, state, what the operator takes
+        # behind x, what is prepared.
+        self._checked: tuple[Any, Sequence[Any], Sequence[Any], ops.PreparedCalls] | None = None
 
     def __call__(
         self,
@@ -287,25 +272,20 @@ class MBConvInference:
         key = (x.shape[1:], x.dtype, x.device, weight.dtype, weight.device, backends.requested())
         checked = self._checked
         if checked is not None and key == checked[0] and all(map(is_, state, checked[1])):
-            return self._run(x, *checked[2:])
-        expand, depthwise, squeeze_excite, project = block()
+            _, _, arguments, prepared = checked
+            return prepared.run(x, lambda x: ops.mbconv_inference.run(x, *arguments))
+        groups = block()
         settings = dict(stride=stride, activation=activation, gate=gate, residual=residual)
-        y = mbconv(x, expand, depthwise, squeeze_excite, project, padding=padding, training=False, **settings)
+        y = mbconv(x, *groups, padding=padding, training=False, **settings)
+        expand, depthwise, _, project = groups
         convs = [conv for conv in (expand, depthwise, project) if conv is not None]
-        arguments = None
+        self._checked = None
         if may_keep(state, weight) and not _block_runs_reference(x, convs, depthwise, stride):
-            params = (expand, depthwise, squeeze_excite, project)
-            sides = checks.padding_sides(padding)
-            arguments = ops.inference_arguments(x, *params, stride, sides, activation, gate, residual)
-        self._checked = None if arguments is None else (key, state, arguments, ops.PreparedCalls())
-        return y
-
-    def _run(self, x: Tensor, arguments: tuple[Any, ...], prepared: ops.PreparedCalls) -> Tensor:
-        key = (x.shape[0], x.stride())
-        if (known := prepared.get(key, x)) is not None:
-            return known.run(x)
-        y = ops.infer_mbconv(x, arguments)
-        prepared.keep(key, ops.prepare_inference(x, arguments))
+            call = ops.MBConvCall.of(x, *groups, padding=checks.padding_sides(padding), **settings)
+            if not call.uses_batch():
+                arguments = ops.mbconv_inference.signature.flatten(call)[1:]
+                tensors = [p for p in arguments if isinstance(p, Tensor)]
+                self._checked = key, state, arguments, ops.PreparedCalls(tensors)
         return y
 
 

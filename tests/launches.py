@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from ahead_of_time import Launch, recorded
@@ -15,8 +17,10 @@ from effnet_ops.checks import resolve_padding
 from effnet_ops.kernels import depthwise
 from effnet_ops.models import model_spec
 from effnet_ops.models.spec import BlockSpec
-from effnet_ops.ops.mbconv import Block, Config
-from effnet_ops.ops.triton import implementation
+from effnet_ops.ops import triton
+from effnet_ops.ops._library import OPERATORS
+from effnet_ops.ops.calls import ConvNorm, SqueezeExcite
+from effnet_ops.ops.mbconv import MBConvCall
 
 RESOLUTION = {"b0": 224, "b4": 380, "b7": 600}
 
@@ -44,22 +48,29 @@ def blocks(name: str) -> list[tuple[BlockSpec, int]]:
     return list(found)
 
 
+def implementation(name: str) -> Callable[..., Any]:
+    """An operator on Triton kernels, as a function of its arguments."""
+    return OPERATORS[name].unpacking(triton.implementation(name))
+
+
 def arguments(block: BlockSpec, batch: int, side: int, dtype: torch.dtype, batch_statistics: bool) -> list[object]:
     wide, se = block.expanded_channels, block.se_channels
 
-    def convolution(*weight: int) -> list[Tensor | None]:
+    def convolution(*weight: int) -> ConvNorm:
         vectors = [meta(weight[0]) for _ in range(4)]
-        return [meta(*weight), *vectors[:2], *([None, None] if batch_statistics else vectors[2:])]
+        statistics = (None, None) if batch_statistics else vectors[2:]
+        return ConvNorm(meta(*weight), *vectors[:2], *statistics, 1e-3)
 
     x = meta(batch, block.in_channels, side, side, dtype=dtype)
-    expand = convolution(wide, block.in_channels, 1, 1) if block.expands else [None] * 5
-    squeeze = [meta(se, wide, 1, 1), meta(se), meta(wide, se, 1, 1), meta(wide)] if se else [None] * 4
+    expand = convolution(wide, block.in_channels, 1, 1) if block.expands else None
+    layer = meta(se, wide, 1, 1), meta(se), meta(wide, se, 1, 1), meta(wide)
+    squeeze = SqueezeExcite(*layer, "silu", "sigmoid") if se else None
     depthwise = convolution(wide, 1, block.kernel_size, block.kernel_size)
     residual = block.stride == 1 and block.in_channels == block.out_channels
     drop_path = meta(batch) if residual and batch_statistics else None
-    tensors = Block(x, *expand, *depthwise, *squeeze, *convolution(block.out_channels, wide, 1, 1), drop_path)
-    config = Config((1e-3,) * 3, (block.stride,) * 2, (), residual, "silu", "silu", "sigmoid")
-    return [*tensors, *config]
+    project = convolution(block.out_channels, wide, 1, 1)
+    call = MBConvCall(x, expand, depthwise, squeeze, project, drop_path, (block.stride,) * 2, (), residual, "silu")
+    return list(OPERATORS["mbconv_inference"].signature.flatten(call))
 
 
 def inference(block: BlockSpec, batch: int, side: int, dtype: torch.dtype, architecture: str) -> list[Launch]:
@@ -91,14 +102,14 @@ def single_layers(block: BlockSpec, batch: int, side: int, dtype: torch.dtype, a
         se = block.se_channels or 8
         given = [meta(se, wide, 1, 1), meta(se), meta(wide, se, 1, 1), meta(wide), "silu", "sigmoid"]
         y, pooled = implementation("squeeze_excite")(x, *given)
-        implementation("squeeze_excite_backward")(y, x, pooled, *given, [True] * 5)
+        implementation("squeeze_excite_backward")(y, x, *given, pooled, [True] * 5)
 
         given = [small, meta(wide, block.in_channels, 1, 1), meta(wide)]
         y = implementation("pointwise_conv2d")(*given, None, "silu")
-        implementation("pointwise_conv2d_backward")(y, *given, "silu", [True] * 3)
+        implementation("pointwise_conv2d_backward")(y, *given, None, "silu", [True] * 3)
         given = [x, meta(block.in_channels, wide, 1, 1), None]
         y = implementation("pointwise_conv2d")(*given, small, "none")
-        implementation("pointwise_conv2d_backward")(y, *given, "none", [True] * 3)
+        implementation("pointwise_conv2d_backward")(y, *given, None, "none", [True] * 3)
     return launches
 
 

@@ -13,6 +13,7 @@ from ahead_of_time import recorded
 from effnet_ops import _native, backends, reference
 from effnet_ops.ops import cuda, gpu, triton
 from effnet_ops.ops.cuda.depthwise import too_large
+from effnet_ops.ops.squeeze_excite import SqueezeExciteCall, SqueezeExciteGradientCall
 
 WINDOW = backends.Window((3, 3), (1, 1), (1, 1))
 
@@ -190,7 +191,7 @@ def test_blocks_convolve_with_triton_without_the_cuda_library(monkeypatch: pytes
 @pytest.mark.usefixtures("both")
 def test_the_operators_of_a_block_ask_who_convolves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each with the block's window, padding and expanded size, and then convolves with what it is told."""
-    from launches import arguments, blocks
+    from launches import arguments, blocks, implementation
 
     asked: list[tuple[Any, ...]] = []
     used: list[str] = []
@@ -213,9 +214,9 @@ def test_the_operators_of_a_block_ask_who_convolves(monkeypatch: pytest.MonkeyPa
     block, side = next((block, side) for block, side in blocks("b0") if block.stride == 2 and block.kernel_size == 5)
     given = arguments(block, 2, side, torch.bfloat16, True)
     with recorded("sm_90"):
-        triton.implementation("mbconv_inference")(*arguments(block, 2, side, torch.bfloat16, False))
-        y, *saved = triton.implementation("mbconv_training")(*given, True)
-        triton.implementation("mbconv_backward")(y, *given, *saved, [True] * 14)
+        implementation("mbconv_inference")(*arguments(block, 2, side, torch.bfloat16, False))
+        y, *saved = implementation("mbconv_training")(*given, True)
+        implementation("mbconv_backward")(y, *given, *saved, [True] * 14)
     expected = ((2, block.expanded_channels, side, side), backends.Window((5, 5), (2, 2), (1, 1)), (1, 2, 1, 2))
     assert used == ["forward", "forward", "backward"]
     assert [(size, backends.Window(*map(tuple, window)), sides) for size, window, sides in asked] == [expected] * 3
@@ -230,10 +231,11 @@ def test_every_operator_is_registered_for_cuda_tensors() -> None:
 def test_too_large_for_the_kernels_is_right_all_the_same() -> None:
     """What has more channels than shared memory has room for runs the fallback: on the CPU there is nothing else."""
     x, weights = torch.randn(1, 16000, 1, 1), (torch.randn(2, 16000, 1, 1) / 100, torch.randn(16000, 2, 1, 1))
-    y, pooled = cuda.implementation("squeeze_excite")(x, weights[0], None, weights[1], None, "silu", "sigmoid")
+    call = SqueezeExciteCall(x, weights[0], None, weights[1], None, "silu", "sigmoid")
+    y, pooled = cuda.implementation("squeeze_excite")(call)
     assert torch.equal(y, reference.squeeze_excite(x, weights[0], None, weights[1], None, "silu", "sigmoid"))
-    arguments = (x, x, pooled, weights[0], None, weights[1], None, "silu", "sigmoid", [True] + [False] * 4)
-    assert cuda.implementation("squeeze_excite_backward")(*arguments)[0].shape == x.shape
+    gradient = SqueezeExciteGradientCall(x, call, pooled, (True, False, False, False, False))
+    assert cuda.implementation("squeeze_excite_backward")(gradient)[0].shape == x.shape
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import effnet_ops
 from effnet_ops.ops import _library
+from effnet_ops.ops.calls import ConvNorm, SqueezeExcite
+from effnet_ops.ops.mbconv import MBConvCall
 
 OPERATORS = torch.ops.effnet_ops
+BLOCK = _library.OPERATORS["mbconv_inference"].signature
+DROP_PATH = [argument.name for argument in BLOCK.arguments].index("drop_path")
 SIZE = (2, 6, 7, 5)
 CONFIGS: dict[str, list[Any]] = {
     "depthwise_conv2d": [[2, 1], [], [1, 1], "silu"],
@@ -36,18 +40,32 @@ BACKWARDS = ["depthwise_conv2d_backward", "pointwise_conv2d_backward", "squeeze_
 def block_arguments(case: MBConvCase, x: Tensor, batch_statistics: bool) -> list[Any]:
     tensors = mbconv_tensors(case)
 
-    def conv(name: str) -> list[Tensor | None]:
-        fields = ("weight", "gamma", "beta", "running_mean", "running_var")
-        values = [tensors.get(f"{name}.{field}") for field in fields]
-        if case.norm == "folded":
-            values[2] = tensors.get(f"{name}.bias")
-        return [*values[:3], None, None] if batch_statistics else values
+    def get(name: str) -> Tensor | None:
+        value = tensors.get(name)
+        return None if value is None else value.to(x.dtype)
 
-    se = [tensors.get(name) for name in ("reduce_weight", "reduce_bias", "expand_weight", "expand_bias")]
-    parameters = [*conv("expand"), *conv("depthwise"), *se, *conv("project"), tensors["drop_path"]]
-    parameters = [None if p is None else p.to(x.dtype) for p in parameters]
-    stride = [case.stride] * 2
-    return [x, *parameters, [1e-3, 1e-4, 1e-5], stride, [], case.residual, case.activation, "relu", case.gate]
+    def conv(name: str, eps: float) -> ConvNorm | None:
+        fields = ("weight", "gamma", "beta", "running_mean", "running_var")
+        values = [get(f"{name}.{field}") for field in fields]
+        if case.norm == "folded":
+            values[2] = get(f"{name}.bias")
+        statistics = (None, None) if batch_statistics else values[3:]
+        return None if values[0] is None else ConvNorm(*values[:3], *statistics, eps)
+
+    se = [get(name) for name in ("reduce_weight", "reduce_bias", "expand_weight", "expand_bias")]
+    call = MBConvCall(
+        x,
+        conv("expand", 1e-3),
+        conv("depthwise", 1e-4),
+        None if se[0] is None else SqueezeExcite(*se, "relu", case.gate),
+        conv("project", 1e-5),
+        get("drop_path"),
+        [case.stride] * 2,
+        [],
+        case.residual,
+        case.activation,
+    )
+    return list(BLOCK.flatten(call))
 
 
 def arguments(name: str, layout: str, dtype: torch.dtype, batch: int | None = None, block: str = "expand") -> list[Any]:
@@ -62,17 +80,17 @@ def arguments(name: str, layout: str, dtype: torch.dtype, batch: int | None = No
         if forward == "mbconv_training":
             return [grad, *args[:-1], *results[1:], [True] * 14]
         if forward == "squeeze_excite":
-            return [grad, args[0], results[1], *args[1:], [True] * 5]
+            return [grad, *args, results[1], [True] * 5]
         if forward == "pointwise_conv2d":
-            del args[3]
+            args[3] = None
         return [grad, *args, [True] * 3]
     size = BLOCKS[block].shape if name.startswith("mbconv") else SIZE
     x = lay_out(normal(*size).to(dtype)[:batch], layout)
     if name.startswith("mbconv"):
         case = BLOCKS[block]
         args = block_arguments(case, x, name == "mbconv_training")
-        if args[21 - 1] is not None:
-            args[20] = args[20][:batch]
+        if args[DROP_PATH] is not None:
+            args[DROP_PATH] = args[DROP_PATH][:batch]
         return [*args, True] if name == "mbconv_training" else args
     parameters = {
         "depthwise_conv2d": [normal(6, 1, 3, 5), normal(6)],
@@ -84,7 +102,7 @@ def arguments(name: str, layout: str, dtype: torch.dtype, batch: int | None = No
 
 def clone(args: list[Any], requires_grad: bool) -> list[Any]:
     def copy(position: int, value: Any) -> Any:
-        constant = len(args) > 20 and position in (4, 5, 9, 10, 18, 19, 20)
+        constant = len(args) > 20 and position not in BLOCK.differentiable
         return value.detach().requires_grad_(requires_grad and not constant) if isinstance(value, Tensor) else value
 
     return [copy(i, value) for i, value in enumerate(args)]
@@ -118,7 +136,7 @@ def test_fake_results_are_real(name: str, layout: str, batch: int | None) -> Non
             with FakeTensorMode() as mode:
                 fakes = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args]
                 fake = as_list(getattr(OPERATORS, name)(*fakes))
-            for kernel in (getattr(OPERATORS, name), _library.fallbacks[name]):
+            for kernel in (getattr(OPERATORS, name), _library.OPERATORS[name].fallback):
                 real = as_list(kernel(*args))
                 assert [r.dtype for r in real] == [f.dtype for f in fake]
                 assert [r.shape for r in real] == [f.shape for f in fake]
@@ -131,7 +149,7 @@ def test_fake_results_are_real(name: str, layout: str, batch: int | None) -> Non
 def test_every_result_equals_the_fallbacks(name: str, block: str) -> None:
     """Also what only the backward operator reads: intermediate activations and statistics."""
     args = arguments(name, "channels_last", torch.float64, block=block)
-    expected = as_list(_library.fallbacks[name](*args))
+    expected = as_list(_library.OPERATORS[name].fallback(*args))
     for value, exact in zip(as_list(getattr(OPERATORS, name)(*args)), expected, strict=True):
         assert relative_error(value, exact) <= 1e-11
 
@@ -143,7 +161,7 @@ def test_unneeded_gradients_are_empty(name: str) -> None:
     full = as_list(getattr(OPERATORS, name)(*args))
     for wanted in range(count):
         needs = [i == wanted for i in range(count)]
-        for kernel in (getattr(OPERATORS, name), _library.fallbacks[name]):
+        for kernel in (getattr(OPERATORS, name), _library.OPERATORS[name].fallback):
             results = as_list(kernel(*args[:-1], needs))
             assert relative_error(results[wanted], full[wanted].double(), 1e-3) <= 1e-5
             assert all(r.shape == (0,) and r.dtype == torch.float32 for i, r in enumerate(results) if i != wanted)

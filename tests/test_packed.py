@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +11,12 @@ from helpers import FORWARD_TOLERANCE, LAYOUTS, expected_strides, lay_out, norma
 from torch import Tensor
 
 from effnet_ops import _native, packing, reference, use_backend
+from effnet_ops.checks import resolve_padding
 from effnet_ops.ops import packed
+from effnet_ops.ops._library import OPERATORS
+from effnet_ops.ops.calls import PackedConv
+from effnet_ops.ops.packed import PackedBlockCall, PackedConvolutionCall, PackedPointwiseCall
+from effnet_ops.ops.prepared import Prepared, record
 from effnet_ops.params import ConvNormParams, SqueezeExciteParams
 
 assert _native.module is not None, _native.why_missing
@@ -62,7 +67,7 @@ def test_pointwise(isa: str, batch: int, channels: int, out: int, size: int, dty
     exact = reference.pointwise_conv2d(exact_x, exact_weight.view(out, channels, 1, 1), bias, None, "silu")
     for layout in LAYOUTS:
         given = lay_out(x.to(dtype), layout)
-        y = packed.pointwise(given, panels, bias.to(reference.compute_dtype(dtype)), "silu")
+        y = packed.pointwise(PackedPointwiseCall(given, panels, bias.to(reference.compute_dtype(dtype)), "silu"))
         assert y.stride() == expected_strides(given, y.shape)
         assert relative_error(y, exact) < FORWARD_TOLERANCE[dtype]
 
@@ -84,11 +89,12 @@ def test_convolution(
     x, bias = normal(batch, channels, *size), normal(out)
     weight = normal(out, channels, *kernel) / (channels * kernel[0] * kernel[1]) ** 0.5
     panels = packing.pack_convolution(weight.to(reference.compute_dtype(dtype)))
-    sides = packed.resolve_padding(padding, size, kernel, stride, (1, 1))
+    sides = resolve_padding(padding, size, kernel, stride, (1, 1))
     exact = reference.convolution(*rounded(x, dtype=dtype), weight, bias, stride, sides, "silu")
     for layout in LAYOUTS:
         given = lay_out(x.to(dtype), layout)
-        y = packed.convolution(given, panels, bias.to(panels.dtype), kernel, stride, padding, "silu")
+        call = PackedConvolutionCall(given, panels, bias.to(panels.dtype), kernel, stride, padding, "silu")
+        y = packed.convolution(call)
         assert y.is_contiguous(memory_format=torch.channels_last)
         assert relative_error(y, exact) < FORWARD_TOLERANCE[dtype]
 
@@ -112,8 +118,8 @@ BLOCKS = {
 }
 
 
-def block(name: str, dtype: torch.dtype) -> tuple[list[Any], Tensor, Tensor]:
-    """The operator's arguments but for x, x in fp64, and the exact result for weights as they were rounded."""
+def block(name: str, dtype: torch.dtype) -> tuple[PackedBlockCall, Tensor, Tensor]:
+    """A call without x, x in fp64, and the exact result for weights as they were rounded."""
     batch, channels, wide, out, reduced, size, kernel, stride, padding, activation = BLOCKS[name]
     wanted, compute = product_dtype(dtype), reference.compute_dtype(dtype)
 
@@ -130,12 +136,12 @@ def block(name: str, dtype: torch.dtype) -> tuple[list[Any], Tensor, Tensor]:
     excite, exact_excite, excite_bias = product(wide, reduced, compute) if reduced else (None, None, None)
     project, exact_project, project_bias = product(out, wide, wanted)
     residual = channels == out and stride == (1, 1)
-    sides = packed.resolve_padding(padding, size, kernel, stride, (1, 1))
+    sides = resolve_padding(padding, size, kernel, stride, (1, 1))
     squeeze_excite = None
     if reduced:
         parts = (exact_reduce, reduce_bias.double(), exact_excite, excite_bias.double())
         squeeze_excite = SqueezeExciteParams(*parts, "relu")
-    exact, _ = reference.mbconv(
+    stages = reference.mbconv(
         *rounded(x, dtype=dtype),
         ConvNormParams(exact_expand, expand_bias.double()) if expands else None,
         ConvNormParams(filters.double(), depthwise_bias.double()),
@@ -149,97 +155,99 @@ def block(name: str, dtype: torch.dtype) -> tuple[list[Any], Tensor, Tensor]:
         drop_path=None,
         training=False,
     )
-    weights = [expand, expand_bias, packing.pack_depthwise(filters), depthwise_bias]
-    weights += [reduce, reduce_bias, excite, excite_bias, project, project_bias]
-    return [*weights, stride, padding, residual, activation, "relu", "sigmoid"], x, exact
+    call = PackedBlockCall(
+        None,
+        PackedConv(expand, expand_bias) if expands else None,
+        PackedConv(packing.pack_depthwise(filters), depthwise_bias),
+        PackedConv(reduce, reduce_bias) if reduced else None,
+        PackedConv(excite, excite_bias) if reduced else None,
+        PackedConv(project, project_bias),
+        stride,
+        padding,
+        residual,
+        activation,
+        "relu",
+        "sigmoid",
+    )
+    return call, x, stages.y
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", BLOCKS)
 def test_mbconv(isa: str, name: str, dtype: torch.dtype, poison: None) -> None:
-    args, x, exact = block(name, dtype)
+    call, x, exact = block(name, dtype)
     for layout in LAYOUTS:
         given = lay_out(x.to(dtype), layout)
-        y = packed.mbconv(given, *args)
+        y = packed.mbconv(call._replace(x=given))
         assert y.stride() == expected_strides(given, y.shape)
         assert relative_error(y, exact) < FORWARD_TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("name", ["wide", "small images", "no gate", "no gate, large", "no gate, narrow"])
 def test_threads_change_no_bit(name: str) -> None:
-    args, x, _ = block(name, torch.float32)
+    call, x, _ = block(name, torch.float32)
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        results.append([packed.mbconv(x[:n].float(), *args) for n in range(x.shape[0] + 1)])
+        results.append([packed.mbconv(call._replace(x=x[:n].float())) for n in range(x.shape[0] + 1)])
     torch.set_num_threads(1)
     for one, other in zip(results[0] * 2, results[1] + results[2], strict=True):
         assert torch.equal(one, other)
 
 
-def sequence(name: str, dtype: torch.dtype) -> tuple[Tensor, list[Tensor], list[int], list[list[Any]]]:
-    """x, the arguments of a sequence whose last block has neither expansion nor gate, and those of its blocks."""
+def prepare(x: Tensor, function: Callable[[Tensor], Tensor], tensors: Sequence[Tensor] = ()) -> Prepared | None:
+    with torch.inference_mode():
+        return record(x, function, tensors)[1]
+
+
+def sequence(name: str, dtype: torch.dtype) -> tuple[Tensor, Callable[[Tensor], Tensor], int]:
+    """x, several blocks one after the other, the last with neither expansion nor gate, and how many."""
     first, x, _ = block(name, dtype)
-    out = first[9].shape[0]
+    out, compute = first.project.bias.shape[0], first.depthwise.bias
     project = packing.pack((normal(3, out) / out**0.5).to(product_dtype(dtype)))
-    filters, bias = first[2].new_ones(3, 1, out) / 3, first[3].new_ones(out) / 8
-    last = [
+    last = PackedBlockCall(
         None,
         None,
-        filters,
-        bias,
-        *[None] * 4,
-        project,
-        bias[:3],
+        PackedConv(compute.new_ones(3, 1, out) / 3, compute.new_ones(out) / 8),
+        None,
+        None,
+        PackedConv(project, compute.new_ones(3) / 8),
         (2, 1),
         (),
         False,
         "hardswish",
         "none",
         "hard_sigmoid",
-    ]
+    )
     blocks = [first, first, last] if out == x.shape[1] else [first, last]
-    tensors = [p for arguments in blocks for p in arguments[:10] if p is not None]
-    numbers = [
-        number
-        for arguments in blocks
-        for number in packed.SequenceBlock.of(arguments[0] is not None, arguments[4] is not None, *arguments[10:])
-    ]
-    return x.to(dtype), tensors, numbers, blocks
+
+    def run(x: Tensor) -> Tensor:
+        for call in blocks:
+            x = packed.mbconv(call._replace(x=x))
+        return x
+
+    return x.to(dtype), run, len(blocks)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["wide", "odd channels", "one image", "no gate"])
-def test_sequence_is_its_blocks(name: str, dtype: torch.dtype) -> None:
-    x, tensors, numbers, blocks = sequence(name, dtype)
-    for layout in LAYOUTS:
-        y = given = lay_out(x, layout)
-        for arguments in blocks:
-            y = packed.mbconv(y, *arguments)
-        found = packed.mbconv_sequence(given, tensors, numbers)
-        assert torch.equal(found, y) and found.stride() == y.stride()
-        assert relative_error(packed.reference_mbconv_sequence(given, tensors, numbers), y) < FORWARD_TOLERANCE[dtype]
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["wide", "odd channels", "one image", "no gate, large"])
-def test_prepared_sequence_is_the_sequence(name: str, dtype: torch.dtype, isa: str, poison: None) -> None:
-    x, tensors, numbers, _ = sequence(name, dtype)
-    x = lay_out(x, "channels_last")
+@pytest.mark.parametrize("name", ["wide", "odd channels", "one image", "no gate, large", "one pixel"])
+def test_prepared_blocks_are_the_blocks(name: str, dtype: torch.dtype, isa: str, poison: None) -> None:
+    x, run, count = sequence(name, dtype)
+    x, other = (lay_out(value, "channels_last") for value in (x, -x))
+    prepared = prepare(x, run)
+    assert prepared is not None and len(prepared) == count
     with torch.inference_mode():
-        prepared = packed.prepare_sequence(x, tensors, numbers)
-        expected = packed.mbconv_sequence(x, tensors, numbers)
-        assert prepared.holds(x)
-        found = prepared.run(x)
-    assert torch.equal(found, expected) and found.stride() == expected.stride() and found.dtype is dtype
+        for given in (x, other):
+            found, expected = prepared.run(given), run(given)
+            assert torch.equal(found, expected) and found.stride() == expected.stride() and found.dtype is dtype
 
 
-def test_prepared_sequence_does_not_hold() -> None:
-    x, tensors, numbers, _ = sequence("wide", torch.float32)
-    x = lay_out(x, "channels_last")
+def test_prepared_blocks_do_not_hold() -> None:
+    x, run, _ = sequence("wide", torch.float32)
+    x, held = lay_out(x, "channels_last"), torch.ones(3)
+    prepared = prepare(x, run, [held])
+    assert prepared is not None and prepare(x.contiguous(), run) is None
     with torch.inference_mode(False), torch.no_grad():
-        prepared = packed.prepare_sequence(x, tensors, numbers)
-        assert packed.prepare_sequence(x.contiguous(), tensors, numbers) is None
         assert prepared.holds(x)
         with torch.enable_grad():
             assert not prepared.holds(x)
@@ -252,22 +260,65 @@ def test_prepared_sequence_does_not_hold() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             assert not prepared.holds(x)
         assert prepared.holds(x)
-        tensors[3].share_memory_()
+        held.share_memory_()
         assert not prepared.holds(x)
 
 
-def test_prepared_kernels_count_their_numbers() -> None:
-    for function, arguments, count in (
-        (C.prepare_sequence, ([[1, 2, 3]],), 31),
-        (C.prepare_inference, ([1, 2, 3], [0.0] * 3), 40),
-        (C.prepare_pointwise, ([1, 2, 3],), 7),
-        (C.prepare_convolution, ([1, 2, 3],), 17),
-        (C.prepare_average_pool, ([1, 2],), 3),
-    ):
-        with pytest.raises(ValueError, match=rf"takes {count} numbers, got"):
-            function(0, *arguments)
-    with pytest.raises(ValueError, match="eps takes 3 numbers, got 2"):
-        C.prepare_inference(0, [0] * 40, [0.0] * 2)
+def pool(x: Tensor) -> Tensor:
+    return packed.average_pool(packed.AveragePoolCall(x, True))
+
+
+def test_only_operators_that_follow_one_another_are_prepared() -> None:
+    """Where something else runs between them, or a tensor was copied for one, there is nothing to run again."""
+    x, run, _ = sequence("wide", torch.float32)
+    x = lay_out(x, "channels_last")
+    assert prepare(x, run) is not None
+    assert prepare(x, lambda x: run(x + 1)) is None
+    assert prepare(x, lambda x: run(x) + 1) is None
+    assert prepare(x, lambda x: run(x.clone())) is None
+    assert prepare(x, lambda x: pool(pool(x))) is not None
+    assert prepare(x, lambda x: pool(pool(x) * 1)) is None
+    double = torch.randn(24, 24).double()
+    call = PackedPointwiseCall(x, packing.pack(torch.randn(24, 24)), double[0], "none")
+    assert prepare(x, lambda x: packed.pointwise(call._replace(x=x))) is None
+    assert prepare(x, lambda x: x) is None
+
+
+def test_a_recording_ends_with_an_error() -> None:
+    x, run, _ = sequence("wide", torch.float32)
+    x = lay_out(x, "channels_last")
+
+    def fails(x: Tensor) -> Tensor:
+        run(x)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), torch.inference_mode():
+        record(x, fails, ())
+    assert prepare(x, run) is not None
+
+
+def test_recordings_nest() -> None:
+    x, run, count = sequence("wide", torch.float32)
+    x, kept = lay_out(x, "channels_last"), []
+
+    def outer(x: Tensor) -> Tensor:
+        y, inner = record(x, run, ())
+        kept.append(inner)
+        return packed.average_pool(packed.AveragePoolCall(y, True))
+
+    prepared = prepare(x, outer)
+    assert len(kept[0]) == count and len(prepared) == count + 1
+    with torch.inference_mode():
+        assert torch.equal(prepared.run(x), packed.average_pool(packed.AveragePoolCall(kept[0].run(x), True)))
+
+
+def test_a_prepared_call_without_memory_is_an_error() -> None:
+    x, run, _ = sequence("wide", torch.float32)
+    x = lay_out(x, "channels_last")
+    prepared = prepare(x, run)
+    x.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="storage was freed"), torch.inference_mode():
+        prepared.run(x)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -277,37 +328,28 @@ def test_prepared_layers(dtype: torch.dtype, isa: str, poison: None) -> None:
     dense = packing.pack_convolution(normal(40, 24, 3, 5).to(bias.dtype))
     image = x.contiguous(memory_format=torch.channels_last)
     pixel = x[:, :, :1, :1].contiguous()
-    for given, operator, prepare, arguments in (
-        (image, packed.pointwise, packed.prepare_pointwise, (product, bias, "silu")),
-        (pixel, packed.pointwise, packed.prepare_pointwise, (product, bias, "none")),
-        (x, packed.convolution, packed.prepare_convolution, (dense, bias, (3, 5), (2, 1), (), "relu")),
-        (image, packed.convolution, packed.prepare_convolution, (dense, bias, (3, 5), (1, 2), (1, 0, 2, 2), "none")),
-        (image, packed.average_pool, packed.prepare_average_pool, (False,)),
-        (image, packed.average_pool, packed.prepare_average_pool, (True,)),
+    for given, operator, call in (
+        (image, packed.pointwise, PackedPointwiseCall(None, product, bias, "silu")),
+        (pixel, packed.pointwise, PackedPointwiseCall(None, product, bias, "none")),
+        (x, packed.convolution, PackedConvolutionCall(None, dense, bias, (3, 5), (2, 1), (), "relu")),
+        (image, packed.convolution, PackedConvolutionCall(None, dense, bias, (3, 5), (1, 2), (1, 0, 2, 2), "none")),
+        (image, packed.average_pool, packed.AveragePoolCall(None, False)),
+        (image, packed.average_pool, packed.AveragePoolCall(None, True)),
     ):
+
+        def run(x: Tensor, operator: Any = operator, call: Any = call) -> Tensor:
+            return operator(call._replace(x=x))
+
+        prepared = prepare(given, run)
         with torch.inference_mode():
-            expected, prepared = operator(given, *arguments), prepare(given, *arguments)
-            found = prepared.run(given)
+            found, expected = prepared.run(given), run(given)
         assert prepared.holds(given) is False and torch.equal(found, expected)
         assert found.stride() == expected.stride() and found.dtype is dtype
     other = torch.float32 if dtype is torch.bfloat16 else torch.bfloat16
-    with torch.inference_mode():
-        assert packed.prepare_pointwise(image.to(other), product, bias, "none") is None
-    assert packed.prepare_pointwise(x, product, bias, "none") is None
-    assert packed.prepare_average_pool(x, True) is None
-
-
-def test_sequence_with_wrong_arguments() -> None:
-    x, tensors, numbers, _ = sequence("wide", torch.float32)
-    for given, settings, message in (
-        (tensors[:-1], numbers, "more tensors than the"),
-        ([*tensors, x], numbers, "tensors, got"),
-        (tensors, numbers[:-1], "13 numbers"),
-        (tensors, [], "13 numbers"),
-        (tensors, [*numbers[:10], 5, *numbers[11:]], "number 10 of a block is 5"),
-    ):
-        with pytest.raises(RuntimeError, match=message):
-            OPS.mbconv_sequence_packed(x, given, settings)
+    call = PackedPointwiseCall(None, product, bias, "none")
+    assert prepare(image.to(other), lambda x: packed.pointwise(call._replace(x=x))) is None
+    assert prepare(x, lambda x: packed.pointwise(call._replace(x=x))) is None
+    assert prepare(x, lambda x: packed.average_pool(packed.AveragePoolCall(x, True))) is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -318,17 +360,19 @@ def test_average_pool(isa: str, shape: tuple[int, ...], dtype: torch.dtype, pois
     x = normal(*shape) + 1
     (exact,) = rounded(x, dtype=dtype)
     for layout in LAYOUTS:
-        y = packed.average_pool(lay_out(x.to(dtype), layout), True)
+        y = packed.average_pool(packed.AveragePoolCall(lay_out(x.to(dtype), layout), True))
         assert y.shape == (*shape[:2], 1, 1) and y.is_contiguous()
-        assert torch.equal(packed.average_pool(lay_out(x.to(dtype), layout), False), y.flatten(1))
+        flat = packed.average_pool(packed.AveragePoolCall(lay_out(x.to(dtype), layout), False))
+        assert torch.equal(flat, y.flatten(1))
         assert shape[0] == 0 or relative_error(y, exact.mean((2, 3), keepdim=True)) < FORWARD_TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_operators_keep_their_contracts(dtype: torch.dtype) -> None:
-    args, x, _ = block("odd channels", dtype)
+    call, x, _ = block("odd channels", dtype)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(OPS.mbconv_packed.default, (x.to(dtype), *args), test_utils=tests)
+    args = OPERATORS["mbconv_packed"].signature.flatten(call._replace(x=x.to(dtype)))
+    torch.library.opcheck(OPS.mbconv_packed.default, tuple(args), test_utils=tests)
     bias, weight = torch.randn(5), torch.randn(5, x.shape[1])
     panels = packing.pack(weight.to(product_dtype(dtype)))
     torch.library.opcheck(OPS.pointwise_packed.default, (x.to(dtype), panels, bias, "relu"), test_utils=tests)
@@ -336,19 +380,17 @@ def test_operators_keep_their_contracts(dtype: torch.dtype) -> None:
     convolution = (x.to(dtype), dense, bias, (3, 3), (2, 2), (), "none")
     torch.library.opcheck(OPS.convolution_packed.default, convolution, test_utils=tests)
     torch.library.opcheck(OPS.average_pool.default, (x.to(dtype), True), test_utils=tests)
-    torch.library.opcheck(OPS.mbconv_sequence_packed.default, sequence("wide", dtype)[:3], test_utils=tests)
 
 
 def test_gradients_are_the_references() -> None:
-    args, x, _ = block("one image", torch.float64)
+    call, x, _ = block("one image", torch.float64)
     x.requires_grad_()
-    torch.autograd.gradcheck(lambda x: packed.mbconv(x[:, :, :6, :6], *args), x, fast_mode=True)
-    torch.autograd.gradcheck(lambda x: packed.average_pool(x, False), x, fast_mode=True)
-    x, tensors, numbers, _ = sequence("odd channels", torch.float64)
-    x.requires_grad_()
-    torch.autograd.gradcheck(lambda x: packed.mbconv_sequence(x, tensors, numbers), x, fast_mode=True)
-    tensors[1].requires_grad_()
-    assert packed.mbconv_sequence(x.detach(), tensors, numbers).requires_grad
+    torch.autograd.gradcheck(lambda x: packed.mbconv(call._replace(x=x[:, :, :6, :6])), x, fast_mode=True)
+    torch.autograd.gradcheck(lambda x: packed.average_pool(packed.AveragePoolCall(x, False)), x, fast_mode=True)
+    x, run, _ = sequence("odd channels", torch.float64)
+    torch.autograd.gradcheck(run, x.requires_grad_(), fast_mode=True)
+    call.expand.bias.requires_grad_()
+    assert packed.mbconv(call._replace(x=torch.randn(1, 16, 4, 4, dtype=torch.float64))).requires_grad
 
 
 @pytest.mark.parametrize(
@@ -367,7 +409,8 @@ def test_weights_packed_for_something_else(dtype: torch.dtype, weight: Tensor, m
 def silu_of(x: Tensor) -> Tensor:
     """x through the kernels: a product with 1 and the activation behind it."""
     image = x.view(1, 1, 1, -1)
-    return packed.pointwise(image, packing.pack(torch.ones(1, 1)), torch.zeros(1), "silu").view(-1)
+    call = PackedPointwiseCall(image, packing.pack(torch.ones(1, 1)), torch.zeros(1), "silu")
+    return packed.pointwise(call).view(-1)
 
 
 def test_silu_over_the_whole_range(isa: str) -> None:

@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 from ahead_of_time import Launch, compile_launch, recorded
-from launches import blocks, inference, meta, single_layers, training
+from launches import blocks, implementation, inference, meta, single_layers, training
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from effnet_ops.kernels import pointwise
-from effnet_ops.ops.triton import implementation
 
 BLOCKS = blocks("b0")
 ALLOCATIONS = {"aten::empty.memory_format", "aten::empty_like", "aten::new_empty"}

@@ -144,6 +144,13 @@ struct PackedBlock {
     const void* drop_path = nullptr;  // [batch], compute type
 };
 
+// A kernel in a sequence: call(context, x, y), whose y takes so many bytes.
+struct Link {
+    void (*call)(const void* context, const void* x, void* y);
+    const void* context;
+    int64_t bytes;
+};
+
 struct Kernels {
     // [images][rows][columns] to [images][columns][rows]: NCHW to NHWC and back.
     void (*transpose)(int64_t images, int64_t rows, int64_t columns, const void* from, void* to);
@@ -179,8 +186,8 @@ struct Kernels {
                                     const SqueezeExciteParams&, void* grad_x, const SqueezeExciteGrads&);
     void (*mbconv_inference)(const Block&, const void* x, void* y);
     void (*mbconv_packed)(const PackedBlock&, const void* x, void* y);
-    // Blocks one after the other; the tensors between them are scratch memory.
-    void (*mbconv_sequence)(const PackedBlock* blocks, int64_t count, const void* x, void* y);
+    // Kernels one after the other; the tensors between them are scratch memory.
+    void (*sequence)(const Link* links, int64_t count, const void* x, void* y);
     void (*mbconv_training)(const Block&, const void* x, void* y, const BlockSaved&);
     void (*mbconv_backward)(const Block&, const void* grad, const void* x, const BlockSaved&, const BlockGrads&);
 };

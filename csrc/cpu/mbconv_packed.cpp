@@ -406,22 +406,19 @@ void mbconv_packed(const PackedBlock& block, const void* x, void* y) {
 }
 
 template <class T>
-void mbconv_sequence(const PackedBlock* blocks, int64_t count, const void* x, void* y) {
+void sequence(const Link* links, int64_t count, const void* x, void* y) {
     int64_t most[2] = {0, 0};
-    for (int64_t i = 0; i + 1 < count; ++i) {
-        const DepthwiseShape& s = blocks[i].depthwise_shape;
-        most[i % 2] = larger(most[i % 2], s.batch * s.out_height * s.out_width * blocks[i].out);
-    }
-    const Scratch<T> even(most[0]), odd(most[1]);
+    for (int64_t i = 0; i + 1 < count; ++i) most[i % 2] = larger(most[i % 2], links[i].bytes);
+    const Scratch<char> even(most[0]), odd(most[1]);
     const void* from = x;
     for (int64_t i = 0; i < count; ++i) {
-        void* const to = i + 1 == count ? y : static_cast<T*>(i % 2 == 0 ? even : odd);
-        mbconv_packed<T>(blocks[i], from, to);
+        void* const to = i + 1 == count ? y : static_cast<char*>(i % 2 == 0 ? even : odd);
+        links[i].call(links[i].context, from, to);
         from = to;
     }
 }
 
 EFFNET_INSTANTIATE(mbconv_packed)
-EFFNET_INSTANTIATE(mbconv_sequence)
+EFFNET_INSTANTIATE(sequence)
 
 EFFNET_NAMESPACE_END

@@ -20,7 +20,7 @@ constexpr Kernels kernels_of() {
     kernels.squeeze_excite_backward = squeeze_excite_backward<T>;
     kernels.mbconv_inference = mbconv_inference<T>;
     kernels.mbconv_packed = mbconv_packed<T>;
-    kernels.mbconv_sequence = mbconv_sequence<T>;
+    kernels.sequence = sequence<T>;
     kernels.mbconv_training = mbconv_training<T>;
     kernels.mbconv_backward = mbconv_backward<T>;
     if constexpr (sizeof(T) == sizeof(Compute<T>)) {

@@ -52,7 +52,7 @@ void mbconv_inference(const Block&, const void* x, void* y);
 template <class T>
 void mbconv_packed(const PackedBlock&, const void* x, void* y);
 template <class T>
-void mbconv_sequence(const PackedBlock* blocks, int64_t count, const void* x, void* y);
+void sequence(const Link* links, int64_t count, const void* x, void* y);
 template <class T>
 void mbconv_training(const Block&, const void* x, void* y, const BlockSaved&);
 template <class T>

@@ -1,33 +1,27 @@
-"""The operators ``torch.ops.effnet_ops.*``: schema, fake kernel, gradient, autocast and FLOP formula, one file a word.
+"""The operators ``torch.ops.effnet_ops.*``, one file a word: the class of its calls, from which all else is derived.
 
 The compiled library registers their CPU kernels and `gpu` those for CUDA; elsewhere they run the reference.
 """
 
 from effnet_ops.ops import conv_norm, gpu, packed, triton
-from effnet_ops.ops._library import PreparedCalls
-from effnet_ops.ops.depthwise import depthwise_conv2d
-from effnet_ops.ops.mbconv import (
-    infer_mbconv,
-    inference_arguments,
-    mbconv,
-    mbconv_arguments,
-    prepare_inference,
-    set_recompute,
-)
-from effnet_ops.ops.pointwise import pointwise_conv2d
-from effnet_ops.ops.squeeze_excite import squeeze_excite
+from effnet_ops.ops.depthwise import DepthwiseCall, depthwise_conv2d
+from effnet_ops.ops.mbconv import MBConvCall, mbconv, mbconv_inference, set_recompute
+from effnet_ops.ops.pointwise import PointwiseCall, pointwise_conv2d
+from effnet_ops.ops.prepared import PreparedCalls
+from effnet_ops.ops.squeeze_excite import SqueezeExciteCall, squeeze_excite
 
 __all__ = [
+    "DepthwiseCall",
+    "MBConvCall",
+    "PointwiseCall",
     "PreparedCalls",
+    "SqueezeExciteCall",
     "conv_norm",
     "depthwise_conv2d",
-    "infer_mbconv",
-    "inference_arguments",
     "mbconv",
-    "mbconv_arguments",
+    "mbconv_inference",
     "packed",
     "pointwise_conv2d",
-    "prepare_inference",
     "set_recompute",
     "squeeze_excite",
 ]

@@ -3,108 +3,78 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from effnet_ops import reference
+from effnet_ops import backends, reference
 from effnet_ops.checks import output_size, resolve_padding
 from effnet_ops.ops import _library
+from effnet_ops.ops.calls import Activation, Flags, Pair, Sides, Weight
 
 
-def _run(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    activation: str,
-) -> Tensor:
-    sides = resolve_padding(padding, x.shape[2:], weight.shape[2:], stride, dilation)
-    return reference.depthwise_conv2d(x, weight, bias, stride, sides, dilation, activation)
+class DepthwiseCall(NamedTuple):
+    """A depthwise convolution with a bias and an activation."""
+
+    x: Activation
+    weight: Weight
+    bias: Weight | None
+    stride: Pair
+    padding: Sides
+    dilation: Pair
+    activation: str
+
+    def window(self) -> backends.Window:
+        return backends.Window(self.weight.shape[2:], self.stride, self.dilation)
+
+    def sides(self) -> tuple[int, int, int, int]:
+        return resolve_padding(self.padding, self.x.shape[2:], self.weight.shape[2:], self.stride, self.dilation)
+
+    def reference(self) -> Tensor:
+        config = (self.stride, self.sides(), self.dilation, self.activation)
+        return _library.as_result(self.x, reference.depthwise_conv2d(self.x, self.weight, self.bias, *config))
+
+    def output(self) -> Tensor:
+        size = output_size(self.x.shape[2:], self.weight.shape[2:], self.stride, self.sides(), self.dilation)
+        return _library.empty_result(self.x, (*self.x.shape[:2], *size))
+
+    def flops(self, out: Sequence[int]) -> int:
+        return _library.convolution_flops(out, self.weight)
 
 
-def _forward(x: Tensor, *args: Any) -> Tensor:
-    y = _run(x, *args)
-    return _library.as_result(x, y)
+class DepthwiseGradientCall(NamedTuple):
+    grad: Activation
+    call: DepthwiseCall
+    needs: Flags
+
+    of = _library.Gradient.of(DepthwiseCall)
+
+    def reference(self) -> tuple[Tensor, ...]:
+        return self.of.reference(*self)
+
+    def output(self) -> tuple[Tensor, ...]:
+        return self.of.output(self.call, self.needs)
+
+    def flops(self, out: Any) -> int:
+        return sum(self.needs[:2]) * _library.convolution_flops(self.grad, self.call.weight)
 
 
-def _forward_fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    activation: str,
-) -> Tensor:
-    sides = resolve_padding(padding, x.shape[2:], weight.shape[2:], stride, dilation)
-    size = output_size(x.shape[2:], weight.shape[2:], stride, sides, dilation)
-    return _library.empty_result(x, (*x.shape[:2], *size))
+depthwise_conv2d = _library.Operator("depthwise_conv2d", DepthwiseCall, autocast=True)
+_gradient = _library.Operator("depthwise_conv2d_backward", DepthwiseGradientCall, results=3)
 
 
-def _backward_fake(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-    return _library.empty_gradients(x, (x, weight, bias), args[-1])
+def _setup_context(ctx: Any, call: DepthwiseCall, output: Tensor) -> None:
+    needs_x = ctx.needs[1] or call.activation != "none"
+    ctx.size, ctx.strides, ctx.config = call.x.shape, call.x.stride(), call[3:]
+    ctx.save_for_backward(call.x if needs_x else None, call.weight, call.bias)
 
 
-_operator = _library.define(
-    "depthwise_conv2d(Tensor x, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, "
-    "str activation) -> Tensor",
-    _forward,
-    _forward_fake,
-)
-_gradient = _library.define_backward(
-    "depthwise_conv2d_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, int[] stride, int[] padding, "
-    "int[] dilation, str activation, bool[] needs) -> (Tensor, Tensor, Tensor)",
-    lambda args, *inputs: _run(*inputs, *args[3:7]),
-    (0, 1, 2),
-    _backward_fake,
-)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, *ctx.config = inputs
-    needs_x = ctx.needs_input_grad[1] or ctx.config[-1] != "none"
-    ctx.size, ctx.strides = x.shape, x.stride()
-    ctx.save_for_backward(x if needs_x else None, weight, bias)
-
-
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad: Tensor) -> Sequence[Tensor | None]:
     x, weight, bias = ctx.saved_tensors
     if x is None:
+        # Only its size counts.
         x = grad.new_empty_strided(ctx.size, ctx.strides)
-    needs = list(ctx.needs_input_grad[:3])
-    values = _gradient.operator(grad, x, weight, bias, *ctx.config, needs)
-    return (*_library.only_needed(values, needs), None, None, None, None)
+    return _gradient(DepthwiseGradientCall(grad, DepthwiseCall(x, weight, bias, *ctx.config), ctx.needs))
 
 
-_library.register_autograd(_operator, _setup_context, _differentiate, _gradient)
-_library.register_autocast(_operator, (0,))
-
-
-@register_flop_formula(torch.ops.effnet_ops.depthwise_conv2d)
-def _flops(x: Sequence[int], weight: Sequence[int], *args: Any, out_shape: Sequence[int], **kwargs: Any) -> int:
-    return _library.convolution_flops(out_shape, weight)
-
-
-@register_flop_formula(torch.ops.effnet_ops.depthwise_conv2d_backward)
-def _backward_flops(
-    grad: Sequence[int], x: Sequence[int], weight: Sequence[int], *args: Any, out_shape: Any, **kwargs: Any
-) -> int:
-    return sum(args[-1][:2]) * _library.convolution_flops(grad, weight)
-
-
-def depthwise_conv2d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    activation: str,
-) -> Tensor:
-    """`effnet_ops.depthwise_conv2d` without checks; ``padding`` is (top, bottom, left, right), or () for SAME."""
-    return _library.call(_operator, x, weight, bias, stride, padding, dilation, activation)
+_library.register_autograd(depthwise_conv2d, _setup_context, _differentiate, _gradient)

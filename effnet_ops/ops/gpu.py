@@ -110,12 +110,13 @@ def _announce(operator: str, backend: str, origin: str) -> None:
 
 
 def _implementation(operator: str, x: Tensor, window: backends.Window | None) -> Callable[..., Any]:
+    """What runs the arguments of an operator."""
     place = () if window is None else (has_planes(x), *map(tuple, window))
     key = (operator, backends.requested(), x.device, x.dtype, x.shape, *place)
     found = _chosen.get(key)
     if found is None:
         name = choose(operator, x, window)
-        found = _library.fallbacks[operator] if name == "reference" else _launched(operator, name)
+        found = _library.OPERATORS[operator].fallback if name == "reference" else _launched(operator, name)
         # Images of ever new sizes must not fill memory; a hit, which each call pays for, keeps no order of use.
         if len(_chosen) >= _MOST_CHOSEN:
             _chosen.clear()
@@ -124,10 +125,8 @@ def _implementation(operator: str, x: Tensor, window: backends.Window | None) ->
 
 
 def _launched(operator: str, backend: str) -> Callable[..., Any]:
-    function = GPU_BACKENDS[backend].implementation(operator)
-    if backend == "cuda":
-        return function
-    return Replayed(function)
+    function = _library.OPERATORS[operator].unpacking(GPU_BACKENDS[backend].implementation(operator))
+    return function if backend == "cuda" else Replayed(function)
 
 
 class Replayed:
@@ -182,23 +181,17 @@ def _kind(argument: Any) -> Any:
     return tuple(argument) if isinstance(argument, list) else argument
 
 
-# Of each operator's arguments, which is x, and which window it has.
-def _depthwise(x: Tensor, weight: Tensor, bias: Any, stride: Any, padding: Any, dilation: Any, *_: Any) -> Any:
-    return x, backends.Window(weight.shape[2:], stride, dilation)
-
-
-_PROBLEMS: dict[str, Callable[..., tuple[Tensor, backends.Window | None]]] = {
-    "depthwise_conv2d": _depthwise,
-    "depthwise_conv2d_backward": lambda grad, *args: _depthwise(*args),
-    "squeeze_excite_backward": lambda grad, x, *_: (x, None),
-}
-
-
 def _register(operator: str) -> None:
-    problem = _PROBLEMS.get(operator, lambda first, *_: (first, None))
+    signature = _library.OPERATORS[operator].signature
+    at = [argument.name for argument in signature.arguments].index("x")
+    convolves = operator.startswith("depthwise_conv2d")
 
     def kernel(*args: Any) -> Any:
-        return _implementation(operator, *problem(*args))(*args)
+        window = None
+        if convolves:
+            call = signature.parse(args)
+            window = getattr(call, "call", call).window()
+        return _implementation(operator, args[at], window)(*args)
 
     _library.library.impl(operator, kernel, "CUDA")
 

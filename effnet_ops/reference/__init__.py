@@ -8,13 +8,14 @@ from effnet_ops.reference.activation import ACTIVATIONS, GATES, activate, comput
 from effnet_ops.reference.batch_norm import batch_norm, batch_statistics
 from effnet_ops.reference.convolution import convolution
 from effnet_ops.reference.depthwise import depthwise_conv2d
-from effnet_ops.reference.mbconv import drop_path_scale, mbconv
+from effnet_ops.reference.mbconv import Stages, drop_path_scale, mbconv
 from effnet_ops.reference.pointwise import pointwise_conv2d
 from effnet_ops.reference.squeeze_excite import squeeze_excite
 
 __all__ = [
     "ACTIVATIONS",
     "GATES",
+    "Stages",
     "activate",
     "batch_norm",
     "batch_statistics",

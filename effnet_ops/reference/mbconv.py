@@ -10,6 +10,7 @@ x -> expand 1x1 -> BN -> activation       narrow to wide, t times the channels (
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,22 @@ from effnet_ops.reference.pointwise import pointwise_conv2d
 from effnet_ops.reference.squeeze_excite import squeeze_excite as squeeze_excite_reference
 
 Statistics = tuple[Tensor, Tensor]
+
+
+class Stages(NamedTuple):
+    """What one pass through a block makes.
+
+    ``y`` is in the dtype of x, all others in the compute dtype: the values before each normalisation, for each
+    convolution the mean and biased variance (C,) of the batch where they were used, and the mean (N, C) that
+    squeeze-and-excitation takes. None where the block has no such part.
+    """
+
+    y: Tensor
+    statistics: list[Statistics | None]
+    expanded: Tensor | None
+    convolved: Tensor
+    projected: Tensor
+    pooled: Tensor | None
 
 
 def mbconv(
@@ -38,8 +55,8 @@ def mbconv(
     residual: bool,
     drop_path: Tensor | None,
     training: bool,
-) -> tuple[Tensor, list[Statistics | None]]:
-    """The block's output and, per convolution in order, the batch mean and biased variance that were used (or None).
+) -> Stages:
+    """The block's output, with what it is made of.
 
     ``drop_path`` (N,) multiplies each image's branch before the residual is added: 0 or 1 / keep probability.
     """
@@ -55,21 +72,25 @@ def mbconv(
         weight, bias = (None if p is None else p.to(h.dtype) for p in (params.weight, params.bias))
         return batch_norm(h, mean, variance, weight, bias, params.eps)
 
-    h = x.to(compute_dtype(x.dtype))
-    if expand is not None:
-        h = pointwise_conv2d(h, expand.weight, expand.bias, None, "none")
-        h = activate(norm(h, expand.norm), activation)
-    h = depthwise_conv2d(h, depthwise.weight, depthwise.bias, stride, padding, (1, 1), "none")
-    h = activate(norm(h, depthwise.norm), activation)
+    h, expanded, pooled = x.to(compute_dtype(x.dtype)), None, None
+    if expand is None:
+        statistics.append(None)
+    else:
+        expanded = pointwise_conv2d(h, expand.weight, expand.bias, None, "none")
+        h = activate(norm(expanded, expand.norm), activation)
+    convolved = depthwise_conv2d(h, depthwise.weight, depthwise.bias, stride, padding, (1, 1), "none")
+    h = activate(norm(convolved, depthwise.norm), activation)
     if squeeze_excite is not None:
+        pooled = h.mean((2, 3))
         inner = squeeze_excite.activation or activation
         h = squeeze_excite_reference(h, *squeeze_excite[:4], inner, gate)
-    h = norm(pointwise_conv2d(h, project.weight, project.bias, None, "none"), project.norm)
+    projected = pointwise_conv2d(h, project.weight, project.bias, None, "none")
+    h = norm(projected, project.norm)
     if drop_path is not None:
         h = h * drop_path.to(h.dtype)[:, None, None, None]
     if residual:
         h = h + x.to(h.dtype)
-    return h.to(x.dtype), statistics
+    return Stages(h.to(x.dtype), statistics, expanded, convolved, projected, pooled)
 
 
 def drop_path_scale(x: Tensor, rate: float) -> Tensor:

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effnet_ops import backends, ops
+from effnet_ops import backends
 from effnet_ops.checks import output_size, padding_sides, resolve_padding
 from effnet_ops.functional import may_keep
-from effnet_ops.ops import packed
-from effnet_ops.ops.conv_norm import FEW_CHANNELS, TALLEST, keeps_channels_last
+from effnet_ops.ops import PreparedCalls, packed
+from effnet_ops.ops._library import Operator
+from effnet_ops.ops.conv_norm import FEW_CHANNELS, TALLEST, batch_norm, conv_norm, keeps_channels_last
 from effnet_ops.surgery.fused import (
     FusedLayer,
     Part,
@@ -54,18 +55,19 @@ class AroundLayer(FusedLayer):
 
 
 class _Checked:
-    """What an operator takes behind x, made of a layer's parameters: looked at again when one is another object."""
+    """An operator with what it takes behind x, made of a layer's parameters: again when one is another object."""
 
-    __slots__ = ("_known",)
+    __slots__ = ("_known", "_operator")
 
-    def __init__(self) -> None:
+    def __init__(self, operator: Operator[Any]) -> None:
+        self._operator = operator
         # One tuple, which threads that run the same layer exchange as a whole.
-        self._known: tuple[Any, Sequence[Any], tuple[Any, ...] | None] | None = None
+        self._known: tuple[Any, Sequence[Any], Callable[[Tensor], Tensor] | None] | None = None
 
     def __call__(
         self, x: Tensor, state: Sequence[Any], arguments: Callable[..., tuple[Any, ...] | None]
-    ) -> tuple[Any, ...] | None:
-        """``arguments(x, *state)``, None where the stock forward shall run.
+    ) -> Tensor | None:
+        """The operator on x and ``arguments(x, *state)``, None where that is None, and the stock forward shall run.
 
         The last of ``state`` is a weight, or None. ``.to()`` changes a parameter without making another object of it.
         """
@@ -75,9 +77,26 @@ class _Checked:
         known = self._known
         if known is None or key != known[0] or not all(map(is_, state, known[1])):
             fit = 0 not in x.shape[1:] and backends.select(x) == "cpu"
-            known = (key, state, arguments(x, *state) if fit else None)
+            found = arguments(x, *state) if fit else None
+            known = (key, state, None if found is None else _Bound(self._operator, found))
             self._known = known if may_keep(state, weight) else None
-        return known[2]
+        return None if known[2] is None else known[2](x)
+
+
+class _Bound:
+    """An operator with all its arguments but x."""
+
+    __slots__ = ("_arguments", "_operator", "_prepared")
+
+    def __init__(self, operator: Operator[Any], arguments: Sequence[Any]) -> None:
+        self._operator, self._arguments = operator, arguments
+        self._prepared = PreparedCalls([p for p in arguments if isinstance(p, Tensor)])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._prepared.run(x, self._run)
+
+    def _run(self, x: Tensor) -> Tensor:
+        return self._operator.run(x, *self._arguments)
 
 
 def _goes_with(p: Tensor | None, x: Tensor, *shape: int) -> bool:
@@ -142,14 +161,13 @@ class _ConvolutionPlan(_Convolution):
 
     def __init__(self, part: Part) -> None:
         super().__init__(part)
-        self._checked = _Checked()
+        self._checked = _Checked(conv_norm)
 
     def __call__(self, conv: nn.Conv2d, x: Tensor) -> Tensor | None:
         weight = parameter(conv, "weight")
         if not self.pays(x, weight):
             return None
-        arguments = self._checked(x, (parameter(conv, "bias"), weight), self._arguments)
-        return None if arguments is None else ops.conv_norm.conv_norm(x, arguments)
+        return self._checked(x, (parameter(conv, "bias"), weight), self._arguments)
 
     def _arguments(self, x: Tensor, bias: Tensor | None, weight: Tensor) -> tuple[Any, ...] | None:
         if not self.takes(x, weight) or not _goes_with(bias, x, weight.shape[0]):
@@ -163,13 +181,12 @@ class _NormPlan:
     __slots__ = ("_activation", "_checked")
 
     def __init__(self, activation: str) -> None:
-        self._activation, self._checked = activation, _Checked()
+        self._activation, self._checked = activation, _Checked(batch_norm)
 
     def __call__(self, norm: nn.BatchNorm2d, x: Tensor) -> Tensor | None:
         if norm.training:
             return None
-        arguments = self._checked(x, _norm_state(norm), self._arguments)
-        return None if arguments is None else ops.conv_norm.batch_norm(x, arguments)
+        return self._checked(x, _norm_state(norm), self._arguments)
 
     def _arguments(self, x: Tensor, *state: Any) -> tuple[Any, ...] | None:
         norm = _norm_arguments(x, x.shape[1], *state)
@@ -184,7 +201,7 @@ class _ConvNormPlan(_Convolution):
     def __init__(self, conv: Part, norm: nn.BatchNorm2d, activation: str) -> None:
         super().__init__(conv)
         self._conv, self._norm, self._activation = conv.module, norm, activation
-        self._after, self._checked = _NormPlan(activation), _Checked()
+        self._after, self._checked = _NormPlan(activation), _Checked(conv_norm)
 
     def __call__(self, layer: nn.Module, x: Tensor) -> Tensor | None:
         norm, weight = self._norm, parameter(self._conv, "weight")
@@ -192,8 +209,7 @@ class _ConvNormPlan(_Convolution):
             return None
         if not self.pays(x, weight):
             return self._after(norm, self._conv(x))
-        arguments = self._checked(x, (*_norm_state(norm), weight), self._arguments)
-        return None if arguments is None else ops.conv_norm.conv_norm(x, arguments)
+        return self._checked(x, (*_norm_state(norm), weight), self._arguments)
 
     def _arguments(self, x: Tensor, *state: Any) -> tuple[Any, ...] | None:
         *norm_state, weight = state
@@ -259,4 +275,4 @@ class AroundPool(AroundLayer):
 
 def _average(keepdim: bool, layer: nn.Module, x: Tensor) -> Tensor | None:
     fits = 0 not in x.shape and backends.select(x) == "cpu"
-    return packed.average_pool(x, keepdim) if fits else None
+    return packed.average_pool(packed.AveragePoolCall(x, keepdim)) if fits else None

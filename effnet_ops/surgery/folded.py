@@ -23,11 +23,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from effnet_ops import backends, context, layers
 from effnet_ops.checks import FLOAT_DTYPES
 from effnet_ops.models import efficientnet
-from effnet_ops.ops import packed
+from effnet_ops.ops import PreparedCalls, packed
 from effnet_ops.params import ConvNormParams
 from effnet_ops.reference import compute_dtype
 from effnet_ops.surgery.casting import cast
-from effnet_ops.surgery.folding import Block, BlockSequence, Prepared, Product, calls, convolution, fold
+from effnet_ops.surgery.folding import Block, BlockSequence, Product, calls, convolution, fold
 from effnet_ops.surgery.fused import (
     CHAINS,
     CONVOLUTIONS,
@@ -69,7 +69,7 @@ def transformed() -> bool:
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or context.in_transform()
-        or context.in_dispatch_mode()
+        or context.in_tracing_mode()
         or context.overridden()
     )
 
@@ -119,7 +119,7 @@ class Folded(nn.Module):
     def value(self) -> Any:
         """What `make` makes of the module as it is now; None where the stock forward shall run."""
         if transformed():
-            if not torch.compiler.is_compiling() and context.in_dispatch_mode():
+            if not torch.compiler.is_compiling() and context.in_tracing_mode():
                 release(self.parameters())
             return None
         cell = self.__dict__.setdefault(_KEPT, [None])
@@ -770,20 +770,20 @@ class FoldedPool(Folded):
         """Whether a module of the replaced class averages over the image, and gives that the shape of ``keepdim``."""
         raise NotImplementedError
 
-    def make(self) -> Prepared:
+    def make(self) -> PreparedCalls:
         for name, inner in self.named_modules():
             if inner is not self:
                 check_untouched(name, inner)
         if not self.averages(self):
             raise Unfit("it is not the average over the image")
-        return Prepared()
+        return PreparedCalls()
 
     def forward(self, x: Tensor) -> Tensor:
         fits = _is_activation(x) and 0 not in x.shape and backends.select(x) == "cpu"
         prepared = self.value() if fits else None
         if prepared is None:
             return self.stock.forward(self, x)
-        return prepared.run(x, packed.average_pool, packed.prepare_average_pool, self.keepdim)
+        return prepared.run(x, lambda x: packed.average_pool(packed.AveragePoolCall(x, self.keepdim)))
 
 
 class FoldedAdaptivePool(FoldedPool):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -15,7 +14,8 @@ from torch import Tensor, nn
 
 from effnet_ops import backends, functional, packing, reference
 from effnet_ops.checks import check_input, padding_sides, resolve_padding
-from effnet_ops.ops import _library, packed
+from effnet_ops.ops import PreparedCalls, packed
+from effnet_ops.ops.calls import PackedConv
 from effnet_ops.params import ConvNormParams, SqueezeExciteParams
 from effnet_ops.reference import activate, compute_dtype
 from effnet_ops.surgery.fused import (
@@ -81,39 +81,13 @@ def _on_cpu(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-class Prepared:
-    """An operator on arguments that nobody else has, prepared for the inputs that it has seen lately."""
-
-    __slots__ = ("_calls",)
-    most = 8
-
-    def __init__(self) -> None:
-        self._calls: dict[Any, _library.Prepared] = {}
-
-    def known(self, x: Tensor) -> _library.Prepared | None:
-        """What runs x, if it has been prepared, and nobody looks at the operators."""
-        known = self._calls.get((x.shape, x.stride(), x.dtype))
-        return known if known is not None and _library.Prepared.fits(x) else None
-
-    def run(self, x: Tensor, operator: Callable[..., Tensor], prepare: Callable[..., Any], *args: Any) -> Tensor:
-        """``operator(x, *args)``, by what ``prepare`` has prepared where such an x has been here before."""
-        if (known := self.known(x)) is not None:
-            return known.run(x)
-        y, prepared = operator(x, *args), prepare(x, *args)
-        if prepared is not None and prepared.elements <= _library.PreparedCalls.largest:
-            if len(self._calls) >= self.most:
-                self._calls.clear()
-            self._calls[x.shape, x.stride(), x.dtype] = prepared
-        return y
-
-
 class _Packed:
     """Base of what runs packed weights."""
 
     channels: int
 
     def __init__(self) -> None:
-        self._prepared = Prepared()
+        self._prepared = PreparedCalls()
 
     def runs_packed(self, x: Tensor, weight: Tensor) -> bool:
         """Whether the packed operator takes x, which must have the right number of channels."""
@@ -135,11 +109,13 @@ class Product(_Packed):
     def __call__(self, x: Tensor) -> Tensor:
         if (known := self._prepared.known(x)) is not None:
             return known.run(x)
-        arguments = (self.weight, self.bias, self.activation)
         if self.runs_packed(x, self.weight):
-            return self._prepared.run(x, packed.pointwise, packed.prepare_pointwise, *arguments)
+            return self._prepared.run(x, self._packed)
         weight = _plain_product(self.weight, self.columns, self.channels)
         return functional.pointwise_conv2d(x, weight, self.bias, activation=self.activation)
+
+    def _packed(self, x: Tensor) -> Tensor:
+        return packed.pointwise(packed.PackedPointwiseCall(x, self.weight, self.bias, self.activation))
 
 
 def _packed_product(rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -173,16 +149,18 @@ class DenseConvolution(_Packed):
             calls.moved = True
         if (known := self._prepared.known(x)) is not None:
             return known.run(x)
-        settings = (self.kernel, self.stride, self.sides, self.activation)
         if self.runs_packed(x, self.weight):
-            arguments = (self.weight, self.bias, *settings)
-            return self._prepared.run(x, packed.convolution, packed.prepare_convolution, *arguments)
+            return self._prepared.run(x, self._packed)
         weight = self.weight
         if _on_cpu(weight):
             weight = packing.unpack_convolution(weight, self.columns, self.channels, self.kernel)
         sides = resolve_padding(self.sides, x.shape[2:], self.kernel, self.stride, (1, 1))
         convolution = reference.convolution if x.device.type == "cpu" else _library_convolution
         return convolution(x, weight, self.bias, self.stride, sides, self.activation)
+
+    def _packed(self, x: Tensor) -> Tensor:
+        settings = (self.kernel, self.stride, self.sides, self.activation)
+        return packed.convolution(packed.PackedConvolutionCall(x, self.weight, self.bias, *settings))
 
 
 def _library_convolution(
@@ -262,76 +240,69 @@ class Block(_Packed):
         after: str = "none",
     ) -> None:
         super().__init__()
-        wide = depthwise.weight.dtype
-        self.depths: dict[str, int] = {}
-        self.expand_weight, self.expand_bias = self._product("expand", expand, dtype)
-        cpu = _on_cpu(depthwise.weight)
-        self.depthwise_weight = packing.pack_depthwise(depthwise.weight) if cpu else depthwise.weight
-        self.depthwise_bias = depthwise.bias
-        for name, at in (("reduce", 0), ("excite", 2)):
-            weight, bias = squeeze_excite[at : at + 2] if squeeze_excite else (None, None)
-            conv = None if weight is None else fold(ConvNormParams(weight, bias), wide)
-            # The gate is computed in fp32 (fp64 for fp64), as the pool is that it comes from.
-            weight, bias = self._product(name, conv, wide)
-            setattr(self, f"{name}_weight", weight)
-            setattr(self, f"{name}_bias", bias)
-        self.project_weight, self.project_bias = self._product("project", project, dtype)
+        wide, cpu = depthwise.weight.dtype, _on_cpu(depthwise.weight)
+        self.after, self.depths = after, {}
         self.channels = (depthwise if expand is None else expand).weight.shape[0 if expand is None else 1]
-        self.stride, self.padding, self.residual = tuple(stride), padding_sides(padding), residual
-        self.activation, self.gate, self.after = activation, gate, after
-        self.squeeze_activation = (squeeze_excite.activation if squeeze_excite else None) or activation
+        reduce = excite = None
+        if squeeze_excite is not None:
+            # The gate is computed in fp32 (fp64 for fp64), as the pool is that it comes from.
+            reduce, excite = (fold(ConvNormParams(*squeeze_excite[at : at + 2]), wide) for at in (0, 2))
+        filters = packing.pack_depthwise(depthwise.weight) if cpu else depthwise.weight
+        self._call = packed.PackedBlockCall(
+            None,
+            self._product("expand", expand, dtype),
+            PackedConv(filters, depthwise.bias),
+            self._product("reduce", reduce, wide),
+            self._product("excite", excite, wide),
+            self._product("project", project, dtype),
+            tuple(stride),
+            padding_sides(padding),
+            residual,
+            activation,
+            (squeeze_excite.activation if squeeze_excite else None) or activation,
+            gate,
+        )
 
-    def _product(
-        self, name: str, conv: ConvNormParams | None, dtype: torch.dtype
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def _product(self, name: str, conv: ConvNormParams | None, dtype: torch.dtype) -> PackedConv | None:
         if conv is None:
-            return None, None
+            return None
         rows = conv.weight.flatten(1)
         self.depths[name] = rows.shape[1]
-        return _packed_product(rows, dtype), conv.bias
-
-    def tensors(self) -> list[Tensor | None]:
-        """In the order of the packed operator."""
-        return [getattr(self, name) for name in _TENSORS]
+        return PackedConv(_packed_product(rows, dtype), conv.bias)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.runs_packed(x, self.depthwise_weight):
-            config = (self.residual, self.activation, self.squeeze_activation, self.gate)
-            y = packed.mbconv(x, *self.tensors(), self.stride, self.padding, *config)
+        if self.runs_packed(x, self._call.depthwise.weight):
+            y = packed.mbconv(self._call._replace(x=x))
         else:
             y = self._run_plain(x)
         return y if self.after == "none" else activate(y, self.after)
 
     def _conv(self, name: str) -> ConvNormParams | None:
-        weight, bias = getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
-        return None if weight is None else ConvNormParams(_plain_product(weight, len(bias), self.depths[name]), bias)
+        conv = getattr(self._call, name)
+        if conv is None:
+            return None
+        return ConvNormParams(_plain_product(conv.weight, len(conv.bias), self.depths[name]), conv.bias)
 
     def _run_plain(self, x: Tensor) -> Tensor:
         """The block by `effnet_ops.mbconv`, on whatever backend that chooses."""
-        reduce, excite, squeeze_excite = self._conv("reduce"), self._conv("excite"), None
+        call, reduce, excite, squeeze_excite = self._call, self._conv("reduce"), self._conv("excite"), None
         if reduce is not None:
-            squeeze_excite = SqueezeExciteParams(*reduce[:2], *excite[:2], self.squeeze_activation)
-        filters = self.depthwise_weight
+            squeeze_excite = SqueezeExciteParams(*reduce[:2], *excite[:2], call.squeeze_activation)
+        filters, bias = call.depthwise
         filters = packing.unpack_depthwise(filters) if _on_cpu(filters) else filters
         return functional.mbconv(
             x,
             self._conv("expand"),
-            ConvNormParams(filters, self.depthwise_bias),
+            ConvNormParams(filters, bias),
             squeeze_excite,
             self._conv("project"),
-            stride=self.stride,
-            padding=self.padding or "same",
-            activation=self.activation,
-            gate=self.gate,
-            residual=self.residual,
+            stride=call.stride,
+            padding=call.padding or "same",
+            activation=call.activation,
+            gate=call.gate,
+            residual=call.residual,
             training=False,
         )
-
-
-_TENSORS = tuple(
-    f"{part}_{kind}" for part in ("expand", "depthwise", "reduce", "excite", "project") for kind in ("weight", "bias")
-)
-_settings = attrgetter("stride", "padding", "residual", "activation", "squeeze_activation", "gate")
 
 
 class BlockSequence:
@@ -339,23 +310,12 @@ class BlockSequence:
 
     def __init__(self, blocks: Sequence[Block]) -> None:
         self._blocks = list(blocks)
-        numbers = [
-            packed.SequenceBlock.of(block.expand_weight is not None, block.reduce_weight is not None, *_settings(block))
-            for block in self._blocks
-        ]
-        self._numbers = [number for block in numbers for number in block]
-        self._tensors = [t for block in self._blocks for t in block.tensors() if t is not None]
-        self._prepared = Prepared()
+        self._prepared = PreparedCalls()
 
     def __call__(self, x: Tensor) -> Tensor:
-        if (known := self._prepared.known(x)) is not None:
-            return known.run(x)
-        if not self._runs_packed(x):
-            for block in self._blocks:
-                x = block(x)
-            return x
-        return self._prepared.run(x, packed.mbconv_sequence, packed.prepare_sequence, self._tensors, self._numbers)
+        return self._prepared.run(x, self._run)
 
-    def _runs_packed(self, x: Tensor) -> bool:
-        fit = all(packed.fits(x, block.project_weight) for block in self._blocks)
-        return self._blocks[0].runs_packed(x, self._blocks[0].depthwise_weight) and fit
+    def _run(self, x: Tensor) -> Tensor:
+        for block in self._blocks:
+            x = block(x)
+        return x

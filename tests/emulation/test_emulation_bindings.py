@@ -32,6 +32,8 @@ from torch import Tensor
 
 from effnet_ops import backends, checks
 from effnet_ops.ops import cuda, gpu
+from effnet_ops.ops._library import OPERATORS
+from effnet_ops.ops.depthwise import DepthwiseCall, DepthwiseGradientCall
 
 sys.path.insert(0, str(emulator.ROOT / "benchmarks" / "gpu"))
 
@@ -43,7 +45,7 @@ class Emulated(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, operator: str, config: tuple[Any, ...], *inputs: Tensor | None) -> Tensor:
-        result = cuda.implementation(operator)(*inputs, *config)
+        result = OPERATORS[operator].unpacking(cuda.implementation(operator))(*inputs, *config)
         y, saved = (result, ()) if isinstance(result, Tensor) else (result[0], result[1:])
         ctx.operator, ctx.config, ctx.count = operator, config, len(saved)
         ctx.save_for_backward(*inputs, *saved)
@@ -54,9 +56,9 @@ class Emulated(torch.autograd.Function):
         inputs = ctx.saved_tensors[: len(ctx.saved_tensors) - ctx.count]
         saved = ctx.saved_tensors[len(inputs) :]
         needs = list(ctx.needs_input_grad[2:])
-        found = cuda.implementation(f"{ctx.operator}_backward")(
-            grad, inputs[0], *saved, *inputs[1:], *ctx.config, needs
-        )
+        name = f"{ctx.operator}_backward"
+        backward = OPERATORS[name].unpacking(cuda.implementation(name))
+        found = backward(grad, *inputs, *ctx.config, *saved, needs)
         return (None, None, *(value if need else None for value, need in zip(found, needs, strict=True)))
 
 
@@ -144,8 +146,10 @@ def test_no_layout_is_copied(shape: tuple[int, ...], format_: torch.memory_forma
     results: list[Tensor] = []
 
     def run(grad: Tensor) -> None:
-        y = cuda.implementation("depthwise_conv2d")(x, weight, None, *config)
-        dx, _, _ = cuda.implementation("depthwise_conv2d_backward")(grad, x, weight, None, *config, [True, True, False])
+        call = DepthwiseCall(x, weight, None, *config)
+        y = cuda.implementation("depthwise_conv2d")(call)
+        gradient = DepthwiseGradientCall(grad, call, (True, True, False))
+        dx, _, _ = cuda.implementation("depthwise_conv2d_backward")(gradient)
         results.extend((y, dx))
 
     assert operations(lambda: run(torch.randn_like(x))) & COPIES == set()
@@ -160,7 +164,8 @@ def test_rows_too_wide_for_the_kernels_go_through_copies() -> None:
     x, weight = torch.randn(1, 2, 2, 900), torch.randn(2, 1, 3, 3)
     results: list[Tensor] = []
     run = cuda.implementation("depthwise_conv2d")
-    seen = operations(lambda: results.append(run(x, weight, None, (1, 1), (1, 1, 1, 1), (1, 1), "none")))
+    call = DepthwiseCall(x, weight, None, (1, 1), (1, 1, 1, 1), (1, 1), "none")
+    seen = operations(lambda: results.append(run(call)))
     assert "aten::clone" in seen and results[0].is_contiguous()
     exact = torch.nn.functional.conv2d(x.double(), weight.double(), padding=1, groups=2)
     assert relative_error(results[0], exact) <= FORWARD_TOLERANCE[torch.float32]

@@ -13,9 +13,9 @@ from helpers import mbconv_groups, mbconv_tensors, prepared
 from torch import Tensor
 
 from effnet_ops.kernels import launching
-from effnet_ops.kernels.mbconv import Gradients
 from effnet_ops.ops import gpu, triton
-from effnet_ops.ops.mbconv import Block, mbconv_arguments
+from effnet_ops.ops._library import OPERATORS
+from effnet_ops.ops.mbconv import MBConvCall
 
 CASES = {case.name: case for case in MBCONV}
 
@@ -57,12 +57,20 @@ def arguments(name: str, dtype: torch.dtype, training: bool) -> tuple[Any, ...]:
     case = CASES[name]
     tensors = prepared(mbconv_tensors(case), dtype, "channels_last")
     groups = mbconv_groups(case, tensors)
-    block, config = mbconv_arguments(
-        tensors["x"], groups["expand"], groups["depthwise"], groups["squeeze_excite"], groups["project"],
-        (case.stride,) * 2, (), case.activation, case.gate, case.residual, tensors["drop_path"], training,
-    )  # fmt: skip
+    call = MBConvCall.of(
+        tensors["x"],
+        *(groups[name] for name in ("expand", "depthwise", "squeeze_excite", "project")),
+        stride=(case.stride,) * 2,
+        padding=(),
+        activation=case.activation,
+        gate=case.gate,
+        residual=case.residual,
+        drop_path=tensors["drop_path"],
+        training=training,
+    )
     # As PyTorch's dispatcher gives them.
-    return (*block, *(list(value) if isinstance(value, tuple) else value for value in config))
+    flat = OPERATORS["mbconv_inference"].signature.flatten(call)
+    return tuple(list(value) if isinstance(value, tuple) else value for value in flat)
 
 
 def same(found: Any, expected: Any) -> bool:
@@ -79,7 +87,7 @@ def test_inference(name: str, dtype: torch.dtype, interpreted: list[str]) -> Non
 
 
 def check_inference(name: str, dtype: torch.dtype, interpreted: list[str]) -> None:
-    function = triton.implementation("mbconv_inference")
+    function = OPERATORS["mbconv_inference"].unpacking(triton.implementation("mbconv_inference"))
     replayed = gpu.Replayed(function)
     first, second = (arguments(name, dtype, False) for _ in range(2))
     assert same(replayed.run(0, *first), function(*first)) and not interpreted
@@ -106,15 +114,15 @@ def test_training_step_with_calls(name: str, interpreted: list[str]) -> None:
 
 
 def check_training_step(name: str, save_expanded: bool, interpreted: list[str]) -> None:
-    operators = [triton.implementation(f"mbconv_{kind}") for kind in ("training", "backward")]
+    names = "mbconv_training", "mbconv_backward"
+    operators = [OPERATORS[name].unpacking(triton.implementation(name)) for name in names]
     forward, backward = (gpu.Replayed(operator) for operator in operators)
     for again in (False, True):
         block = arguments(name, torch.float32, True)
         made = forward.run(0, *block, save_expanded)
         assert same(made, operators[0](*block, save_expanded))
         grad = torch.randn(made[0].shape).contiguous(memory_format=torch.channels_last)
-        tensors, config = block[:-7], block[-7:]
-        needs = [Block(*tensors)._asdict()[name] is not None for name in Gradients._fields]
-        given = (grad, *tensors, *config, *made[1:], needs)
+        needs = [block[i] is not None for i in OPERATORS["mbconv_inference"].signature.differentiable]
+        given = (grad, *block, *made[1:], needs)
         assert same(backward.run(0, *given), operators[1](*given))
         assert bool(interpreted) is again

@@ -1,4 +1,4 @@
-"""The operators on CUDA C++ kernels: one file a word, with functions of the operators' names and arguments.
+"""The operators on CUDA C++ kernels: one file a word, with functions of the operators' names that take their calls.
 
 The kernels themselves are internal operators, `torch.ops.effnet_ops.cuda_*`, with every prologue and epilogue that they
 can carry. Activations are (N, C, H, W) in any layout, best channels_last; what is stored for a channel or an image is

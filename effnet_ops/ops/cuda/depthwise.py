@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from effnet_ops.checks import resolve_padding
 from effnet_ops.ops import _library
+from effnet_ops.ops.depthwise import DepthwiseCall, DepthwiseGradientCall
 
 _MOST_ELEMENTS = 2**31
 
@@ -24,51 +24,38 @@ def too_large(size: Sequence[int], kernel: int, sides: Sequence[int]) -> bool:
     return height * width * max(channels, 8, batch) >= _MOST_ELEMENTS
 
 
-def depthwise_conv2d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    activation: str,
-) -> Tensor:
-    sides = resolve_padding(padding, x.shape[2:], weight.shape[2:], stride, dilation)
-    if too_large(x.shape, weight.shape[2], sides):
-        return _library.fallbacks["depthwise_conv2d"](x, weight, bias, stride, padding, dilation, activation)
+def _too_large(call: DepthwiseCall) -> bool:
+    return too_large(call.x.shape, call.weight.shape[2], call.sides())
+
+
+def depthwise_conv2d(call: DepthwiseCall) -> Tensor:
+    if _too_large(call):
+        return call.reference()
+    return _forward(call, None)
+
+
+def _forward(call: DepthwiseCall, grad: Tensor | None) -> Tensor:
+    """The convolution, or ``grad`` in front of its activation, from the convolution formed again."""
     y, _, _ = torch.ops.effnet_ops.cuda_depthwise_forward(
-        x, weight, bias, None, None, None, None, stride[0], sides, "none", activation, False, False
-    )
+        call.x, call.weight, call.bias, None, None, None, grad, call.stride[0], call.sides(), "none", call.activation,
+        False, False,
+    )  # fmt: skip
     return y
 
 
-def depthwise_conv2d_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    activation: str,
-    needs: Sequence[bool],
-) -> tuple[Tensor, ...]:
+def depthwise_conv2d_backward(gradient: DepthwiseGradientCall) -> tuple[Tensor, ...]:
+    grad, call, needs = gradient
+    x, weight, bias = call[:3]
     wanted = [needs[0], needs[1], needs[2] and bias is not None]
     if x.shape[0] == 0 or not any(wanted):
-        return tuple(result.zero_() for result in _library.empty_gradients(x, (x, weight, bias), needs))
-    sides = resolve_padding(padding, x.shape[2:], weight.shape[2:], stride, dilation)
-    if too_large(x.shape, weight.shape[2], sides):
-        config = (stride, padding, dilation, activation, needs)
-        return _library.fallbacks["depthwise_conv2d_backward"](grad, x, weight, bias, *config)
-    if activation != "none":
-        # The gradient in front of the activation, from the convolution formed again: y was not saved.
-        grad, _, _ = torch.ops.effnet_ops.cuda_depthwise_forward(
-            x, weight, bias, None, None, None, grad, stride[0], sides, "none", activation, False, False
-        )
+        return _library.no_gradients(x, (x, weight, bias), needs)
+    if _too_large(call):
+        return gradient.reference()
+    if call.activation != "none":
+        grad = _forward(call, grad)
     # Without an activation and a gradient of the weight autograd did not save x: it may be uninitialised.
     pixels = x if wanted[1] else None
-    fused = (None,) * 7
-    place = (stride[0], sides)
+    fused, place = (None,) * 7, (call.stride[0], call.sides())
     return torch.ops.effnet_ops.cuda_depthwise_backward(
         grad, pixels, weight, bias, *fused, x, *place, "none", "none", wanted
     )[:3]

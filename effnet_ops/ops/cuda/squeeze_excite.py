@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from effnet_ops import reference
 from effnet_ops.ops import _library
+from effnet_ops.ops.squeeze_excite import SqueezeExciteCall, SqueezeExciteGradientCall
 
 _MOST_ELEMENTS, _MOST_SHARED_FLOATS = 2**31, 24 * 1024
 
@@ -19,23 +17,23 @@ def _too_large(x: Tensor, reduced: int) -> bool:
     return elements >= _MOST_ELEMENTS or 2 * x.shape[1] + 3 * reduced + 256 > _MOST_SHARED_FLOATS
 
 
-def squeeze_excite(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def squeeze_excite(call: SqueezeExciteCall) -> tuple[Tensor, Tensor]:
+    x, *layer = call
     if x.numel() == 0:
-        pooled = x.new_empty(x.shape[:2], dtype=reference.compute_dtype(x.dtype))
-        return _library.empty_result(x, x.shape), pooled
-    *parameters, activation, gate = args
-    if _too_large(x, parameters[0].shape[0]):
-        return _library.fallbacks["squeeze_excite"](x, *args)
+        return call.output()
+    if _too_large(x, call.reduce_weight.shape[0]):
+        return call.reference()
+    *parameters, activation, gate = layer
     y, pooled, _ = torch.ops.effnet_ops.cuda_squeeze_excite_forward(
         x, None, *parameters, "none", activation, gate, True
     )
     return y, pooled
 
 
-def squeeze_excite_backward(grad: Tensor, x: Tensor, pooled: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *tensors, _activation, _gate, needs = args
+def squeeze_excite_backward(gradient: SqueezeExciteGradientCall) -> tuple[Tensor, ...]:
+    grad, (x, *layer), pooled, needs = gradient
     if x.numel() == 0:
-        return tuple(value.zero_() for value in _library.empty_gradients(x, (x, *tensors), needs))
-    if _too_large(x, tensors[0].shape[0]):
-        return _library.fallbacks["squeeze_excite_backward"](grad, x, pooled, *args)
-    return torch.ops.effnet_ops.cuda_squeeze_excite_backward(grad, x, pooled, *args)
+        return _library.no_gradients(x, gradient.call[:5], needs)
+    if _too_large(x, gradient.call.reduce_weight.shape[0]):
+        return gradient.reference()
+    return torch.ops.effnet_ops.cuda_squeeze_excite_backward(grad, x, pooled, *layer, needs)

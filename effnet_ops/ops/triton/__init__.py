@@ -1,4 +1,4 @@
-"""The operators on Triton kernels: one file a word, with functions of the operators' names and arguments.
+"""The operators on Triton kernels: one file a word, with functions of the operators' names that take their calls.
 
 `ops/gpu.py` registers them for CUDA. Where kernels are interpreted they are registered here for CPU, for as long as the
 backend `triton` is asked for. Triton is imported by the first call. PyTorch's compiler sees the operators only, never
@@ -40,10 +40,11 @@ def implementation(name: str) -> Callable[..., Any]:
 
 def _register_interpreter(name: str) -> None:
     compiled = torch.library.get_kernel(f"{_library.NAMESPACE}::{name}", "CPU")
+    unpacking = _library.OPERATORS[name].unpacking
 
     def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
         if backends.requested() == "triton":
-            return implementation(name)(*args)
+            return unpacking(implementation(name))(*args)
         return compiled.call_boxed(keyset, *args)
 
     with warnings.catch_warnings():

@@ -2,80 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from effnet_ops import backends
-from effnet_ops.checks import resolve_padding
 from effnet_ops.kernels import depthwise
 from effnet_ops.kernels.layout import nhwc
 from effnet_ops.ops import _library
+from effnet_ops.ops.depthwise import DepthwiseCall, DepthwiseGradientCall
 from effnet_ops.ops.triton.layout import result_like
 
 
-def _uncovered(weight: Tensor, stride: Sequence[int], dilation: Sequence[int]) -> bool:
-    window = backends.Window(weight.shape[2:], stride, dilation)
-    return bool(backends.BACKENDS["triton"].uncovered(window))
+def _uncovered(call: DepthwiseCall) -> bool:
+    return bool(backends.BACKENDS["triton"].uncovered(call.window()))
 
 
-def depthwise_conv2d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    activation: str,
-) -> Tensor:
-    if _uncovered(weight, stride, dilation):
-        return _library.fallbacks["depthwise_conv2d"](x, weight, bias, stride, padding, dilation, activation)
+def _window(call: DepthwiseCall) -> dict[str, Any]:
+    return {"stride": call.stride, "padding": call.sides(), "dilation": call.dilation}
+
+
+def depthwise_conv2d(call: DepthwiseCall) -> Tensor:
+    if _uncovered(call):
+        return call.reference()
     y, _, _ = depthwise.forward(
-        nhwc(x),
-        weight.contiguous(),
-        stride=stride,
-        padding=resolve_padding(padding, x.shape[2:], weight.shape[2:], stride, dilation),
-        dilation=dilation,
-        bias=None if bias is None else bias.contiguous(),
-        out_activation=activation,
+        nhwc(call.x),
+        call.weight.contiguous(),
+        **_window(call),
+        bias=None if call.bias is None else call.bias.contiguous(),
+        out_activation=call.activation,
     )
-    return result_like(y, x)
+    return result_like(y, call.x)
 
 
-def depthwise_conv2d_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    activation: str,
-    needs: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    if _uncovered(weight, stride, dilation):
-        config = (stride, padding, dilation, activation, needs)
-        return _library.fallbacks["depthwise_conv2d_backward"](grad, x, weight, bias, *config)
+def depthwise_conv2d_backward(gradient: DepthwiseGradientCall) -> tuple[Tensor, ...]:
+    grad, call, needs = gradient
+    if _uncovered(call):
+        return gradient.reference()
+    x, weight, bias = call[:3]
     wanted = (needs[0], needs[1], needs[2] and bias is not None)
     if x.shape[0] == 0 or not any(wanted):
-        return tuple(result.zero_() for result in _library.empty_gradients(x, (x, weight, bias), needs))
-    window: dict[str, Any] = {
-        "stride": stride,
-        "padding": resolve_padding(padding, x.shape[2:], weight.shape[2:], stride, dilation),
-        "dilation": dilation,
-    }
-    grad, filters = nhwc(grad), weight.contiguous()
-    pixels = nhwc(x) if wanted[1] or activation != "none" else None
-    if activation != "none":
-        bias_vector = None if bias is None else bias.contiguous()
+        return _library.no_gradients(x, (x, weight, bias), needs)
+    window, grad, filters = _window(call), nhwc(grad), weight.contiguous()
+    pixels = nhwc(x) if wanted[1] or call.activation != "none" else None
+    if call.activation != "none":
+        vector = None if bias is None else bias.contiguous()
         grad, _, _ = depthwise.forward(
-            pixels, filters, **window, bias=bias_vector, out_activation=activation, grad=grad
+            pixels, filters, **window, bias=vector, out_activation=call.activation, grad=grad
         )
     dx, dw, db, _ = depthwise.backward(grad, pixels, filters, size=x.shape[2:], **window, bias=bias, needs=wanted)
-    empty = x.new_empty(0)
-    return (
-        empty if dx is None else result_like(dx, x),
-        empty if dw is None else dw,
-        x.new_empty(0) if db is None else db,
+    return tuple(
+        x.new_empty(0) if value is None else value for value in (None if dx is None else result_like(dx, x), dw, db)
     )

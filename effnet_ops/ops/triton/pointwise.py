@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from effnet_ops.kernels import pointwise
 from effnet_ops.kernels.layout import nhwc
 from effnet_ops.ops import _library
+from effnet_ops.ops.pointwise import PointwiseCall, PointwiseGradientCall
 from effnet_ops.ops.triton.layout import result_like
 
 
@@ -18,11 +17,10 @@ def _pixels(x: Tensor) -> Tensor:
     return nhwc(x).flatten(1, 2)
 
 
-def pointwise_conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str
-) -> Tensor:
+def pointwise_conv2d(call: PointwiseCall) -> Tensor:
+    x, weight, bias, residual, activation = call
     if x.numel() == 0:
-        return _library.empty_result(x, (x.shape[0], weight.shape[0], *x.shape[2:]))
+        return call.output()
     y, _ = pointwise.forward(
         _pixels(x),
         weight.contiguous(),
@@ -33,11 +31,10 @@ def pointwise_conv2d(
     return result_like(y.unflatten(1, x.shape[2:]), x)
 
 
-def pointwise_conv2d_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, needs: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
+def pointwise_conv2d_backward(gradient: PointwiseGradientCall) -> tuple[Tensor, ...]:
+    grad, (x, weight, bias, _, activation), needs = gradient
     if x.numel() == 0:
-        return tuple(value.zero_() for value in _library.empty_gradients(x, (x, weight, bias), needs))
+        return _library.no_gradients(x, (x, weight, bias), needs)
     weight = weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     wide_grad = _pixels(grad)

@@ -1,0 +1,116 @@
+"""What an operator made of its arguments at one call, kept for other inputs of that shape: create, then run.
+
+Creating is the call itself: while it is recorded, the operators leave their kernels, with all that they unpacked and
+checked (csrc/recording.h).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effnet_ops import _native, backends, context
+
+
+def unobserved(x: Tensor) -> bool:
+    """Whether no mode, transform, profiler or gradient would see an operator on x, but its kernel alone."""
+    return (
+        type(x) is Tensor
+        and not torch.is_grad_enabled()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._is_torch_function_mode_enabled()
+        and not torch._C._autograd._profiler_enabled()
+        and not torch._C._is_tracing()
+        and not torch.is_autocast_enabled("cpu")
+        and not context.in_transform()
+        and not x.is_neg()
+    )
+
+
+def fits(x: Tensor) -> bool:
+    """Whether a kernel can run on x, and nobody else has to see the call."""
+    runs_here = _native.module is not None and x.is_cpu and backends.requested() in (None, "cpu")
+    return runs_here and x.numel() > 0 and unobserved(x)
+
+
+class Prepared:
+    """CPU kernels for one shape, layout and dtype of x and the tensors that their operators have accepted with it.
+
+    They have the addresses of the tensors, so that a call does not unpack them; `holds` must be asked before `run`.
+    """
+
+    __slots__ = ("_addresses", "_kernels", "_shape", "_sizes", "_strides", "_tensors")
+
+    def __init__(self, kernels: Any, y: Tensor, tensors: Sequence[Tensor]) -> None:
+        self._kernels, self._shape, self._strides = kernels, y.shape, y.stride()
+        self._tensors = list(tensors)
+        self._addresses, self._sizes = list(map(Tensor.data_ptr, tensors)), list(map(Tensor.numel, tensors))
+
+    def holds(self, x: Tensor) -> bool:
+        """Whether x fits, and the tensors' memory is as it was: it moves when it is sent to another process."""
+        return fits(x) and (
+            not self._tensors
+            or (
+                list(map(Tensor.data_ptr, self._tensors)) == self._addresses
+                and list(map(Tensor.numel, self._tensors)) == self._sizes
+                and all(map(Tensor.is_contiguous, self._tensors))
+            )
+        )
+
+    def run(self, x: Tensor) -> Tensor:
+        y = torch.empty_strided(self._shape, self._strides, dtype=x.dtype)
+        self._kernels.run(x.data_ptr(), y.data_ptr())
+        return y
+
+    def __len__(self) -> int:
+        return len(self._kernels)
+
+
+def record(
+    x: Tensor, function: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]
+) -> tuple[Tensor, Prepared | None]:
+    """``function(x)``, and what runs it again on other values: None where it did more than call operators in turn.
+
+    ``tensors`` are those whose memory the kernels read beside x, as long as somebody may change them.
+    """
+    if not fits(x):
+        return function(x), None
+    recording = _native.module.Recording()
+    try:
+        y = function(x)
+    except BaseException:
+        recording.finish(0, 0)
+        raise
+    kernels = recording.finish(x.data_ptr(), y.data_ptr())
+    # What a kernel wrote is a whole tensor; y can be a part of one, or another view.
+    return y, None if kernels is None or not y.numel() else Prepared(kernels, y, tensors)
+
+
+class PreparedCalls:
+    """What is prepared for the inputs that one layer has seen lately, with other arguments that stay as they are."""
+
+    __slots__ = ("_calls", "_tensors")
+    most = 8
+
+    def __init__(self, tensors: Sequence[Tensor] = ()) -> None:
+        self._tensors = tensors
+        self._calls: dict[Any, Prepared] = {}
+
+    def known(self, x: Tensor) -> Prepared | None:
+        """What runs x, if it has been prepared, nothing has moved, and nobody looks at the operators."""
+        known = self._calls.get((x.shape, x.stride(), x.dtype))
+        return known if known is not None and known.holds(x) else None
+
+    def run(self, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """``function(x)``, by what is prepared where such an x has been here before."""
+        if (known := self.known(x)) is not None:
+            return known.run(x)
+        y, prepared = record(x, function, self._tensors)
+        if prepared is not None:
+            if len(self._calls) >= self.most:
+                self._calls.clear()
+            self._calls[x.shape, x.stride(), x.dtype] = prepared
+        return y
