@@ -374,6 +374,7 @@ Results pointwise_conv2d(Reader& in) {
 Results pointwise_conv2d_backward(Reader& in) {
     const Tensor grad = in.tensor(), x = in.tensor(), weight = in.tensor();
     const OptionalTensor bias = in.optional();
+    in.optional();  // a residual, which has no part in these gradients
     const std::string activation = in.name();
     const Needs needs = in.flags();
     const cpu::PointwiseShape s = pointwise_shape(x, weight);

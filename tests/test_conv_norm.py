@@ -63,7 +63,7 @@ def test_batch_norm(isa: str, size: tuple[int, ...], activation: str, dtype: tor
         exact = normalised(x.to(dtype).double(), exact_norm, activation)
         for layout in LAYOUTS:
             given = lay_out(x.to(dtype), layout)
-            y = conv_norm.batch_norm(given, (*norm, activation))
+            y = conv_norm.batch_norm.run(given, *norm, activation)
             assert y.dtype is dtype and y.stride() == expected_strides(given, y.shape)
             assert relative_error(y, exact) < FORWARD_TOLERANCE[dtype]
 
@@ -111,7 +111,7 @@ def test_conv_norm(
     for layout in LAYOUTS:
         for filters in (weight, weight.contiguous(memory_format=torch.channels_last)):
             given = lay_out(x.to(dtype), layout)
-            y = conv_norm.conv_norm(given, (filters, *given_norm, stride, padding, "silu"))
+            y = conv_norm.conv_norm.run(given, filters, *given_norm, stride, padding, "silu")
             last = conv_norm.keeps_channels_last(given, filters)
             assert y.dtype is dtype
             assert y.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)

@@ -307,7 +307,7 @@ def test_only_the_output_is_differentiable() -> None:
 
 def test_statistics_and_drop_path_have_no_gradient() -> None:
     args = arguments("mbconv_training", "channels_last", torch.float32)
-    args[20].requires_grad_()
+    args[DROP_PATH].requires_grad_()
     with pytest.raises(RuntimeError, match="no gradient for drop_path"):
         OPERATORS.mbconv_training(*args)
 

@@ -314,7 +314,7 @@ def test_recordings_nest() -> None:
 
 def test_a_prepared_call_without_memory_is_an_error() -> None:
     x, run, _ = sequence("wide", torch.float32)
-    x = lay_out(x, "channels_last")
+    x = x.contiguous(memory_format=torch.channels_last)
     prepared = prepare(x, run)
     x.untyped_storage().resize_(0)
     with pytest.raises(ValueError, match="storage was freed"), torch.inference_mode():

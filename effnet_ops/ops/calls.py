@@ -104,7 +104,10 @@ class Signature:
             if group is None:
                 flat.append(value)
             else:
-                flat += [argument.absent for argument in group.arguments] if value is None else group.flatten(value)
+                # torch.compile cannot add a named tuple to a list.
+                flat.extend(
+                    [argument.absent for argument in group.arguments] if value is None else group.flatten(value)
+                )
         return flat
 
     def parse(self, flat: Sequence[Any]) -> Any:

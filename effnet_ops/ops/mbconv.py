@@ -134,17 +134,17 @@ class Saved(NamedTuple):
     expanded: Constant
     convolved: Constant
     projected: Constant
-    expand_mean: Constant
-    expand_var: Constant
-    depthwise_mean: Constant
-    depthwise_var: Constant
-    project_mean: Constant
-    project_var: Constant
+    expand_mean_used: Constant
+    expand_var_used: Constant
+    depthwise_mean_used: Constant
+    depthwise_var_used: Constant
+    project_mean_used: Constant
+    project_var_used: Constant
     pooled: Constant
 
     def statistics(self) -> list[tuple[Tensor, Tensor] | None]:
         """(mean, biased variance) of expand, depthwise and project, where those of the batch were used."""
-        pairs = ((self[i], self[i + 1]) for i in range(self._fields.index("expand_mean"), len(self) - 1, 2))
+        pairs = ((self[i], self[i + 1]) for i in range(self._fields.index("expand_mean_used"), len(self) - 1, 2))
         return [(mean, var) if mean.numel() else None for mean, var in pairs]
 
 

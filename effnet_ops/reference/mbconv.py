@@ -28,9 +28,9 @@ Statistics = tuple[Tensor, Tensor]
 class Stages(NamedTuple):
     """What one pass through a block makes.
 
-    ``y`` is in the dtype of x, all others in the compute dtype: the values before each normalisation, for each
-    convolution the mean and biased variance (C,) of the batch where they were used, and the mean (N, C) that
-    squeeze-and-excitation takes. None where the block has no such part.
+    ``y`` is in the dtype of x, all others in the compute dtype: what each convolution gives before its bias and
+    normalisation, the mean and biased variance (C,) of the batch where a normalisation used them, and the mean (N, C)
+    that squeeze-and-excitation takes. None where the block has no such part.
     """
 
     y: Tensor
@@ -62,7 +62,11 @@ def mbconv(
     """
     statistics: list[Statistics | None] = []
 
-    def norm(h: Tensor, params: BatchNormParams | None) -> Tensor:
+    def finish(h: Tensor, conv: ConvNormParams) -> Tensor:
+        """The bias and the normalisation behind a convolution."""
+        params: BatchNormParams | None = conv.norm
+        if conv.bias is not None:
+            h = h + conv.bias.to(h.dtype)[:, None, None]
         if params is None:
             statistics.append(None)
             return h
@@ -76,16 +80,16 @@ def mbconv(
     if expand is None:
         statistics.append(None)
     else:
-        expanded = pointwise_conv2d(h, expand.weight, expand.bias, None, "none")
-        h = activate(norm(expanded, expand.norm), activation)
-    convolved = depthwise_conv2d(h, depthwise.weight, depthwise.bias, stride, padding, (1, 1), "none")
-    h = activate(norm(convolved, depthwise.norm), activation)
+        expanded = pointwise_conv2d(h, expand.weight, None, None, "none")
+        h = activate(finish(expanded, expand), activation)
+    convolved = depthwise_conv2d(h, depthwise.weight, None, stride, padding, (1, 1), "none")
+    h = activate(finish(convolved, depthwise), activation)
     if squeeze_excite is not None:
         pooled = h.mean((2, 3))
         inner = squeeze_excite.activation or activation
         h = squeeze_excite_reference(h, *squeeze_excite[:4], inner, gate)
-    projected = pointwise_conv2d(h, project.weight, project.bias, None, "none")
-    h = norm(projected, project.norm)
+    projected = pointwise_conv2d(h, project.weight, None, None, "none")
+    h = finish(projected, project)
     if drop_path is not None:
         h = h * drop_path.to(h.dtype)[:, None, None, None]
     if residual:
