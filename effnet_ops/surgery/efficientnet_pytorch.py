@@ -62,36 +62,20 @@ NETWORKS.add(EfficientNet)
 class FusedConv2dStaticSamePadding(FusedDepthwise, Conv2dStaticSamePadding):
     """A depthwise convolution with SAME padding for the image size that the model was made for."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.run(x)
-        return Conv2dStaticSamePadding.forward(self, x) if y is None else y
-
 
 @fuses(Conv2dDynamicSamePadding)
 class FusedConv2dDynamicSamePadding(FusedDepthwise, Conv2dDynamicSamePadding):
     """A depthwise convolution with SAME padding for any image size."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.run(x)
-        return Conv2dDynamicSamePadding.forward(self, x) if y is None else y
 
 
 @fuses(Conv2dStaticSamePadding, AROUND)
 class AroundConv2dStaticSamePadding(AroundConvolution, Conv2dStaticSamePadding):
     """A dense convolution with SAME padding for the image size that the model was made for."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.run(x)
-        return Conv2dStaticSamePadding.forward(self, x) if y is None else y
-
 
 @fuses(Conv2dDynamicSamePadding, AROUND)
 class AroundConv2dDynamicSamePadding(AroundConvolution, Conv2dDynamicSamePadding):
     """A dense convolution with SAME padding for any image size."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.run(x)
-        return Conv2dDynamicSamePadding.forward(self, x) if y is None else y
 
 
 class FoldedMBConvBlock(FoldedMBConv):

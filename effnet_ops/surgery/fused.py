@@ -7,6 +7,8 @@ description was read from decides between the fused operators and the stock forw
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -161,7 +163,7 @@ def conv_norm_params(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> ConvNormParams:
 class FusedLayer(nn.Module):
     """Base of all replacement classes. Each derives from the class it replaces, too, and is listed by `fuses`.
 
-    The forward has the stock's signature and runs `plan`'s result, or the stock forward where that is None.
+    `fuses` gives it a forward with the stock's signature, which runs the stock's where `run` gives None.
     """
 
     stock: ClassVar[type[nn.Module]]
@@ -179,6 +181,10 @@ class FusedLayer(nn.Module):
     @classmethod
     def describe(cls, module: nn.Module) -> Any:
         """What to run instead of ``module``, read from it and its children; raises `Unfit`."""
+        raise NotImplementedError
+
+    def run(self, x: Tensor) -> Tensor | None:
+        """The layer's output for x, or None where only the stock forward is right."""
         raise NotImplementedError
 
     def plan(self, x: Tensor) -> Any:
@@ -246,14 +252,30 @@ _Fused = TypeVar("_Fused", bound=type[FusedLayer])
 def fuses(
     stock: type[nn.Module], table: dict[type[nn.Module], type[FusedLayer]] = LAYERS
 ) -> Callable[[_Fused], _Fused]:
-    """Class decorator: the class replaces modules whose class is exactly ``stock``, where ``table`` is looked up."""
+    """Class decorator: the class replaces modules whose class is exactly ``stock``, where ``table`` is looked up.
+
+    Its forward is that of ``stock`` where ``run(x)`` gives None, and has its signature.
+    """
 
     def register(fused: _Fused) -> _Fused:
         fused.stock = stock
+        if "forward" not in vars(fused):
+            fused.forward = _forward(stock)
         table[stock] = fused
         return fused
 
     return register
+
+
+def _forward(stock: type[nn.Module]) -> Callable[..., Any]:
+    first = list(inspect.signature(stock.forward).parameters)[1]
+
+    @functools.wraps(stock.forward)
+    def forward(self: FusedLayer, *args: Any, **kwargs: Any) -> Any:
+        y = self.run(args[0] if args else kwargs.get(first))
+        return stock.forward(self, *args, **kwargs) if y is None else y
+
+    return forward
 
 
 def stock_class(module: nn.Module) -> type[nn.Module]:

@@ -75,18 +75,10 @@ UNSUPPORTED.update(
 class FusedConv2dSame(FusedDepthwise, Conv2dSame):
     """A depthwise convolution with TensorFlow's SAME padding."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.run(x)
-        return Conv2dSame.forward(self, x) if y is None else y
-
 
 @fuses(Conv2dSame, AROUND)
 class AroundConv2dSame(AroundConvolution, Conv2dSame):
     """A dense convolution with TensorFlow's SAME padding."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.run(x)
-        return Conv2dSame.forward(self, x) if y is None else y
 
 
 @fuses(blocks.SqueezeExcite)
@@ -102,10 +94,6 @@ class FusedSqueezeExciteBlock(FusedSqueezeExcite, blocks.SqueezeExcite):
             raise Unfit(f"gate_fn is {module.gate_fn}, a gate that is not fused")
         parts = (Part(name, getattr(module, name)) for name in ("conv_reduce", "act1", "conv_expand"))
         return squeeze_excite_plan(*parts, gate)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.run(x)
-        return blocks.SqueezeExcite.forward(self, x) if y is None else y
 
 
 class _FusedBlock(FusedLayer):
@@ -141,10 +129,6 @@ class FusedInvertedResidual(_FusedBlock, blocks.InvertedResidual):
         stages = [("conv_pw", "bn1", "act1"), ("conv_dw", "bn2", "act2"), ("conv_pwl", "bn3", None)]
         return _describe_block(module, stages)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.run(x)
-        return blocks.InvertedResidual.forward(self, x) if y is None else y
-
 
 @fuses(blocks.DepthwiseSeparableConv)
 class FusedDepthwiseSeparableConv(_FusedBlock, blocks.DepthwiseSeparableConv):
@@ -153,7 +137,3 @@ class FusedDepthwiseSeparableConv(_FusedBlock, blocks.DepthwiseSeparableConv):
     @classmethod
     def describe(cls, module: nn.Module) -> BlockPlan:
         return _describe_block(module, [("conv_dw", "bn1", "act1"), ("conv_pw", "bn2", "act2")])
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.run(x)
-        return blocks.DepthwiseSeparableConv.forward(self, x) if y is None else y

@@ -79,27 +79,15 @@ CONVOLUTIONS[nn.Conv2d] = conv2d_padding
 class FusedConv2d(FusedDepthwise, nn.Conv2d):
     """A depthwise nn.Conv2d."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        y = self.run(input)
-        return nn.Conv2d.forward(self, input) if y is None else y
-
 
 @fuses(nn.Conv2d, AROUND)
 class AroundConv2d(AroundConvolution, nn.Conv2d):
     """A pointwise nn.Conv2d, or a dense one of few channels."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        y = self.run(input)
-        return nn.Conv2d.forward(self, input) if y is None else y
-
 
 @fuses(nn.BatchNorm2d, AROUND)
 class AroundBatchNorm2d(AroundNorm, nn.BatchNorm2d):
     """An nn.BatchNorm2d."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        y = self.run(input)
-        return nn.BatchNorm2d.forward(self, input) if y is None else y
 
 
 @fuses(nn.AdaptiveAvgPool2d, NETWORK_POOLS)
@@ -111,7 +99,3 @@ class AroundAdaptiveAvgPool2d(AroundPool, nn.AdaptiveAvgPool2d):
     @classmethod
     def keeps_size(cls, module: nn.Module) -> bool | None:
         return True if integers(module.output_size, 2) == (1, 1) else None
-
-    def forward(self, input: Tensor) -> Tensor:
-        y = self.run(input)
-        return nn.AdaptiveAvgPool2d.forward(self, input) if y is None else y

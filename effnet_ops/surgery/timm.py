@@ -117,36 +117,20 @@ class AroundSelectPool(AroundPool, SelectAdaptivePool2d):
     def keeps_size(cls, module: nn.Module) -> bool | None:
         return _keeps_size(module)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.run(x)
-        return SelectAdaptivePool2d.forward(self, x) if y is None else y
-
 
 @fuses(BatchNormAct2d, AROUND)
 class AroundBatchNormAct2d(AroundNorm, BatchNormAct2d):
     """A normalisation with its activation."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.run(x)
-        return BatchNormAct2d.forward(self, x) if y is None else y
 
 
 @fuses(Conv2dSame, AROUND)
 class AroundConv2dSame(AroundConvolution, Conv2dSame):
     """A dense convolution with TensorFlow's SAME padding."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.run(x)
-        return Conv2dSame.forward(self, x) if y is None else y
-
 
 @fuses(Conv2dSame)
 class FusedConv2dSame(FusedDepthwise, Conv2dSame):
     """A depthwise convolution with TensorFlow's SAME padding."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.run(x)
-        return Conv2dSame.forward(self, x) if y is None else y
 
 
 @fuses(blocks.SqueezeExcite)
@@ -157,10 +141,6 @@ class FusedSqueezeExciteBlock(FusedSqueezeExcite, blocks.SqueezeExcite):
     def describe(cls, module: nn.Module) -> SqueezeExcitePlan:
         parts = (Part(name, getattr(module, name)) for name in ("conv_reduce", "act1", "conv_expand"))
         return squeeze_excite_plan(*parts, gate_name(Part("gate", module.gate)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.run(x)
-        return blocks.SqueezeExcite.forward(self, x) if y is None else y
 
 
 @fuses(SEModule)
@@ -176,10 +156,6 @@ class FusedSEModule(FusedSqueezeExcite, SEModule):
         identity(Part("bn", module.bn))
         parts = (Part(name, getattr(module, name)) for name in ("fc1", "act", "fc2"))
         return squeeze_excite_plan(*parts, gate_name(Part("gate", module.gate)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.run(x)
-        return SEModule.forward(self, x) if y is None else y
 
 
 def _stage(block: nn.Module, conv: str, norm: str) -> Stage:
@@ -228,10 +204,6 @@ class FusedInvertedResidual(_FusedBlock, blocks.InvertedResidual):
         stages = (_stage(module, *names) for names in (("conv_pw", "bn1"), ("conv_dw", "bn2"), ("conv_pwl", "bn3")))
         return _describe_block(module, *stages)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.run(x)
-        return blocks.InvertedResidual.forward(self, x) if y is None else y
-
 
 @fuses(blocks.DepthwiseSeparableConv)
 class FusedDepthwiseSeparableConv(_FusedBlock, blocks.DepthwiseSeparableConv):
@@ -240,7 +212,3 @@ class FusedDepthwiseSeparableConv(_FusedBlock, blocks.DepthwiseSeparableConv):
     @classmethod
     def describe(cls, module: nn.Module) -> BlockPlan:
         return _describe_block(module, None, _stage(module, "conv_dw", "bn1"), _stage(module, "conv_pw", "bn2"))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.run(x)
-        return blocks.DepthwiseSeparableConv.forward(self, x) if y is None else y

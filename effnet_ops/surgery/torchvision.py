@@ -39,10 +39,6 @@ NETWORKS.update((efficientnet.EfficientNet, mnasnet.MNASNet, mobilenetv2.MobileN
 class AroundConv2dNormActivation(AroundConvNorm, Conv2dNormActivation):
     """The convolutions around the blocks, each with its normalisation and activation."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        y = self.run(input)
-        return Conv2dNormActivation.forward(self, input) if y is None else y
-
 
 @fuses(SqueezeExcitation)
 class FusedSqueezeExcitation(FusedSqueezeExcite, SqueezeExcitation):
@@ -54,10 +50,6 @@ class FusedSqueezeExcitation(FusedSqueezeExcite, SqueezeExcitation):
             raise Unfit("avgpool is not the average over the image")
         parts = (Part(name, getattr(module, name)) for name in ("fc1", "activation", "fc2"))
         return squeeze_excite_plan(*parts, gate_name(Part("scale_activation", module.scale_activation)))
-
-    def forward(self, input: Tensor) -> Tensor:
-        y = self.run(input)
-        return SqueezeExcitation.forward(self, input) if y is None else y
 
 
 def _flatten(part: Part) -> Iterator[Part]:
@@ -133,10 +125,6 @@ class FusedMBConv(_FusedBlock, efficientnet.MBConv):
             raise Unfit(f"stochastic_depth is {drop}")
         return super().describe(module)
 
-    def forward(self, input: Tensor) -> Tensor:
-        y = self.run(input)
-        return efficientnet.MBConv.forward(self, input) if y is None else y
-
     def drop_path_scale(self, x: Tensor) -> Tensor | None:
         drop = self.stochastic_depth
         if not drop.training or drop.p == 0.0:
@@ -151,10 +139,6 @@ class FusedMobileNetV2Block(_FusedBlock, mobilenetv2.InvertedResidual):
     attributes = ("use_res_connect",)
     container = "conv"
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.run(x)
-        return mobilenetv2.InvertedResidual.forward(self, x) if y is None else y
-
 
 @fuses(mobilenetv3.InvertedResidual)
 class FusedMobileNetV3Block(_FusedBlock, mobilenetv3.InvertedResidual):
@@ -163,10 +147,6 @@ class FusedMobileNetV3Block(_FusedBlock, mobilenetv3.InvertedResidual):
     attributes = ("use_res_connect",)
     container = "block"
 
-    def forward(self, input: Tensor) -> Tensor:
-        y = self.run(input)
-        return mobilenetv3.InvertedResidual.forward(self, input) if y is None else y
-
 
 @fuses(mnasnet._InvertedResidual)
 class FusedMNASNetBlock(_FusedBlock, mnasnet._InvertedResidual):
@@ -174,7 +154,3 @@ class FusedMNASNetBlock(_FusedBlock, mnasnet._InvertedResidual):
 
     attributes = ("apply_residual",)
     container = "layers"
-
-    def forward(self, input: Tensor) -> Tensor:
-        y = self.run(input)
-        return mnasnet._InvertedResidual.forward(self, input) if y is None else y
