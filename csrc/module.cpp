@@ -176,6 +176,9 @@ PYBIND11_MODULE(_C, m) {
         .def("finish", &finish, py::arg("x"), py::arg("y"),
              "End it. The kernels, prepared to run again, or None where they do not lead from the memory x to y by "
              "themselves.");
+    m.def(
+        "recording", [] { return effnet::Recording::current() != nullptr; },
+        "Whether a recording of this thread has begun and not ended.");
     py::class_<Prepared>(m, "Prepared", "Kernels for one input size, with the addresses of their parameters.")
         .def("run", &Prepared::run, py::arg("x"), py::arg("y"), py::call_guard<py::gil_scoped_release>(),
              "Run on dense tensors at these addresses, in the layouts that were recorded. Nothing is checked.")

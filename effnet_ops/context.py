@@ -116,7 +116,8 @@ def is_patched(cls: type[nn.Module], method: str) -> bool:
     Told from where the function was written: somebody may have replaced it before this package was imported.
     """
     owner = next((base for base in cls.__mro__ if method in vars(base)), None)
-    if owner is None:
+    # Lists of modules have no forward, and the name of that is another.
+    if owner is None or vars(owner)[method] is module_globals._forward_unimplemented:
         return False
     function, module = vars(owner)[method], sys.modules.get(owner.__module__)
     written_there = module is not None and getattr(function, "__globals__", None) is vars(module)

@@ -28,7 +28,7 @@ from torch.nn.utils import parametrizations, prune
 
 import effnet_ops
 from effnet_ops import layers, optimize_for_inference
-from effnet_ops.surgery import folding
+from effnet_ops.surgery import folded, folding
 
 SIZE = 64
 LIBRARIES: dict[str, Callable[[], nn.Module]] = {
@@ -101,10 +101,10 @@ def test_attributes_parameters_and_submodules_stay(network: nn.Module) -> None:
     """Items 1 and 25: names, classes, shapes, dtypes and values of everything that the model has."""
     optimized, x = optimize_for_inference(network), images()
     optimized(x)
-    for (name, stock), (other, folded) in zip(network.named_modules(), optimized.named_modules(), strict=True):
-        assert name == other and isinstance(folded, type(stock))
+    for (name, stock), (other, copied) in zip(network.named_modules(), optimized.named_modules(), strict=True):
+        assert name == other and isinstance(copied, type(stock))
         for attribute in ("stride", "kernel_size", "padding", "in_features", "eps", "num_features"):
-            assert getattr(folded, attribute, None) == getattr(stock, attribute, None)
+            assert getattr(copied, attribute, None) == getattr(stock, attribute, None)
     found, expected = optimized.state_dict(), network.state_dict()
     assert list(found) == list(expected)
     assert all(torch.equal(found[key], expected[key]) and found[key].dtype == expected[key].dtype for key in found)
@@ -836,3 +836,95 @@ def test_fx_takes_folded_layers_for_leaves(build: Callable[[], nn.Module]) -> No
     model, x = build().eval(), images()
     traced = torch.fx.symbolic_trace(optimize_for_inference(model))
     assert relative_difference(traced(x).detach(), model(x).detach()) < 1e-5
+
+
+def whole(optimized: nn.Module) -> list[int | None]:
+    """How many kernels each prepared call of the whole network runs, None for inputs that cannot be prepared."""
+    cell = optimized.__dict__[folded._WHOLE]
+    calls = None if cell[0] is None or cell[0].value is None else cell[0].value._calls
+    return [] if calls is None else [None if call is None else len(call) for call in calls.values()]
+
+
+@torch.no_grad()
+def test_a_network_is_one_call(network: nn.Module) -> None:
+    """From the first convolution to the classifier, in both layouts: 16 blocks, stem, head, pool, classifier.
+
+    That of efficientnet_pytorch has one swish for all, which it runs by itself.
+    """
+    optimized, x = optimize_for_inference(network), images()
+    for given in (x, x.contiguous(memory_format=torch.channels_last), -x):
+        expected = network(given)
+        for _ in range(3):
+            close(optimized(given), expected)
+    assert whole(optimized) == ([None] * 2 if isinstance(network, efficientnet_pytorch.EfficientNet) else [20] * 2)
+
+
+class Noisy(nn.Module):
+    """A layer of somebody's, which does something else at each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * self.calls
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("called", [False, True])
+def test_a_network_with_a_layer_of_somebody_is_not_one_call(called: bool) -> None:
+    model, x = small(), images()
+    optimized = optimize_for_inference(model)
+    if called:
+        optimized(x), optimized(x)
+        assert len(whole(optimized)) == 1
+    for net in (model, optimized):
+        net.global_pool = nn.Sequential(net.global_pool, Noisy())
+    for _ in range(4):
+        close(optimized(x), model(x))
+    assert whole(optimized) == []
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda net: net.reset_classifier(7),
+        lambda net: net.classifier.bias.add_(1),
+        lambda net: net.blocks[0][0].bn1.running_mean.add_(1),
+        lambda net: setattr(net.blocks[0][0].bn1, "eps", 0.5),
+        lambda net: setattr(net, "forward_head", lambda x, pre_logits=False: x.mean((2, 3))),
+        lambda net: setattr(net, "classifier", nn.Identity()),
+        lambda net: net.classifier.register_forward_hook(lambda module, args, y: y + 1),
+        lambda net: setattr(net.global_pool.pool, "output_size", 2),
+    ],
+)
+def test_what_changes_in_a_network_of_one_call_is_noticed(change: Callable[[nn.Module], Any]) -> None:
+    model, x = small(), images()
+    optimized = optimize_for_inference(model)
+    for _ in range(2):
+        optimized(x)
+    for net in (model, optimized):
+        torch.manual_seed(3)
+        change(net)
+        net.eval()
+    if model.global_pool.pool.output_size == 2:
+        with pytest.raises(RuntimeError):
+            model(x)
+        with pytest.raises(RuntimeError):
+            optimized(x)
+        return
+    for _ in range(3):
+        close(optimized(x), model(x))
+
+
+@torch.no_grad()
+def test_maps_of_a_network_inside_another_keep_its_layout() -> None:
+    """A prepared call gives what the container around it expects."""
+    model = nn.Sequential(timm.create_model("test_efficientnet", num_classes=0, global_pool="").eval(), nn.Identity())
+    optimized, x = optimize_for_inference(model), images()
+    for _ in range(3):
+        y = optimized(x)
+        close(y, model(x))
+        assert y.stride() == model(x).stride()

@@ -69,24 +69,23 @@ class Prepared:
         return len(self._kernels)
 
 
-def record(
-    x: Tensor, function: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]
-) -> tuple[Tensor, Prepared | None]:
+def record(x: Tensor, function: Callable[[Tensor], Any], tensors: Sequence[Tensor]) -> tuple[Any, Prepared | None]:
     """``function(x)``, and what runs it again on other values: None where it did more than call operators in turn.
 
     ``tensors`` are those whose memory the kernels read beside x, as long as somebody may change them.
     """
-    if not fits(x):
-        return function(x), None
     recording = _native.module.Recording()
     try:
         y = function(x)
     except BaseException:
         recording.finish(0, 0)
         raise
+    if type(y) is not Tensor or y.numel() * y.element_size() != y.untyped_storage().nbytes():
+        # A kernel writes a whole tensor.
+        recording.finish(0, 0)
+        return y, None
     kernels = recording.finish(x.data_ptr(), y.data_ptr())
-    # What a kernel wrote is a whole tensor; y can be a part of one, or another view.
-    return y, None if kernels is None or not y.numel() else Prepared(kernels, y, tensors)
+    return y, None if kernels is None else Prepared(kernels, y, tensors)
 
 
 class PreparedCalls:
@@ -97,20 +96,19 @@ class PreparedCalls:
 
     def __init__(self, tensors: Sequence[Tensor] = ()) -> None:
         self._tensors = tensors
-        self._calls: dict[Any, Prepared] = {}
+        self._calls: dict[Any, Prepared | None] = {}
+        """None where a call cannot be prepared."""
 
-    def known(self, x: Tensor) -> Prepared | None:
-        """What runs x, if it has been prepared, nothing has moved, and nobody looks at the operators."""
-        known = self._calls.get((x.shape, x.stride(), x.dtype))
-        return known if known is not None and known.holds(x) else None
-
-    def run(self, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    def run(self, x: Tensor, function: Callable[[Tensor], Any]) -> Any:
         """``function(x)``, by what is prepared where such an x has been here before."""
-        if (known := self.known(x)) is not None:
+        key = (x.shape, x.stride(), x.dtype)
+        known = self._calls.get(key)
+        if known is not None and known.holds(x) and not _native.module.recording():
             return known.run(x)
+        if (known is None and key in self._calls) or not fits(x):
+            return function(x)
         y, prepared = record(x, function, self._tensors)
-        if prepared is not None:
-            if len(self._calls) >= self.most:
-                self._calls.clear()
-            self._calls[x.shape, x.stride(), x.dtype] = prepared
+        if len(self._calls) >= self.most:
+            self._calls.clear()
+        self._calls[key] = prepared
         return y

@@ -26,6 +26,7 @@ from effnet_ops.models import efficientnet
 from effnet_ops.ops import PreparedCalls, packed
 from effnet_ops.params import ConvNormParams
 from effnet_ops.reference import compute_dtype
+from effnet_ops.surgery.around import NETWORKS
 from effnet_ops.surgery.casting import cast
 from effnet_ops.surgery.folding import Block, BlockSequence, Product, calls, convolution, fold
 from effnet_ops.surgery.fused import (
@@ -48,6 +49,8 @@ from effnet_ops.surgery.fused import (
 from effnet_ops.surgery.guard import Kept, release
 
 _KEPT = "_effnet_ops_kept"
+_WHOLE = "_effnet_ops_whole"
+"""Of a network: what its forward is made from, with the prepared calls of all of it."""
 OBSERVES = "_effnet_ops_observes"
 """An attribute of functions that replace a forward on an instance, call it, and change nothing."""
 
@@ -187,7 +190,7 @@ class Folded(nn.Module):
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != _KEPT}
+        return {key: value for key, value in self.__dict__.items() if key not in (_KEPT, _WHOLE)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -224,6 +227,15 @@ def folded_class(mixin: type[Folded], stock: type[nn.Module]) -> type[Folded]:
 def _begin(module: Folded) -> None:
     """Have a place for what is kept: who watches this module must not see its attributes change."""
     module.__dict__[_KEPT] = [None]
+    if module.stock in NETWORKS or (module.stock in OWN_CHAINS and module.stock is not layers.ConvNormAct):
+        module.__dict__[_WHOLE] = [None]
+
+
+@functools.cache
+def _functions(cls: type[nn.Module]) -> list[str]:
+    """The methods of a class that its library wrote."""
+    found = (vars(base).items() for base in cls.__mro__ if base not in nn.Module.__mro__)
+    return list(dict.fromkeys(name for items in found for name, value in items if inspect.isfunction(value)))
 
 
 def convert(module: nn.Module, mixin: type[Folded]) -> None:
@@ -237,6 +249,7 @@ def unfold(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Folded):
             module.__dict__.pop(_KEPT, None)
+            module.__dict__.pop(_WHOLE, None)
             module.__class__ = module.stock
         if getattr(module.__dict__.get("train"), "func", None) is train_or_refuse:
             del module.train
@@ -566,6 +579,33 @@ class _Container(Folded):
 
     closed = False
 
+    def whole(self) -> PreparedCalls | None:
+        """The prepared calls of a network's forward; None where anything in it is not its library's."""
+        cell = self.__dict__.get(_WHOLE)
+        if cell is None or "_is_replica" in self.__dict__ or calls.depth:
+            return None
+        if cell[0] is None or not cell[0].holds(self):
+            with torch.inference_mode(False), torch.no_grad():
+                methods = [(self.stock, name) for name in _functions(self.stock)]
+                cell[0] = Kept(self, list(self.modules()), (), methods, self._whole)
+        return cell[0].value
+
+    def _whole(self) -> PreparedCalls | None:
+        libraries = {"torch", "effnet_ops", self.stock.__module__.partition(".")[0]}
+        try:
+            for name in _functions(self.stock):
+                check_own("it", self.stock, name)
+                if name in self.__dict__ and name != "train":
+                    return None
+            for name, module in self.named_modules():
+                if module is not self:
+                    check_untouched(name, module)
+                if stock_class(module).__module__.partition(".")[0] not in libraries or module.training:
+                    return None
+        except Unfit:
+            return None
+        return PreparedCalls()
+
     def read_from(self) -> list[nn.Module]:
         parts = (part.module for chain in chains_of(self) for part in chain if part is not None)
         return list(dict.fromkeys(inner for part in parts for inner in part.modules()))
@@ -612,8 +652,14 @@ def _own_method(stock: type[nn.Module], name: str, calling: bool) -> Callable[..
             # Nothing is used, but parameters may have to be released.
             self.value()
             return method(self, *args, **kwargs)
-        armed = dict(self.value() or {}) if calling else {}
-        return _call_container(armed, method, self, *args, **kwargs)
+
+        def run(*args: Any) -> Any:
+            armed = dict(self.value() or {}) if calling else {}
+            return _call_container(armed, method, self, *args, **kwargs)
+
+        alone = name == "forward" and len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
+        whole = self.whole() if alone else None
+        return run(*args) if whole is None else whole.run(args[0], run)
 
     return call
 

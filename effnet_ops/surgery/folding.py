@@ -107,15 +107,13 @@ class Product(_Packed):
         self.weight, self.bias, self.activation = _packed_product(rows, dtype), conv.bias, activation
 
     def __call__(self, x: Tensor) -> Tensor:
-        if (known := self._prepared.known(x)) is not None:
-            return known.run(x)
+        return self._prepared.run(x, self._run)
+
+    def _run(self, x: Tensor) -> Tensor:
         if self.runs_packed(x, self.weight):
-            return self._prepared.run(x, self._packed)
+            return packed.pointwise(packed.PackedPointwiseCall(x, self.weight, self.bias, self.activation))
         weight = _plain_product(self.weight, self.columns, self.channels)
         return functional.pointwise_conv2d(x, weight, self.bias, activation=self.activation)
-
-    def _packed(self, x: Tensor) -> Tensor:
-        return packed.pointwise(packed.PackedPointwiseCall(x, self.weight, self.bias, self.activation))
 
 
 def _packed_product(rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -147,20 +145,18 @@ class DenseConvolution(_Packed):
     def __call__(self, x: Tensor) -> Tensor:
         if not self._to_nhwc and x.is_contiguous():
             calls.moved = True
-        if (known := self._prepared.known(x)) is not None:
-            return known.run(x)
+        return self._prepared.run(x, self._run)
+
+    def _run(self, x: Tensor) -> Tensor:
         if self.runs_packed(x, self.weight):
-            return self._prepared.run(x, self._packed)
+            settings = (self.kernel, self.stride, self.sides, self.activation)
+            return packed.convolution(packed.PackedConvolutionCall(x, self.weight, self.bias, *settings))
         weight = self.weight
         if _on_cpu(weight):
             weight = packing.unpack_convolution(weight, self.columns, self.channels, self.kernel)
         sides = resolve_padding(self.sides, x.shape[2:], self.kernel, self.stride, (1, 1))
         convolution = reference.convolution if x.device.type == "cpu" else _library_convolution
         return convolution(x, weight, self.bias, self.stride, sides, self.activation)
-
-    def _packed(self, x: Tensor) -> Tensor:
-        settings = (self.kernel, self.stride, self.sides, self.activation)
-        return packed.convolution(packed.PackedConvolutionCall(x, self.weight, self.bias, *settings))
 
 
 def _library_convolution(
