@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from effnet_ops import _native
+from effnet_ops import _native, internals
 from effnet_ops.checks import FLOAT_DTYPES, unknown_name
 
 
@@ -84,9 +84,8 @@ def _refuses_gpu(index: int) -> str:
     return f"cuda:{index} has compute capability {have}, and the kernels need {need}"
 
 
-# What torch.compiler.assume_constant_result does, without the seconds that importing it takes; torch.compile looks
-# through the cache.
-_refuses_gpu.__wrapped__._dynamo_marked_constant = True
+# torch.compile looks through the cache.
+internals.constant(_refuses_gpu.__wrapped__)
 
 
 def _cuda_unavailable() -> str:
@@ -212,7 +211,7 @@ def requested() -> str | None:
 
 def exports_to_onnx() -> bool:
     """Whether PyTorch is recording this call for an ONNX file."""
-    recording = torch.compiler.is_exporting() if torch.compiler.is_compiling() else torch._C._is_tracing()
+    recording = torch.compiler.is_exporting() if torch.compiler.is_compiling() else internals.tracer()
     # torch.onnx takes a microsecond to answer, so it is asked last.
     return recording and torch.onnx.is_in_onnx_export()
 

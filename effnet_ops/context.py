@@ -1,6 +1,6 @@
 """What goes on around a call, where that decides how the call has to run: transforms, traces, patched classes.
 
-PyTorch has no public names for most of it, so the private ones are here, each in one place.
+What is asked of PyTorch's private names is in `internals`.
 """
 
 from __future__ import annotations
@@ -11,12 +11,10 @@ from types import FrameType
 
 import torch
 from torch import nn
-from torch.autograd import forward_ad
-from torch.autograd.graph import _engine_run_backward
 from torch.fx import Proxy
 from torch.nn import functional
-from torch.nn.modules import module as module_globals
-from torch.utils._device import DeviceContext
+
+from effnet_ops import internals
 
 _RECOMPUTING = ("recompute_fn", "backward")
 """The functions of torch.utils.checkpoint that run a forward pass again, without and with reentrant autograd."""
@@ -24,7 +22,7 @@ _RECOMPUTING = ("recompute_fn", "backward")
 
 def in_transform() -> bool:
     """Whether forward-mode differentiation or torch.func (vmap, grad, jacfwd ...) has to see every step of a call."""
-    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    return internals.forward_level() >= 0 or internals.transform() is not None
 
 
 def transforming() -> bool:
@@ -32,7 +30,6 @@ def transforming() -> bool:
     return not torch.compiler.is_compiling() and in_transform()
 
 
-_GLOBAL_HOOKS = tuple(f"_global_{kind}_hooks" for kind in ("forward_pre", "forward", "backward_pre", "backward"))
 _COUNTING = ("torch.utils.module_tracker", "torch.distributed._tools.mod_tracker")
 """Whose global hooks only note which module is running, such as those of torch.utils.flop_counter."""
 
@@ -51,28 +48,19 @@ def overridden() -> bool:
     torch.nn.functional, or the call of a module, that somebody has replaced.
     """
     return (
-        (module_globals._has_any_global_hook() and _has_changing_hook())
-        or (torch._C._len_torch_function_stack() > 0 and _has_function_mode())
+        (internals.global_hook() and _has_changing_hook())
+        or (internals.function_modes() > 0 and _has_function_mode())
         or (*_FUNCTIONS(vars(functional)), torch.sigmoid, nn.Module.__call__) != _ORIGINAL
     )
 
 
-_TRACING = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
-
-
 def _has_changing_hook() -> bool:
-    hooks = (hook for name in _GLOBAL_HOOKS for hook in getattr(module_globals, name).values())
-    return any(getattr(hook, "__module__", None) not in _COUNTING for hook in hooks)
+    return any(getattr(hook, "__module__", None) not in _COUNTING for hook in internals.global_hooks())
 
 
 def _has_function_mode() -> bool:
-    stack = map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))
-    return any(type(mode) is not DeviceContext for mode in stack)
-
-
-def in_tracing_mode() -> bool:
-    """Whether a mode of ``__torch_dispatch__`` of PyTorch itself fakes or traces tensors; others see operators run."""
-    return torch._C._len_torch_dispatch_stack() > 0 and any(map(torch._C._get_dispatch_mode, _TRACING))
+    stack = map(internals.function_mode_at, range(internals.function_modes()))
+    return any(type(mode) is not internals.default_device for mode in stack)
 
 
 def recomputing() -> bool:
@@ -84,7 +72,7 @@ def recomputing() -> bool:
     if torch.compiler.is_compiling():
         return False
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code is not _engine_run_backward.__code__:
+    while frame is not None and frame.f_code is not internals.run_backward.__code__:
         if frame.f_code.co_name in _RECOMPUTING and frame.f_globals.get("__name__") == "torch.utils.checkpoint":
             return True
         frame = frame.f_back
@@ -110,6 +98,7 @@ def leaf(module: nn.Module, x: Proxy) -> Proxy:
     return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x,), {})
 
 
+@internals.constant
 def is_patched(cls: type[nn.Module], method: str) -> bool:
     """Whether a method of a class is another one than its library wrote.
 
@@ -117,12 +106,8 @@ def is_patched(cls: type[nn.Module], method: str) -> bool:
     """
     owner = next((base for base in cls.__mro__ if method in vars(base)), None)
     # Lists of modules have no forward, and the name of that is another.
-    if owner is None or vars(owner)[method] is module_globals._forward_unimplemented:
+    if owner is None or vars(owner)[method] is internals.no_forward:
         return False
     function, module = vars(owner)[method], sys.modules.get(owner.__module__)
     written_there = module is not None and getattr(function, "__globals__", None) is vars(module)
     return not written_there or function.__qualname__ != f"{owner.__qualname__}.{method}"
-
-
-# What torch.compiler.assume_constant_result does, without the seconds that importing it takes.
-is_patched._dynamo_marked_constant = True

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.overrides import handle_torch_function
 
-from effnet_ops import backends, checks, context, functional, reference
+from effnet_ops import backends, checks, context, functional, internals, reference
 from effnet_ops.params import BatchNormParams, ConvNormParams, SqueezeExciteParams
 
 Padding = int | str | Sequence[int]
@@ -487,12 +487,11 @@ def _methods() -> list[Any]:
     return [nn.Conv2d._conv_forward, *map(_forward_of, _CHILDREN)]
 
 
+@internals.constant
 def _any_patched() -> bool:
     """Whether somebody has replaced what these classes compute."""
     return _methods() != _OWN_METHODS
 
-
-_any_patched._dynamo_marked_constant = True
 
 _patched_before = any(context.is_patched(cls, name) for cls in _CHILDREN for name in ("forward", "_conv_forward"))
 _OWN_METHODS = [] if _patched_before else _methods()

@@ -12,10 +12,9 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from effnet_ops import backends, context
+from effnet_ops import backends, context, internals
 from effnet_ops.ops.calls import Flags, Signature
 
 NAMESPACE = "effnet_ops"
@@ -23,10 +22,6 @@ library = torch.library.Library(NAMESPACE, "DEF")
 
 # The layout of an output follows the strides of x, so Inductor must not hand over other strides than it traced.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-
-_AUTOCAST_KEYS = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}
-_AUTOCAST = torch._C.DispatchKeySet(_AUTOCAST_KEYS["cpu"]) | torch._C.DispatchKeySet(_AUTOCAST_KEYS["cuda"])
-_AUTOGRAD = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality)
 
 Results = Tensor | tuple[Tensor, ...]
 
@@ -60,13 +55,13 @@ class Operator(Generic[C]):
         self.overload: OpOverload = packet.default
         register_flop_formula(packet)(self._flops)
         if autocast:
-            for device, key in _AUTOCAST_KEYS.items():
+            for device, key in internals.AUTOCAST_KEYS.items():
                 library.impl(name, _autocast_kernel(self, device), key.name)
         OPERATORS[name] = self
 
     def fallback(self, *args: Any) -> Results:
         """The reference on the operator's arguments."""
-        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+        with internals.without(internals.AUTOCAST):
             return self.signature.parse(args).reference()
 
     def _fake(self, *args: Any) -> Results:
@@ -84,9 +79,9 @@ class Operator(Generic[C]):
 
     def run(self, *args: Any) -> Any:
         """The operator, past its autograd kernel where gradients are off: that is Python, and half of the overhead."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or internals.forward_level() >= 0:
             return self.overload(*args)
-        with torch._C._AutoDispatchBelowAutograd():
+        with internals.below_autograd():
             return self.overload(*args)
 
 
@@ -103,7 +98,7 @@ def _autocast_kernel(operator: Operator[Any], device: str) -> Callable[..., Any]
         for i in operator.signature.cast:
             if cast[i] is not None and cast[i].dtype == torch.float32:
                 cast[i] = cast[i].to(dtype)
-        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+        with internals.without(internals.AUTOCAST):
             return operator.overload(*cast)
 
     return kernel
@@ -113,11 +108,11 @@ def define_inference(name: str, call: type[C], autocast: bool = False) -> Operat
     """An operator whose gradient is the reference's, by PyTorch's autograd: these are rare, and have no kernel."""
     operator = Operator(name, call, autocast=autocast)
 
-    def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
-        if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+    def kernel(keyset: internals.Keys, *args: Any) -> Any:
+        if internals.forward_level() >= 0 or (torch.is_grad_enabled() and internals.any_requires_grad(*args)):
             return operator.fallback(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator.overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        with internals.below_autograd():
+            return operator.overload.redispatch(keyset & internals.AFTER_AUTOGRAD, *args)
 
     library.impl(name, kernel, "Autograd", with_keyset=True)
     return operator
@@ -152,8 +147,7 @@ class Gradient(NamedTuple):
         wanted = [i for i, (p, need) in enumerate(zip(inputs, needs, strict=True)) if need and p is not None]
         if call.x.shape[0] == 0 or not wanted:
             return tuple(result.zero_() for result in results)
-        include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
-        with torch._C._ForceDispatchKeyGuard(include, exclude - _AUTOGRAD), torch.enable_grad():
+        with internals.above_autograd(), torch.enable_grad():
             leaves = [None if p is None else p.detach() for p in inputs]
             for i in wanted:
                 leaves[i].requires_grad_()
@@ -210,7 +204,7 @@ def register_autograd(
 
     def differentiate_again(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         args = [other if saved is None else saved for saved, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
-        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+        with internals.without(internals.AUTOCAST):
             return _second_gradients(gradient.signature, args, ctx.needs_input_grad, grads)
 
     def refuse_forward_mode(*args: Any) -> Any:
@@ -260,9 +254,9 @@ def _autograd_kernel(
 ) -> Callable[..., Any]:
     """``other`` runs in forward-mode differentiation and function transforms, into which PyTorch has to see."""
 
-    def run(keyset: torch._C.DispatchKeySet, args: Sequence[Any]) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator.overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+    def run(keyset: internals.Keys, args: Sequence[Any]) -> Any:
+        with internals.below_autograd():
+            return operator.overload.redispatch(keyset & internals.AFTER_AUTOGRAD, *args)
 
     def forward(ctx: Any, *args: Any) -> Any:
         *inputs, keyset = args
@@ -279,10 +273,10 @@ def _autograd_kernel(
     methods = {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
     function = type(f"{NAMESPACE}_{operator.name}", (torch.autograd.Function,), methods)
 
-    def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+    def kernel(keyset: internals.Keys, *args: Any) -> Any:
         if context.in_transform():
             return other(*args)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        if torch.is_grad_enabled() and internals.any_requires_grad(*args):
             return function.apply(*args, keyset)
         return run(keyset, args)
 

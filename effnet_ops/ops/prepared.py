@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effnet_ops import _native, backends, context
+from effnet_ops import _native, backends, context, internals
 
 
 def unobserved(x: Tensor) -> bool:
@@ -20,10 +20,10 @@ def unobserved(x: Tensor) -> bool:
     return (
         type(x) is Tensor
         and not torch.is_grad_enabled()
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._is_torch_function_mode_enabled()
-        and not torch._C._autograd._profiler_enabled()
-        and not torch._C._is_tracing()
+        and not internals.dispatch_modes()
+        and not internals.function_mode()
+        and not internals.profiler()
+        and not internals.tracer()
         and not torch.is_autocast_enabled("cpu")
         and not context.in_transform()
         and not x.is_neg()

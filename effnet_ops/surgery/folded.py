@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from effnet_ops import backends, context, layers
+from effnet_ops import backends, context, internals, layers
 from effnet_ops.checks import FLOAT_DTYPES
 from effnet_ops.models import efficientnet
 from effnet_ops.ops import PreparedCalls, packed
@@ -72,7 +72,7 @@ def transformed() -> bool:
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or context.in_transform()
-        or context.in_tracing_mode()
+        or internals.tracing_mode()
         or context.overridden()
     )
 
@@ -122,7 +122,7 @@ class Folded(nn.Module):
     def value(self) -> Any:
         """What `make` makes of the module as it is now; None where the stock forward shall run."""
         if transformed():
-            if not torch.compiler.is_compiling() and context.in_tracing_mode():
+            if not torch.compiler.is_compiling() and internals.tracing_mode():
                 release(self.parameters())
             return None
         cell = self.__dict__.setdefault(_KEPT, [None])

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from effnet_ops import internals
 from effnet_ops.surgery.fused import HOOKS, METHODS, stock_class
 from effnet_ops.surgery.snapshot import Snapshot
 
@@ -21,8 +22,6 @@ _BESIDES_VERSIONS = ("numpy", "__array__", "__dlpack__", "untyped_storage", "sto
 _VIEWS = ("view", "reshape", "flatten", "__getitem__", "select", "narrow", "split", "chunk", "unbind")
 _VIEWS += ("squeeze", "unsqueeze", "transpose", "permute", "t", "expand")
 """Methods that give a tensor with the same memory, whose ``data`` or ``numpy()`` nobody sees."""
-_version: Callable[[Tensor], int] = Tensor._version.__get__
-_storage_uses: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
 _OWN_USES = 3
 """A tensor, its alias, and the storage object that asks."""
 
@@ -112,7 +111,7 @@ class Sources:
             self._asked_in_all, self._asked = _Watch.asked_in_all, self._all_asked()
             # The getter of versions is fast on plain tensors alone, and an alias has the version of its original.
             self._versioned = [*(parameter._watch.alias for parameter in self._parameters), *self._buffers]
-            self._versions = list(map(_version, self._versioned))
+            self._versions = list(map(internals.version_of, self._versioned))
             self._places = list(map(Tensor.data_ptr, self._buffers))
             self._known = all(map(_alone, self._parameters))
 
@@ -122,7 +121,7 @@ class Sources:
 
     def hold(self) -> bool:
         """Whether nobody has written to them. Where somebody else has their memory, too, nobody knows."""
-        if not self._known or list(map(_version, self._versioned)) != self._versions:
+        if not self._known or list(map(internals.version_of, self._versioned)) != self._versions:
             return False
         if list(map(Tensor.data_ptr, self._buffers)) != self._places:
             return False
@@ -144,7 +143,7 @@ def _watch(parameter: nn.Parameter) -> bool:
     if type(parameter) is not WatchedParameter or parameter.is_inference():
         return False
     watch = parameter._watch
-    if watch.alias is None or _storage(watch.alias)._cdata != _storage(parameter)._cdata:
+    if watch.alias is None or not internals.same_storage(_storage(watch.alias), _storage(parameter)):
         with torch.inference_mode(False), torch.no_grad():
             watch.alias = Tensor.detach(parameter)
     return True
@@ -166,7 +165,7 @@ def _alone(tensor: Tensor) -> bool:
     storage = _storage(tensor)
     if tensor.device.type == "cpu" and storage.is_shared():
         return False
-    return _storage_uses is None or _storage_uses(storage._cdata) <= _OWN_USES
+    return internals.storage_uses(storage) <= _OWN_USES
 
 
 def tensors_of(modules: Iterable[nn.Module]) -> list[Tensor]:

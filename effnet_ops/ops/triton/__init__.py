@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from effnet_ops import backends
+from effnet_ops import backends, internals
 from effnet_ops.ops import _library
 
 WORDS = {
@@ -42,7 +42,7 @@ def _register_interpreter(name: str) -> None:
     compiled = torch.library.get_kernel(f"{_library.NAMESPACE}::{name}", "CPU")
     unpacking = _library.OPERATORS[name].unpacking
 
-    def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+    def kernel(keyset: internals.Keys, *args: Any) -> Any:
         if backends.requested() == "triton":
             return unpacking(implementation(name))(*args)
         return compiled.call_boxed(keyset, *args)
