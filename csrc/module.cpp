@@ -127,20 +127,46 @@ std::optional<Prepared> finish(effnet::Recording& recording, uintptr_t x, uintpt
     return Prepared(std::move(steps));
 }
 
-// `entries` has dictionaries, each followed by its keys and values in turn: whether they still hold the same objects. A
-// list of Python's, so that its garbage collector sees what is held.
-bool unchanged(const py::list& entries) {
-    PyObject* const list = entries.ptr();
-    const Py_ssize_t count = PyList_GET_SIZE(list);
-    for (Py_ssize_t at = 0; at < count;) {
-        PyObject *const dictionary = PyList_GET_ITEM(list, at++), *key = nullptr, *value = nullptr;
-        if (!PyDict_Check(dictionary)) return false;
-        for (Py_ssize_t place = 0; PyDict_Next(dictionary, &place, &key, &value); at += 2)
-            if (at + 1 >= count || PyList_GET_ITEM(list, at) != key || PyList_GET_ITEM(list, at + 1) != value)
-                return false;
+// Where in a list of dictionaries, each followed by its keys and values in turn, the dictionaries are. The list is
+// Python's and is handed in, so that its garbage collector sees what is held. Between two calls the weights of a
+// network have pushed all of this out of the caches, so memory is asked for ahead of its use.
+class Places {
+  public:
+    explicit Places(const py::list& entries) {
+        for (Py_ssize_t at = 0; at < PyList_GET_SIZE(entries.ptr());) {
+            PyObject* const dictionary = PyList_GET_ITEM(entries.ptr(), at);
+            if (!PyDict_Check(dictionary)) throw py::type_error("an entry that must be a dictionary is none");
+            places_.push_back(at);
+            at += 1 + 2 * PyDict_GET_SIZE(dictionary);
+        }
     }
-    return true;
-}
+    // Whether each dictionary still has these very objects in this order.
+    bool unchanged(const py::list& entries) const {
+        constexpr size_t headers_ahead = 24, contents_ahead = 12;
+        const auto item = [&](Py_ssize_t at) { return PyList_GET_ITEM(entries.ptr(), at); };
+        const auto dictionary = [&](size_t i) { return reinterpret_cast<PyDictObject*>(item(places_[i])); };
+        const Py_ssize_t count = PyList_GET_SIZE(entries.ptr());
+        for (size_t i = 0; i < places_.size(); ++i) {
+            if (i + headers_ahead < places_.size()) __builtin_prefetch(dictionary(i + headers_ahead));
+            if (i + contents_ahead < places_.size()) {
+                const PyDictObject* const ahead = dictionary(i + contents_ahead);
+                __builtin_prefetch(ahead->ma_keys);
+                const auto* const values = reinterpret_cast<const char*>(ahead->ma_values);
+                for (int line = 0; values != nullptr && line < 4; ++line) __builtin_prefetch(values + 64 * line);
+            }
+            Py_ssize_t at = places_[i] + 1;
+            const Py_ssize_t end = i + 1 < places_.size() ? places_[i + 1] : count;
+            PyObject *key = nullptr, *value = nullptr;
+            for (Py_ssize_t place = 0; PyDict_Next(item(places_[i]), &place, &key, &value); at += 2)
+                if (at + 1 >= end || item(at) != key || item(at + 1) != value) return false;
+            if (at != end) return false;
+        }
+        return true;
+    }
+
+  private:
+    std::vector<Py_ssize_t> places_;
+};
 
 py::dict build_info() {
     py::dict info;
@@ -167,10 +193,11 @@ PYBIND11_MODULE(_C, m) {
           "return its floating-point operations; 0, at once, where the instruction set has no such dot product.");
     m.def("copy", &copy, py::arg("destination"), py::arg("source"),
           "Copy a contiguous buffer to one of the same size, on this thread.");
-    m.def(
-        "unchanged", &unchanged, py::arg("entries"),
-        "`entries` has dictionaries, each followed by its keys and values in turn: whether they still hold these very "
-        "objects in this order.");
+    py::class_<Places>(m, "Places", "Where the dictionaries of a snapshot are.")
+        .def(py::init<const py::list&>(), py::arg("entries"))
+        .def("unchanged", &Places::unchanged, py::arg("entries"),
+             "`entries` has dictionaries, each followed by its keys and values in turn, as when this was made: whether "
+             "they still hold these very objects in this order.");
     py::class_<effnet::Recording>(m, "Recording", "Keeps what the operators that this thread calls from now on run.")
         .def(py::init<>())
         .def("finish", &finish, py::arg("x"), py::arg("y"),

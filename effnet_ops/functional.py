@@ -419,7 +419,7 @@ def _update_running_statistics(
     size: tuple[int, int],
 ) -> None:
     """Update the running buffers, but not when a checkpoint runs the block again for the backward pass."""
-    if x.shape[0] == 0 or context.recomputing():
+    if context.recomputing():
         return
     inner, outer = x.shape[0] * x.shape[2] * x.shape[3], x.shape[0] * size[0] * size[1]
     for conv, used, count in zip(convs, statistics, (inner, outer, outer), strict=True):
@@ -433,7 +433,7 @@ def _update_norm(conv: ConvNormParams, mean: Tensor, variance: Tensor, count: in
     norm: BatchNormParams = conv.norm
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
-    if norm.running_mean is None:
+    if norm.running_mean is None or count == 0:
         return
     momentum = 1.0 / norm.num_batches_tracked.item() if norm.momentum is None else norm.momentum
     norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)

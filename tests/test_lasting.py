@@ -522,3 +522,34 @@ def test_bad_input_between_good_calls(name: str, gradients: bool) -> None:
                 with pytest.raises((TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError)):
                     model(bad())
             assert torch.equal(model(images()), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["bn1", "bn2", "blocks.1.0.bn1", "conv_stem"])
+def test_a_class_that_is_put_on_top_later_is_noticed(name: str) -> None:
+    model = with_statistics(timm.create_model("test_efficientnet"), 32).eval()
+    replaced, x = copy.deepcopy(model), images()
+    replace_layers(replaced)
+    replaced(x)
+    for net in (model, replaced):
+        module = net.get_submodule(name)
+        weight = property(lambda self: 2 * self._parameters["weight"])
+        module.__class__ = type("Doubled", (type(module),), {"weight": weight})
+    expected = model(x)
+    assert (replaced(x) - expected).norm() < 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("name", BLOCK_MODULES)
+def test_an_empty_batch_counts(name: str) -> None:
+    """As in PyTorch, where it changes nothing else."""
+    module, stock = block(name).train(), BLOCK_MODULES[name]().train()
+    before = {key: value.clone() for key, value in module.named_buffers()}
+    for net in (module, stock):
+        net(torch.randn(0, CHANNELS, 6, 5, dtype=torch.float64))
+    for (key, value), (other, expected) in zip(module.named_buffers(), stock.named_buffers(), strict=True):
+        assert key == other
+        if key.endswith("num_batches_tracked"):
+            assert value == expected or name == "MBConv"
+            assert value == before[key] + 1
+        else:
+            assert torch.equal(value, before[key])

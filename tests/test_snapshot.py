@@ -23,10 +23,10 @@ CHANGES: dict[str, Callable[[dict[str, Any], dict[str, Any]], object]] = {
 }
 
 
-@pytest.mark.parametrize("function", [snapshot.unchanged, _native.module.unchanged], ids=["python", "library"])
+@pytest.mark.parametrize("places", [snapshot.Places, _native.module.Places], ids=["python", "library"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_snapshot(function: Callable[[list[Any]], bool], change: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(snapshot, "_unchanged", function)
+def test_snapshot(places: Callable[[list[Any]], Any], change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshot, "_places", places)
     first, second = {"a": (1.5, 3), "b": None, "c": "text"}, {"d": object()}
     taken = snapshot.Snapshot([first, {}, second, {}])
     assert taken.holds()

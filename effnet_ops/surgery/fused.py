@@ -448,6 +448,8 @@ def described_squeeze_excite(part: Part) -> SqueezeExcitePlan | None:
 
 def describe(layer: type[FusedLayer], module: nn.Module) -> Any:
     """What ``layer`` runs instead of ``module``; raises `Unfit` also where somebody relies on a child being called."""
+    if "stock" not in vars(layer):
+        raise Unfit(f"{layer.__name__} is a class that somebody put on top")
     check_class("its class", layer.stock)
     for name, inner in module.named_modules():
         if inner is not module:
@@ -512,7 +514,7 @@ class _CachedPlan:
         self._states = states = [module.__dict__ for module in self._modules]
         inner = (state[name] for state in states for name in ("_modules", *HOOKS) if name in state)
         self._snapshot = Snapshot([layer._modules, *states, *inner])
-        self._types = list(map(type, self._modules))
+        self._types = [type(layer), *map(type, self._modules)]
         self._classes = list({layer.stock, *map(stock_class, self._modules)})
         self._methods = self._methods_now()
         self._attributes = [(name, getattr(layer, name)) for name in layer.attributes]
@@ -534,7 +536,7 @@ class _CachedPlan:
         """Whether nothing has changed since. A replica that was made by copying __dict__ has children of its own."""
         if self._links is not layer._modules or not self._snapshot.holds():
             return False
-        if list(map(type, self._modules)) != self._types or self._methods_now() != self._methods:
+        if [type(layer), *map(type, self._modules)] != self._types or self._methods_now() != self._methods:
             return False
         # Loops, because generators cost more than what they do here.
         for name, value in self._attributes:
