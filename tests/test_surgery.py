@@ -826,7 +826,7 @@ assert torch.equal(model(x), before)
 
 
 def test_library_that_changed_its_names_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "effnet_ops.surgery.geffnet", raising=False)
+    monkeypatch.delitem(sys.modules, "effnet_ops.surgery.adapters.geffnet", raising=False)
     monkeypatch.delattr(geffnet_blocks, "CondConvResidual")
     block = nn.Sequential(geffnet_block())
     if geffnet_blocks.InvertedResidual in replace.LAYERS:

@@ -31,7 +31,7 @@ from effnet_ops.benchmark.worker import LEAST, WARM_UP
 from effnet_ops.params import ConvNormParams
 from effnet_ops.surgery.folded import OBSERVES, Folded
 from effnet_ops.surgery.folding import fold
-from effnet_ops.surgery.fused import BlockPlan, FusedLayer, Unfit, conv_norm_params, describe
+from effnet_ops.surgery.fused import BlockPlan, FusedLayer, NotFusable, conv_norm_params, describe
 from effnet_ops.surgery.replace import classify
 
 NETWORK, FUNCTION = "optimize_for_inference", "function"
@@ -242,7 +242,7 @@ def _blocks(stock: nn.Module, x: Tensor) -> Iterator[tuple[str, BlockPlan, tuple
     for handle in handles:
         handle.remove()
     for name, size in sizes.items():
-        with contextlib.suppress(Unfit):
+        with contextlib.suppress(NotFusable):
             yield name, describe(layers[name], blocks[name]), size
 
 

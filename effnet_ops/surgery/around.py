@@ -22,8 +22,8 @@ from effnet_ops.ops._library import Operator
 from effnet_ops.ops.conv_norm import FEW_CHANNELS, TALLEST, batch_norm, conv_norm, keeps_channels_last
 from effnet_ops.surgery.fused import (
     FusedLayer,
+    NotFusable,
     Part,
-    Unfit,
     check_norm,
     convolution_padding,
     convolution_pair,
@@ -125,7 +125,7 @@ def _norm_arguments(
 
 
 class _Convolution:
-    """The settings of a convolution that `effnet_ops::conv_norm_inference` computes; raises `Unfit` for others."""
+    """The settings of a convolution that `effnet_ops::conv_norm_inference` computes; raises `NotFusable` for others."""
 
     __slots__ = ("pointwise", "sides", "stride")
 
@@ -136,9 +136,9 @@ class _Convolution:
         # At kernel 1 and stride 1, TensorFlow's SAME pads nothing.
         self.pointwise = kernel == (1, 1) == self.stride and not any(self.sides)
         if conv.groups != 1 or convolution_pair(part, "dilation") != (1, 1):
-            raise Unfit(f"{part.name} has groups or a dilation")
+            raise NotFusable(f"{part.name} has groups or a dilation")
         if not self.pointwise and (conv.in_channels > FEW_CHANNELS or kernel[0] > TALLEST):
-            raise Unfit(f"{part.name} has {conv.in_channels} channels, and a {kernel} kernel")
+            raise NotFusable(f"{part.name} has {conv.in_channels} channels, and a {kernel} kernel")
 
     def takes(self, x: Tensor, weight: Tensor) -> bool:
         """Whether the kernels take this weight with x."""
@@ -248,10 +248,10 @@ class AroundConvNorm(AroundLayer):
         conv, norm, *rest = (*(Part(name, child) for name, child in module._modules.items()), None, None)[:4]
         activation = rest[0]
         if conv is None or norm is None or rest[1:] != [None]:
-            raise Unfit("it is not a convolution, its normalisation and an activation")
+            raise NotFusable("it is not a convolution, its normalisation and an activation")
         plan = _ConvNormPlan(conv, norm.module, check_norm(norm, activation))
         if conv.module.bias is not None:
-            raise Unfit(f"{conv.name} has a bias before its normalisation")
+            raise NotFusable(f"{conv.name} has a bias before its normalisation")
         return plan
 
 
@@ -264,7 +264,7 @@ class AroundPool(AroundLayer):
     def describe(cls, module: nn.Module) -> Callable[[nn.Module, Tensor], Tensor | None]:
         keepdim = cls.keeps_size(module)
         if keepdim is None:
-            raise Unfit("it is not the average over the image")
+            raise NotFusable("it is not the average over the image")
         return partial(_average, keepdim)
 
     @classmethod

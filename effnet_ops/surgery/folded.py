@@ -36,8 +36,8 @@ from effnet_ops.surgery.fused import (
     NORMS,
     SEQUENCES,
     BlockPlan,
+    NotFusable,
     Part,
-    Unfit,
     activation_name,
     check_untouched,
     conv_norm_params,
@@ -112,7 +112,7 @@ class Folded(nn.Module):
         return {}
 
     def make(self) -> Any:
-        """What runs instead of the stock forward; raises `Unfit` where only that is right."""
+        """What runs instead of the stock forward; raises `NotFusable` where only that is right."""
         raise NotImplementedError
 
     def read_from(self) -> list[nn.Module]:
@@ -147,7 +147,7 @@ class Folded(nn.Module):
         try:
             check_own("it", self.stock)
             return self.make()
-        except Unfit:
+        except NotFusable:
             return None
 
     def cast(self, x: Any) -> Any:
@@ -256,17 +256,17 @@ def unfold(model: nn.Module) -> None:
 
 
 def check_own(name: str, cls: type, method: str = "forward") -> None:
-    """Raise `Unfit` where somebody put another function in the place of a class's own method."""
+    """Raise `NotFusable` where somebody put another function in the place of a class's own method."""
     defining = next(base for base in cls.__mro__ if method in vars(base))
     code = getattr(vars(defining)[method], "__code__", None)
     beside = getattr(vars(defining).get("__init__"), "__code__", None)
     file = sys.modules[defining.__module__].__file__ if beside is None else beside.co_filename
     if code is None or code.co_filename != file:
-        raise Unfit(f"the {method} of {cls.__name__}, the class of {name}, was replaced")
+        raise NotFusable(f"the {method} of {cls.__name__}, the class of {name}, was replaced")
 
 
 def _check_part(part: Part) -> None:
-    """Raise `Unfit` where calling a part would do more than its class says."""
+    """Raise `NotFusable` where calling a part would do more than its class says."""
     for inner, module in part.module.named_modules():
         if not getattr(module.__dict__.get("forward"), OBSERVES, False):
             check_untouched(f"{part.name}.{inner}" if inner else part.name, module)
@@ -373,7 +373,7 @@ class FoldedMBConv(Folded):
 
 
 def block_stages(block: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
-    """(convolution, normalisation) of each stage; raises `Unfit` where the block is not exactly MBConv."""
+    """(convolution, normalisation) of each stage; raises `NotFusable` where the block is not exactly MBConv."""
     stock = stock_class(block)
     check_own("it", stock)
     for name, inner in block.named_modules():
@@ -387,7 +387,7 @@ def block_stages(block: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
         stages = block._conv_norms()
         plain = all(type(norm) is nn.BatchNorm2d for _, norm in filter(None, stages))
         if block._groups() is None or not plain:
-            raise Unfit("a part of it is not the plain module that it was built with")
+            raise NotFusable("a part of it is not the plain module that it was built with")
     for _, norm in filter(None, stages):
         check_statistics(norm)
     return list(filter(None, stages))
@@ -395,9 +395,9 @@ def block_stages(block: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
 
 def check_statistics(norm: nn.BatchNorm2d) -> None:
     if norm.running_mean is None or norm.running_var is None:
-        raise Unfit("it has no running statistics: it normalises by the batch's in evaluation, too")
+        raise NotFusable("it has no running statistics: it normalises by the batch's in evaluation, too")
     if norm.training:
-        raise Unfit("it is in training mode")
+        raise NotFusable("it is in training mode")
 
 
 class FoldedConvolution(Folded):
@@ -502,19 +502,19 @@ def chains_of(owner: nn.Module) -> list[Chain]:
 
 
 def check_chain(chain: Chain) -> None:
-    """Raise `Unfit` unless calling the convolution and the normalisation does what their classes say."""
+    """Raise `NotFusable` unless calling the convolution and the normalisation does what their classes say."""
     conv, norm = chain.conv.module, chain.norm.module
     if stock_class(norm) not in NORMS:
-        raise Unfit(f"{chain.norm.name} is {type(norm).__name__}, not a BatchNorm2d that is folded")
+        raise NotFusable(f"{chain.norm.name} is {type(norm).__name__}, not a BatchNorm2d that is folded")
     if stock_class(conv) not in CONVOLUTIONS and stock_class(conv) not in OWN_CONVOLUTIONS:
-        raise Unfit(f"{chain.conv.name} is {type(conv).__name__}, a convolution that is not folded")
+        raise NotFusable(f"{chain.conv.name} is {type(conv).__name__}, a convolution that is not folded")
     if getattr(conv, "activation", "none") != "none":
-        raise Unfit(f"{chain.conv.name} has an activation before {chain.norm.name}")
+        raise NotFusable(f"{chain.conv.name} has an activation before {chain.norm.name}")
     _check_part(chain.conv)
     _check_part(chain.norm)
     check_statistics(norm)
     if norm.num_features != conv.out_channels or parameter(conv, "weight").dtype not in FLOAT_DTYPES:
-        raise Unfit(f"{chain.norm.name} has {norm.num_features} features for {conv.out_channels} channels")
+        raise NotFusable(f"{chain.norm.name} has {norm.num_features} features for {conv.out_channels} channels")
 
 
 def _fold_chain(chain: Chain, owners: str | None = None) -> FoldedChain:
@@ -522,7 +522,7 @@ def _fold_chain(chain: Chain, owners: str | None = None) -> FoldedChain:
     check_chain(chain)
     conv, norm = chain.conv.module, chain.norm.module
     if not isinstance(conv, FoldedConvolution) or not isinstance(norm, FoldedPart):
-        raise Unfit(f"{chain.conv.name} was not folded when the copy was made")
+        raise NotFusable(f"{chain.conv.name} was not folded when the copy was made")
     behind = [part.module for part in NORMS[stock_class(norm)](norm)]
     follows = None if chain.activation is None else _activation_behind(chain.activation)
     found = [module for module in (*behind, follows) if module is not None and stock_class(module) is not nn.Identity]
@@ -538,7 +538,7 @@ def _activation_behind(part: Part) -> nn.Module | None:
     """The module, if it is an activation that a convolution can compute, and nobody relies on its being called."""
     try:
         _check_part(part)
-    except Unfit:
+    except NotFusable:
         return None
     return part.module if _activation(part.module) is not None else None
 
@@ -547,7 +547,7 @@ def _activation(module: nn.Module) -> str | None:
     """The name of an activation that a convolution can compute."""
     try:
         return activation_name(Part("it", module))
-    except Unfit:
+    except NotFusable:
         return None
 
 
@@ -602,7 +602,7 @@ class _Container(Folded):
                     check_untouched(name, module)
                 if stock_class(module).__module__.partition(".")[0] not in libraries or module.training:
                     return None
-        except Unfit:
+        except NotFusable:
             return None
         return PreparedCalls()
 
@@ -630,12 +630,12 @@ class FoldedOwner(_Container):
                 chain = chain._replace(activation=None)
             try:
                 yield _fold_chain(chain)
-            except Unfit:
+            except NotFusable:
                 continue
 
 
 def check_methods(stock: type[nn.Module]) -> None:
-    """Raise `Unfit` where a method that calls the parts of a class is not the class's own."""
+    """Raise `NotFusable` where a method that calls the parts of a class is not the class's own."""
     for name in _calling_methods(stock):
         check_own("it", stock, name)
 
@@ -686,7 +686,7 @@ class FoldedOwnOwner(_Container):
                 check_own("it", self.stock, name)
                 chain = Chain(Part(conv, self._modules[conv]), Part(norm, self._modules[norm]))
                 found[name] = _fold_chain(chain, self._folded_activation)
-            except Unfit:
+            except NotFusable:
                 continue
         return found
 
@@ -724,7 +724,7 @@ class FoldedSequence(_Container):
                     taken = 2 if chain.activation is None else 3
                 else:
                     steps.append(module)
-            except Unfit:
+            except NotFusable:
                 steps += [child for _, child in children[:taken]]
             del children[:taken]
         return functools.partial(_run_steps, steps)
@@ -746,7 +746,7 @@ def blocks_of(module: nn.Module) -> list[FoldedMBConv]:
     """The folded blocks that a call of ``module`` is, in the order of their calls; none where it is anything else."""
     try:
         check_untouched("", module)
-    except Unfit:
+    except NotFusable:
         return []
     if isinstance(module, FoldedMBConv):
         # Of a class that somebody put on top, nothing is known.
@@ -770,9 +770,9 @@ class _Blocks:
         blocks = [block for module in modules for block in blocks_of(module)]
         values = [block.value() for block in blocks]
         if len(blocks) < 2 or None in values or any(value.after != "none" for value in values):
-            raise Unfit("they are not several blocks that are folded")
+            raise NotFusable("they are not several blocks that are folded")
         if len({block.dtype() for block in blocks}) > 1:
-            raise Unfit("they take several dtypes")
+            raise NotFusable("they take several dtypes")
         self._modules, self._first, self._run = modules, blocks[0], BlockSequence(values)
 
     def __call__(self, x: Any) -> Any:
@@ -789,7 +789,7 @@ class FoldedLinear(Folded):
 
     def make(self) -> Product:
         if "parametrizations" in self._modules or self.weight.dtype not in FLOAT_DTYPES or 0 in self.weight.shape:
-            raise Unfit("it has no plain weight")
+            raise NotFusable("it has no plain weight")
         bias = self.weight.new_zeros(self.out_features) if self.bias is None else self.bias
         params = ConvNormParams(Tensor.detach(self.weight)[:, :, None, None], bias)
         return Product(fold(params, compute_dtype(self.weight.dtype)), self.weight.dtype)
@@ -821,7 +821,7 @@ class FoldedPool(Folded):
             if inner is not self:
                 check_untouched(name, inner)
         if not self.averages(self):
-            raise Unfit("it is not the average over the image")
+            raise NotFusable("it is not the average over the image")
         return PreparedCalls()
 
     def forward(self, x: Tensor) -> Tensor:

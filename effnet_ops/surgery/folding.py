@@ -21,8 +21,8 @@ from effnet_ops.reference import activate, compute_dtype
 from effnet_ops.surgery.fused import (
     HOOKS,
     LAYERS,
+    NotFusable,
     Part,
-    Unfit,
     check_pointwise,
     convolution_padding,
     convolution_pair,
@@ -196,7 +196,7 @@ def convolution(
     try:
         padding, stride = convolution_padding(part), convolution_pair(part, "stride")
         close = convolution_pair(part, "dilation") == (1, 1)
-    except Unfit:
+    except NotFusable:
         return OtherConvolution(conv, fold(params, dtype), activation)
     if _is_pointwise(part):
         return Product(fold(params, compute_dtype(dtype)), dtype, activation)
@@ -209,7 +209,7 @@ def convolution(
 def _is_pointwise(part: Part) -> bool:
     try:
         return stock_class(part.module) is nn.Conv2d and check_pointwise(part) is part.module
-    except Unfit:
+    except NotFusable:
         return False
 
 

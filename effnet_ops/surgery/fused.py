@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -20,18 +19,12 @@ from effnet_ops import context, functional
 from effnet_ops.checks import FLOAT_DTYPES, integers
 from effnet_ops.params import BatchNormParams, ConvNormParams, SqueezeExciteParams
 from effnet_ops.reference import activate
-from effnet_ops.surgery.snapshot import Snapshot
+from effnet_ops.surgery.structure import FORWARDS, HOOKS, Structure, stock_class
 
 _CACHE = "_effnet_ops_plan"
-HOOKS = {
-    "_forward_hooks": "forward",
-    "_forward_pre_hooks": "forward_pre",
-    "_backward_hooks": "backward",
-    "_backward_pre_hooks": "backward_pre",
-}
 
 
-class Unfit(Exception):
+class NotFusable(Exception):
     """A module that cannot run fused; the message is the reason that the report gives."""
 
 
@@ -180,7 +173,7 @@ class FusedLayer(nn.Module):
 
     @classmethod
     def describe(cls, module: nn.Module) -> Any:
-        """What to run instead of ``module``, read from it and its children; raises `Unfit`."""
+        """What to run instead of ``module``, read from it and its children; raises `NotFusable`."""
         raise NotImplementedError
 
     def run(self, x: Tensor) -> Tensor | None:
@@ -278,61 +271,54 @@ def _forward(stock: type[nn.Module]) -> Callable[..., Any]:
     return forward
 
 
-def stock_class(module: nn.Module) -> type[nn.Module]:
-    """The class of ``module``, or the one it had before it was replaced or folded."""
-    cls = type(module)
-    stock = cls.__dict__.get("stock")
-    return stock if isinstance(stock, type) and issubclass(cls, stock) else cls
-
-
 def activation_name(part: Part) -> str:
-    """The name of an activation module; raises `Unfit` for one that the fused operators do not have."""
+    """The name of an activation module; raises `NotFusable` for one that the fused operators do not have."""
     module = part.module
     name = ACTIVATIONS.get(stock_class(module))
     if name is None:
-        raise Unfit(f"{part.name} is {type(module).__name__}, an activation that is not fused")
+        raise NotFusable(f"{part.name} is {type(module).__name__}, an activation that is not fused")
     if isinstance(module, nn.Hardtanh) and (module.min_val, module.max_val) != (0, 6):
-        raise Unfit(f"{part.name} is {type(module).__name__} from {module.min_val} to {module.max_val}")
+        raise NotFusable(f"{part.name} is {type(module).__name__} from {module.min_val} to {module.max_val}")
     return name
 
 
 def gate_name(part: Part) -> str:
-    """The name of a squeeze-and-excitation gate; raises `Unfit` for one that the fused operators do not have."""
+    """The name of a squeeze-and-excitation gate; raises `NotFusable` for one that the fused operators do not have."""
     name = GATES.get(type(part.module))
     if name is None:
-        raise Unfit(f"{part.name} is {type(part.module).__name__}, a gate that is not fused")
+        raise NotFusable(f"{part.name} is {type(part.module).__name__}, a gate that is not fused")
     return name
 
 
 def identity(part: Part) -> None:
-    """Raise `Unfit` unless the module does nothing."""
+    """Raise `NotFusable` unless the module does nothing."""
     if type(part.module) is not nn.Identity:
-        raise Unfit(f"{part.name} is {type(part.module).__name__}, which is not fused")
+        raise NotFusable(f"{part.name} is {type(part.module).__name__}, which is not fused")
 
 
 def convolution_padding(part: Part) -> functional.Padding:
-    """The padding of a convolution that is known exactly; raises `Unfit` for every other module."""
+    """The padding of a convolution that is known exactly; raises `NotFusable` for every other module."""
     padding_of = CONVOLUTIONS.get(stock_class(part.module))
     if padding_of is None:
-        raise Unfit(f"{part.name} is {type(part.module).__name__}, a convolution that is not fused")
+        raise NotFusable(f"{part.name} is {type(part.module).__name__}, a convolution that is not fused")
     if part.module.padding_mode != "zeros":
-        raise Unfit(f"{part.name} has padding_mode {part.module.padding_mode!r}")
+        raise NotFusable(f"{part.name} has padding_mode {part.module.padding_mode!r}")
     padding = padding_of(part.module)
     if padding != "same" and min(padding) < 0:
-        raise Unfit(f"{part.name} pads by {padding}")
+        raise NotFusable(f"{part.name} pads by {padding}")
     return padding
 
 
 def convolution_pair(part: Part, name: str, minimum: int = 1) -> tuple[int, int]:
     """The setting called ``name`` of a convolution as (vertical, horizontal), from all that torch's conv2d takes.
 
-    That is a whole number of any kind, one in a list or tuple, or a pair. Raises `Unfit` for what torch refuses.
+    That is a whole number of any kind, one in a list or tuple, or a pair. Raises `NotFusable` for what torch refuses.
     """
     value = getattr(part.module, name)
     pair = integers(value, 2)
     pair = pair * 2 if len(pair) == 1 else pair
     if len(pair) != 2 or min(pair) < minimum:
-        raise Unfit(f"{part.name} has {name} {value!r}")
+        raise NotFusable(f"{part.name} has {name} {value!r}")
     return pair
 
 
@@ -345,36 +331,38 @@ def check_pointwise(part: Part) -> nn.Conv2d:
     conv, padding = part.module, convolution_padding(part)
     for name in ("kernel_size", "stride"):
         if (pair := convolution_pair(part, name)) != (1, 1):
-            raise Unfit(f"{part.name} has {name} {pair}, not a pointwise convolution")
+            raise NotFusable(f"{part.name} has {name} {pair}, not a pointwise convolution")
     if conv.groups != 1:
-        raise Unfit(f"{part.name} has {conv.groups} groups, not a pointwise convolution")
+        raise NotFusable(f"{part.name} has {conv.groups} groups, not a pointwise convolution")
     # At kernel 1 and stride 1, TensorFlow's SAME pads nothing.
     if padding != "same" and any(padding):
-        raise Unfit(f"{part.name} pads its input by {padding}")
+        raise NotFusable(f"{part.name} pads its input by {padding}")
     return conv
 
 
 def _check_depthwise(part: Part) -> tuple[nn.Conv2d, functional.Padding]:
     conv, padding = part.module, convolution_padding(part)
     if not conv.groups == conv.in_channels == conv.out_channels:
-        raise Unfit(f"{part.name} has {conv.groups} groups for {conv.in_channels} channels, so it is not depthwise")
+        raise NotFusable(
+            f"{part.name} has {conv.groups} groups for {conv.in_channels} channels, so it is not depthwise"
+        )
     if (dilation := convolution_pair(part, "dilation")) != (1, 1):
-        raise Unfit(f"{part.name} has dilation {dilation}")
+        raise NotFusable(f"{part.name} has dilation {dilation}")
     return conv, padding
 
 
 def check_norm(norm: Part, activation: Part | None = None) -> str:
-    """The name of the one activation behind a normalisation; raises `Unfit` for what is not one that is fused."""
+    """The name of the one activation behind a normalisation; raises `NotFusable` for what is not one that is fused."""
     name, module = norm
     parts_of = NORMS.get(stock_class(module))
     if parts_of is None:
-        raise Unfit(f"{name} is {type(module).__name__}, not a BatchNorm2d that is fused")
+        raise NotFusable(f"{name} is {type(module).__name__}, not a BatchNorm2d that is fused")
     behind = [Part(f"{name}.{inner}", part) for inner, part in parts_of(module)]
     if activation is not None:
         behind.append(activation)
     names = [found for found in map(activation_name, behind) if found != "none"]
     if len(names) > 1:
-        raise Unfit(f"{name} has {len(names)} activations behind it")
+        raise NotFusable(f"{name} has {len(names)} activations behind it")
     return names[0] if names else "none"
 
 
@@ -383,9 +371,9 @@ def _check_stage(stage: Stage) -> tuple[nn.BatchNorm2d, str]:
     name, norm = stage.norm
     activation = check_norm(stage.norm, stage.activation)
     if stage.conv.module.bias is not None:
-        raise Unfit(f"{stage.conv.name} has a bias before its normalisation")
+        raise NotFusable(f"{stage.conv.name} has a bias before its normalisation")
     if norm.momentum is None and norm.num_batches_tracked is None and norm.track_running_stats:
-        raise Unfit(f"{name} has neither a momentum nor num_batches_tracked")
+        raise NotFusable(f"{name} has neither a momentum nor num_batches_tracked")
     return norm, activation
 
 
@@ -397,7 +385,7 @@ def block_plan(
     *,
     residual: bool,
 ) -> BlockPlan:
-    """The plan of an MBConv block from its parts; raises `Unfit` where one is not what the operators compute."""
+    """The plan of an MBConv block from its parts; raises `NotFusable` where one is not what the operators compute."""
     conv, padding = _check_depthwise(depthwise.conv)
     norm, activation = _check_stage(depthwise)
     expanded = None
@@ -406,13 +394,13 @@ def block_plan(
         expand_norm, expand_activation = _check_stage(expand)
         expanded = (pointwise, expand_norm)
         if expand_activation != activation:
-            raise Unfit(f"its activations differ: {expand_activation} and {activation}")
+            raise NotFusable(f"its activations differ: {expand_activation} and {activation}")
     projected = check_pointwise(project.conv)
     project_norm, after = _check_stage(project)
     if residual and after != "none":
-        raise Unfit(f"{project.norm.name} has an activation between the projection and the residual")
+        raise NotFusable(f"{project.norm.name} has an activation between the projection and the residual")
     if norm is project_norm or (expanded is not None and expanded[1] in (norm, project_norm)):
-        raise Unfit("two of its normalisations are one shared module")
+        raise NotFusable("two of its normalisations are one shared module")
     return BlockPlan(
         expanded,
         (conv, norm),
@@ -428,28 +416,28 @@ def block_plan(
 
 
 def squeeze_excite_plan(reduce: Part, activation: Part, expand: Part, gate: str) -> SqueezeExcitePlan:
-    """The plan of a squeeze-and-excitation layer from its parts; raises `Unfit` where one does not fit."""
+    """The plan of a squeeze-and-excitation layer from its parts; raises `NotFusable` where one does not fit."""
     convs = check_pointwise(reduce), check_pointwise(expand)
     return SqueezeExcitePlan(*convs, activation_name(activation), gate)
 
 
 def described_squeeze_excite(part: Part) -> SqueezeExcitePlan | None:
-    """The plan of a block's squeeze-and-excitation, None for nn.Identity; raises `Unfit` for anything unknown."""
+    """The plan of a block's squeeze-and-excitation, None for nn.Identity; raises `NotFusable` for anything unknown."""
     if type(part.module) is nn.Identity:
         return None
     fused = LAYERS.get(stock_class(part.module))
     if fused is None or fused.kind != "squeeze_excite":
-        raise Unfit(f"{part.name} is {type(part.module).__name__}, not a squeeze-and-excitation that is fused")
+        raise NotFusable(f"{part.name} is {type(part.module).__name__}, not a squeeze-and-excitation that is fused")
     try:
         return fused.describe(part.module)
-    except Unfit as reason:
-        raise Unfit(f"{part.name}.{reason}") from None
+    except NotFusable as reason:
+        raise NotFusable(f"{part.name}.{reason}") from None
 
 
 def describe(layer: type[FusedLayer], module: nn.Module) -> Any:
-    """What ``layer`` runs instead of ``module``; raises `Unfit` also where somebody relies on a child being called."""
+    """What ``layer`` runs instead of ``module``; `NotFusable` also where somebody relies on a child being called."""
     if "stock" not in vars(layer):
-        raise Unfit(f"{layer.__name__} is a class that somebody put on top")
+        raise NotFusable(f"{layer.__name__} is a class that somebody put on top")
     check_class("its class", layer.stock)
     for name, inner in module.named_modules():
         if inner is not module:
@@ -458,70 +446,55 @@ def describe(layer: type[FusedLayer], module: nn.Module) -> Any:
 
 
 def describe_or_none(module: FusedLayer) -> Any:
-    """`describe` of a replaced module, None instead of `Unfit`."""
+    """`describe` of a replaced module, None instead of `NotFusable`."""
     try:
         return describe(type(module), module)
-    except Unfit:
+    except NotFusable:
         return None
 
 
-METHODS = ("forward", "_conv_forward")
-"""What somebody can replace, on a module or on its class, in order to change what the module computes."""
-
-
 def check_class(name: str, cls: type[nn.Module]) -> None:
-    """Raise `Unfit` where a method of the class of the module ``name`` is not the one that its library defines."""
-    for method in METHODS:
+    """Raise `NotFusable` where a method of the class of the module ``name`` is not the one that its library defines."""
+    for method in FORWARDS:
         if context.is_patched(cls, method):
-            raise Unfit(f"the {method} of {cls.__name__}, {name}, was replaced")
+            raise NotFusable(f"the {method} of {cls.__name__}, {name}, was replaced")
 
 
 def check_untouched(name: str, module: nn.Module) -> None:
-    """Raise `Unfit` where a child does more than its class says: its forward would not be called."""
+    """Raise `NotFusable` where a child does more than its class says: its forward would not be called."""
     if isinstance(module, torch.jit.ScriptModule):
-        raise Unfit(f"{name} is a TorchScript module")
+        raise NotFusable(f"{name} is a TorchScript module")
     state = module.__dict__
     for attribute, kind in HOOKS.items():
         if state.get(attribute):
-            raise Unfit(f"{name} has a {kind} hook")
-    for method in METHODS:
+            raise NotFusable(f"{name} has a {kind} hook")
+    for method in FORWARDS:
         if method in state:
-            raise Unfit(f"the {method} of {name} was replaced on the instance")
+            raise NotFusable(f"the {method} of {name} was replaced on the instance")
     check_class(name, stock_class(module))
     if "parametrizations" in module._modules:
-        raise Unfit(f"{name} has parametrized parameters")
+        raise NotFusable(f"{name} has parametrized parameters")
     if state.get("qconfig") is not None:
-        raise Unfit(f"{name} is prepared for quantization")
+        raise NotFusable(f"{name} is prepared for quantization")
 
 
-_forward_of = attrgetter("forward")
 _SETTINGS = ("stride", "padding", "dilation", "output_size")
 """Which can be lists, as those of efficientnet_pytorch are, in which somebody can write."""
 
 
-class _CachedPlan:
+class _CachedPlan(Structure):
     """A plan with everything it was read from."""
 
-    __slots__ = (
-        *("_links", "_modules", "_states", "_snapshot", "_types", "_classes", "_methods", "_attributes", "_lists"),
-        *("_fixed", "_kernels", "_without_bias", "plan"),
-    )
+    __slots__ = ("_fixed", "_kernels", "_lists", "_states", "_without_bias", "plan")
 
     def __init__(self, layer: FusedLayer) -> None:
-        self._links = layer._modules
-        self._modules = [module for module in layer.modules() if module is not layer]
-        # A new instance attribute can be a forward of its own.
-        self._states = states = [module.__dict__ for module in self._modules]
-        inner = (state[name] for state in states for name in ("_modules", *HOOKS) if name in state)
-        self._snapshot = Snapshot([layer._modules, *states, *inner])
-        self._types = [type(layer), *map(type, self._modules)]
-        self._classes = list({layer.stock, *map(stock_class, self._modules)})
-        self._methods = self._methods_now()
-        self._attributes = [(name, getattr(layer, name)) for name in layer.attributes]
-        settings = [state.get(name) for state in (layer.__dict__, *states) for name in _SETTINGS]
+        inside = [module for module in layer.modules() if module is not layer]
+        super().__init__(layer, inside, layer.attributes, (), ("_modules",))
+        self._states = [module.__dict__ for module in inside]
+        settings = [state.get(name) for state in (layer.__dict__, *self._states) for name in _SETTINGS]
         self._lists = [(value, tuple(value)) for value in settings if isinstance(value, list)]
         self._fixed = not any(hasattr(value, "__setitem__") for value in settings if not isinstance(value, list))
-        convs = [module for module in (layer, *self._modules) if isinstance(module, nn.Conv2d)]
+        convs = [module for module in (layer, *inside) if isinstance(module, nn.Conv2d)]
         # PyTorch's "same" goes by the size of the weight.
         self._kernels = [(m, parameter(m, "weight").shape) for m in convs if isinstance(m.padding, str)]
         self.plan = plan = describe_or_none(layer)
@@ -529,19 +502,10 @@ class _CachedPlan:
         # Of parameters, all others are read at each call.
         self._without_bias = [stage[0]._parameters for stage in stages if stage is not None]
 
-    def _methods_now(self) -> list[Any]:
-        return [nn.Conv2d._conv_forward, *map(_forward_of, self._classes)]
-
     def holds(self, layer: FusedLayer) -> bool:
-        """Whether nothing has changed since. A replica that was made by copying __dict__ has children of its own."""
-        if self._links is not layer._modules or not self._snapshot.holds():
+        """Whether nothing has changed since."""
+        if not self.same(layer):
             return False
-        if [type(layer), *map(type, self._modules)] != self._types or self._methods_now() != self._methods:
-            return False
-        # Loops, because generators cost more than what they do here.
-        for name, value in self._attributes:
-            if getattr(layer, name) is not value:
-                return False
         for parameters in self._without_bias:
             if parameters.get("bias", parameters) is not None:
                 return False

@@ -11,9 +11,9 @@ from effnet_ops.surgery.fused import (
     CONVOLUTIONS,
     DepthwisePlan,
     FusedLayer,
+    NotFusable,
     Part,
     SqueezeExcitePlan,
-    Unfit,
     convolution_padding,
     convolution_pair,
     fuses,
@@ -30,7 +30,7 @@ def conv2d_padding(conv: nn.Conv2d) -> tuple[int, ...]:
     if padding == "valid":
         return (0, 0, 0, 0)
     if padding != "same" or convolution_pair(part, "stride") != (1, 1):
-        raise Unfit(f"it has padding {padding!r} and stride {conv.stride}")
+        raise NotFusable(f"it has padding {padding!r} and stride {conv.stride}")
     kernel, dilation = parameter(conv, "weight").shape[2:], convolution_pair(part, "dilation")
     vertical, horizontal = (d * (k - 1) for k, d in zip(kernel, dilation, strict=True))
     # PyTorch puts the odd pixel at the bottom and right.
@@ -50,7 +50,7 @@ class FusedDepthwise(FusedLayer):
     @classmethod
     def describe(cls, module: nn.Module) -> DepthwisePlan:
         if not module.groups == module.in_channels == module.out_channels:
-            raise Unfit(f"it makes {module.out_channels} channels of {module.in_channels}, more than one each")
+            raise NotFusable(f"it makes {module.out_channels} channels of {module.in_channels}, more than one each")
         part = Part("it", module)
         padding = convolution_padding(part)
         return DepthwisePlan(convolution_pair(part, "stride"), padding, convolution_pair(part, "dilation"))

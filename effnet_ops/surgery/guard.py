@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from effnet_ops import internals
-from effnet_ops.surgery.fused import HOOKS, METHODS, stock_class
-from effnet_ops.surgery.snapshot import Snapshot
+from effnet_ops.surgery.structure import Structure
 
 _BESIDES_VERSIONS = ("numpy", "__array__", "__dlpack__", "untyped_storage", "storage", "_typed_storage")
 _VIEWS = ("view", "reshape", "flatten", "__getitem__", "select", "narrow", "split", "chunk", "unbind")
@@ -174,47 +173,27 @@ def tensors_of(modules: Iterable[nn.Module]) -> list[Tensor]:
     return list({id(t): t for t in found if t is not None and t.is_floating_point()}.values())
 
 
-class Kept:
-    """A value made from ``owner``'s attributes ``names`` and from ``modules``, with all that it was read from.
+class Kept(Structure):
+    """A value made from ``owner``'s ``settings`` and from ``modules``, with all that it was read from.
 
-    ``methods`` are those whose calls it takes the place of, beside the forward of the modules.
     ``make`` may return None: then the modules run one by one, until something changes.
     """
 
-    __slots__ = ("_attributes", "_links", "_methods", "_modules", "_names", "_snapshot", "_types", "sources", "value")
+    __slots__ = ("sources", "value")
 
     def __init__(
         self,
         owner: nn.Module,
         modules: Sequence[nn.Module],
-        names: Sequence[str],
+        settings: Sequence[str],
         methods: Sequence[tuple[type, str]],
         make: Callable[[], Any],
     ) -> None:
-        self._links, self._names, self._modules = owner._modules, names, list(modules)
-        # A new instance attribute can be a forward of its own.
-        states = [module.__dict__ for module in self._modules]
-        tables = ("_modules", "_parameters", "_buffers", *HOOKS)
-        inner = (state[name] for state in states for name in tables)
-        self._snapshot = Snapshot([owner._modules, owner._parameters, owner._buffers, *states, *inner])
-        self._attributes, self._types = self._read(owner), list(map(type, self._modules))
-        classes = {*self._types, *map(stock_class, self._modules)}
-        watched = [*methods, *((cls, name) for cls in classes for name in METHODS if hasattr(cls, name))]
-        self._methods = [(cls, name, getattr(cls, name)) for cls, name in watched]
+        super().__init__(owner, modules, settings, methods, ("_modules", "_parameters", "_buffers"))
         # Before they are read, so that what changes meanwhile is noticed.
-        self.sources = Sources(tensors_of([owner, *self._modules]))
+        self.sources = Sources(tensors_of([owner, *modules]))
         self.value = make()
 
-    def _read(self, owner: nn.Module) -> list[Any]:
-        return [getattr(owner, name) for name in self._names]
-
     def holds(self, owner: nn.Module) -> bool:
-        """Whether nothing has changed since. A replica has children of its own."""
-        return (
-            self._links is owner._modules
-            and self._snapshot.holds()
-            and self._read(owner) == self._attributes
-            and list(map(type, self._modules)) == self._types
-            and all(getattr(cls, name) is method for cls, name, method in self._methods)
-            and self.sources.hold()
-        )
+        """Whether nothing has changed since."""
+        return self.same(owner) and self.sources.hold()

@@ -40,7 +40,7 @@ from effnet_ops.surgery.folded import (
     train_or_refuse,
     unfold,
 )
-from effnet_ops.surgery.fused import ACTIVATIONS, CHAINS, SEQUENCES, FusedLayer, Unfit, stock_class
+from effnet_ops.surgery.fused import ACTIVATIONS, CHAINS, SEQUENCES, FusedLayer, NotFusable, stock_class
 from effnet_ops.surgery.replace import (
     ReplacementReport,
     check_module,
@@ -219,7 +219,7 @@ class _Folding:
             try:
                 self._block(name, module, found[1])
                 return
-            except Unfit as reason:
+            except NotFusable as reason:
                 self.report.left[name] = str(reason)
         if own_kind(module):
             return
@@ -230,9 +230,9 @@ class _Folding:
     def _block(self, name: str, block: nn.Module, layer: Any) -> None:
         own = own_kind(block) == "block"
         if isinstance(layer, str) and not own:
-            raise Unfit(layer)
+            raise NotFusable(layer)
         if "forward" in block.__dict__:
-            raise Unfit("its forward was replaced on the instance")
+            raise NotFusable("its forward was replaced on the instance")
         names = {module: inner for inner, module in block.named_modules()}
         for conv, norm in block_stages(block):
             self.report.folded[_join(name, names[norm])] = _join(name, names[conv])
@@ -250,7 +250,7 @@ class _Folding:
                 check_methods(type(owner))
                 check_chain(chain)
                 self._check_uses(chain)
-            except Unfit as reason:
+            except NotFusable as reason:
                 self.report.left[_join(name, chain.norm.name)] = str(reason)
                 continue
             found = True
@@ -271,7 +271,7 @@ class _Folding:
     def _check_uses(self, chain: Chain) -> None:
         for part in (chain.conv, chain.norm):
             if self._uses[part.module] != 1:
-                raise Unfit(f"{part.name} is used in several places")
+                raise NotFusable(f"{part.name} is used in several places")
 
 
 def _join(name: str, child: str) -> str:

@@ -7,19 +7,23 @@ are replaced: a subclass that somebody else wrote may compute something else, so
 
 from __future__ import annotations
 
+import functools
 import importlib
+import pkgutil
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from effnet_ops.surgery import generic  # noqa: F401  (registers the layers of PyTorch itself)
+from effnet_ops.surgery import (
+    adapters,
+    generic,  # noqa: F401  (registers the layers of PyTorch itself)
+)
 from effnet_ops.surgery.around import AROUND, NETWORK_POOLS, NETWORKS, AroundLayer
 from effnet_ops.surgery.folded import Folded
-from effnet_ops.surgery.fused import LAYERS, UNSUPPORTED, FusedLayer, Unfit, describe, stock_class
+from effnet_ops.surgery.fused import LAYERS, UNSUPPORTED, FusedLayer, NotFusable, describe, stock_class
 
-_LIBRARIES = frozenset({"timm", "torchvision", "efficientnet_pytorch", "geffnet"})
 _KINDS = {
     "block": "MBConv blocks",
     "depthwise": "depthwise convolutions",
@@ -237,16 +241,21 @@ def _why_not(module: nn.Module, layer: type[FusedLayer]) -> str:
         return "it is prepared for quantization"
     try:
         describe(layer, module)
-    except Unfit as reason:
+    except NotFusable as reason:
         return str(reason)
     return ""
 
 
+@functools.cache
+def _libraries() -> set[str]:
+    return {file.name for file in pkgutil.iter_modules(adapters.__path__)}
+
+
 def load_adapters(cls: type) -> str:
     """Load the adapter of the library that a class or one of its bases comes from; the reason if that fails, or ""."""
-    for library in {base.__module__.partition(".")[0] for base in cls.__mro__} & _LIBRARIES:
+    for library in {base.__module__.partition(".")[0] for base in cls.__mro__} & _libraries():
         try:
-            importlib.import_module(f"effnet_ops.surgery.{library}")
+            importlib.import_module(f"{adapters.__name__}.{library}")
         except (ImportError, AttributeError) as error:
             return f"this version of {library} is not supported: {error}"
     return ""

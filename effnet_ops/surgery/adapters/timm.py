@@ -24,10 +24,10 @@ from effnet_ops.surgery.fused import (
     UNSUPPORTED,
     BlockPlan,
     FusedLayer,
+    NotFusable,
     Part,
     SqueezeExcitePlan,
     Stage,
-    Unfit,
     block_plan,
     described_squeeze_excite,
     fuses,
@@ -152,7 +152,7 @@ class FusedSEModule(FusedSqueezeExcite, SEModule):
     @classmethod
     def describe(cls, module: nn.Module) -> SqueezeExcitePlan:
         if module.add_maxpool:
-            raise Unfit("it pools with the maximum, too")
+            raise NotFusable("it pools with the maximum, too")
         identity(Part("bn", module.bn))
         parts = (Part(name, getattr(module, name)) for name in ("fc1", "act", "fc2"))
         return squeeze_excite_plan(*parts, gate_name(Part("gate", module.gate)))
@@ -160,7 +160,7 @@ class FusedSEModule(FusedSqueezeExcite, SEModule):
 
 def _stage(block: nn.Module, conv: str, norm: str) -> Stage:
     if type(getattr(block, norm)) is nn.SyncBatchNorm:
-        raise Unfit(
+        raise NotFusable(
             f"{norm} is SyncBatchNorm: torch's convert_sync_batchnorm dropped the activation of BatchNormAct2d, "
             "timm.layers.convert_sync_batchnorm keeps it"
         )
@@ -181,7 +181,7 @@ class _FusedBlock(FusedLayer):
 
 def _describe_block(block: nn.Module, expand: Stage | None, depthwise: Stage, project: Stage) -> BlockPlan:
     if block.conv_s2d is not None:
-        raise Unfit("conv_s2d moves space to depth before the block")
+        raise NotFusable("conv_s2d moves space to depth before the block")
     identity(Part("aa", block.aa))
     if block.has_skip and type(block.drop_path) is not DropPath:
         identity(Part("drop_path", block.drop_path))

@@ -21,10 +21,10 @@ from effnet_ops.surgery.fused import (
     UNSUPPORTED,
     BlockPlan,
     FusedLayer,
+    NotFusable,
     Part,
     SqueezeExcitePlan,
     Stage,
-    Unfit,
     block_plan,
     described_squeeze_excite,
     fuses,
@@ -91,7 +91,7 @@ class FusedSqueezeExciteBlock(FusedSqueezeExcite, blocks.SqueezeExcite):
     def describe(cls, module: nn.Module) -> SqueezeExcitePlan:
         gate = next((name for function, name in _GATES if function is module.gate_fn), None)
         if gate is None:
-            raise Unfit(f"gate_fn is {module.gate_fn}, a gate that is not fused")
+            raise NotFusable(f"gate_fn is {module.gate_fn}, a gate that is not fused")
         parts = (Part(name, getattr(module, name)) for name in ("conv_reduce", "act1", "conv_expand"))
         return squeeze_excite_plan(*parts, gate)
 

@@ -16,10 +16,10 @@ from effnet_ops.surgery.fused import (
     UNSUPPORTED,
     BlockPlan,
     FusedLayer,
+    NotFusable,
     Part,
     SqueezeExcitePlan,
     Stage,
-    Unfit,
     block_plan,
     described_squeeze_excite,
     fuses,
@@ -47,7 +47,7 @@ class FusedSqueezeExcitation(FusedSqueezeExcite, SqueezeExcitation):
     @classmethod
     def describe(cls, module: nn.Module) -> SqueezeExcitePlan:
         if not is_average(module.avgpool):
-            raise Unfit("avgpool is not the average over the image")
+            raise NotFusable("avgpool is not the average over the image")
         parts = (Part(name, getattr(module, name)) for name in ("fc1", "activation", "fc2"))
         return squeeze_excite_plan(*parts, gate_name(Part("scale_activation", module.scale_activation)))
 
@@ -71,7 +71,7 @@ def _stages(layers: list[Part]) -> Iterator[Stage | Part]:
             yield part
             continue
         if norm is None or isinstance(norm.module, nn.Conv2d):
-            raise Unfit(f"{part.name} has no normalisation")
+            raise NotFusable(f"{part.name} has no normalisation")
         layer = stock_class(activation.module) if activation is not None else nn.Conv2d
         has_activation = not issubclass(layer, (nn.Conv2d, SqueezeExcitation))
         index += 2 if has_activation else 1
@@ -84,7 +84,7 @@ def _describe_layers(container: Part, *, residual: bool) -> BlockPlan:
     if len(found) >= 3 and isinstance(found[-2], Part):
         squeeze_excite = described_squeeze_excite(found.pop(-2))
     if not 2 <= len(found) <= 3 or not all(isinstance(stage, Stage) for stage in found):
-        raise Unfit(f"{container.name} is not [expand,] depthwise, [squeeze-and-excitation,] project")
+        raise NotFusable(f"{container.name} is not [expand,] depthwise, [squeeze-and-excitation,] project")
     *expand, depthwise, project = found
     return block_plan(expand[0] if expand else None, depthwise, squeeze_excite, project, residual=residual)
 
@@ -122,7 +122,7 @@ class FusedMBConv(_FusedBlock, efficientnet.MBConv):
     def describe(cls, module: nn.Module) -> BlockPlan:
         drop = module.stochastic_depth
         if type(drop) is not StochasticDepth or drop.mode not in ("row", "batch") or not 0.0 <= drop.p <= 1.0:
-            raise Unfit(f"stochastic_depth is {drop}")
+            raise NotFusable(f"stochastic_depth is {drop}")
         return super().describe(module)
 
     def drop_path_scale(self, x: Tensor) -> Tensor | None:

@@ -15,9 +15,9 @@ from effnet_ops.surgery.fused import (
     CONVOLUTIONS,
     BlockPlan,
     FusedLayer,
+    NotFusable,
     Part,
     Stage,
-    Unfit,
     block_plan,
     fuses,
     squeeze_excite_plan,
@@ -32,14 +32,14 @@ def _static_padding(conv: nn.Conv2d) -> tuple[int, ...]:
     if type(pad) is nn.Identity:
         return sides
     if type(pad) is not nn.ZeroPad2d:
-        raise Unfit(f"static_padding is {type(pad).__name__}")
+        raise NotFusable(f"static_padding is {type(pad).__name__}")
     left, right, top, bottom = pad.padding
     return tuple(own + added for own, added in zip(sides, (top, bottom, left, right), strict=True))
 
 
 def _dynamic_padding(conv: nn.Conv2d) -> str:
     if any(conv2d_padding(conv)):
-        raise Unfit(f"it pads by {conv.padding} more than SAME")
+        raise NotFusable(f"it pads by {conv.padding} more than SAME")
     return "same"
 
 
