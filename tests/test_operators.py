@@ -121,6 +121,58 @@ def test_opcheck(name: str, layout: str) -> None:
     torch.library.opcheck(getattr(OPERATORS, name).default, tuple(arguments(name, layout, torch.float32)))
 
 
+_CONV = "Tensor{0} {1}_weight, Tensor? {1}_gamma, Tensor? {1}_beta, Tensor? {1}_mean, Tensor? {1}_var, float {1}_eps"
+_SE = "Tensor reduce_weight, Tensor? reduce_bias, Tensor expand_weight, Tensor? expand_bias, str activation, str gate"
+_MBCONV = (
+    f"Tensor x, {_CONV.format('?', 'expand')}, {_CONV.format('', 'depthwise')}, "
+    "Tensor? squeeze_excite_reduce_weight, Tensor? squeeze_excite_reduce_bias, Tensor? squeeze_excite_expand_weight, "
+    "Tensor? squeeze_excite_expand_bias, str squeeze_excite_activation, str squeeze_excite_gate, "
+    f"{_CONV.format('', 'project')}, Tensor? drop_path, int[] stride, int[] padding, bool residual, str activation"
+)
+_SAVED = (
+    "Tensor expanded, Tensor convolved, Tensor projected, Tensor expand_mean_used, Tensor expand_var_used, "
+    "Tensor depthwise_mean_used, Tensor depthwise_var_used, Tensor project_mean_used, Tensor project_var_used, "
+    "Tensor pooled"
+)
+_DEPTHWISE = "Tensor x, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, str activation"
+_POINTWISE = "Tensor x, Tensor weight, Tensor? bias, Tensor? residual, str activation"
+_PACKED = "Tensor x, Tensor weight, Tensor bias"
+SCHEMAS = {
+    "depthwise_conv2d": (_DEPTHWISE, 1),
+    "depthwise_conv2d_backward": (f"Tensor grad, {_DEPTHWISE}, bool[] needs", 3),
+    "pointwise_conv2d": (_POINTWISE, 1),
+    "pointwise_conv2d_backward": (f"Tensor grad, {_POINTWISE}, bool[] needs", 3),
+    "squeeze_excite": (f"Tensor x, {_SE}", 2),
+    "squeeze_excite_backward": (f"Tensor grad, Tensor x, {_SE}, Tensor pooled, bool[] needs", 5),
+    "mbconv_inference": (_MBCONV, 1),
+    "mbconv_training": (f"{_MBCONV}, bool save_expanded", 11),
+    "mbconv_backward": (f"Tensor grad, {_MBCONV}, {_SAVED}, bool[] needs", 14),
+    "batch_norm_inference": (
+        "Tensor x, Tensor gamma, Tensor? beta, Tensor mean, Tensor var, float eps, str activation",
+        1,
+    ),
+    "conv_norm_inference": (f"Tensor x, {_CONV.format('', 'conv')}, int[] stride, int[] padding, str activation", 1),
+    "mbconv_packed": (
+        "Tensor x, Tensor? expand_weight, Tensor? expand_bias, Tensor depthwise_weight, Tensor depthwise_bias, "
+        "Tensor? reduce_weight, Tensor? reduce_bias, Tensor? excite_weight, Tensor? excite_bias, "
+        "Tensor project_weight, Tensor project_bias, int[] stride, int[] padding, bool residual, str activation, "
+        "str squeeze_activation, str gate",
+        1,
+    ),
+    "pointwise_packed": (f"{_PACKED}, str activation", 1),
+    "convolution_packed": (f"{_PACKED}, int[] kernel, int[] stride, int[] padding, str activation", 1),
+    "average_pool": ("Tensor x, bool keepdim", 1),
+}
+"""Of each operator the arguments and how many results: csrc/bindings.cpp reads them in this order."""
+
+
+def test_schemas() -> None:
+    assert _library.OPERATORS.keys() == SCHEMAS.keys()
+    for name, (arguments, count) in SCHEMAS.items():
+        results = "Tensor" if count == 1 else f"({', '.join(['Tensor'] * count)})"
+        assert str(_library.OPERATORS[name].overload._schema) == f"effnet_ops::{name}({arguments}) -> {results}"
+
+
 def as_list(results: Any) -> list[Tensor]:
     return list(results) if isinstance(results, tuple) else [results]
 
