@@ -222,7 +222,8 @@ def test_weights_are_packed_for_the_cpu_alone(monkeypatch: pytest.MonkeyPatch) -
         moved.to(torch.float32)
         block = next(module for module in moved.modules() if isinstance(module, FoldedMBConv))
         value = block.value()
-        assert value.depthwise_weight.shape[:2] == (value.depthwise_bias.shape[0], 1)
+        weight, bias = value._call.depthwise
+        assert weight.shape[:2] == (bias.shape[0], 1)
         with effnet_ops.use_backend("reference"):
             assert relative_difference(moved(x), y) < 1e-5
     moved.to(torch.float32)

@@ -12,18 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_Pairs = list[tuple[Tensor, Tensor]]
 
-def cast(value: Any, dtype: torch.dtype, but: Tensor | None = None, done: dict[int, Tensor] | None = None) -> Any:
+
+def cast(value: Any, dtype: torch.dtype, but: Tensor | None = None, done: _Pairs | None = None) -> Any:
     """The floating-point tensors in ``value``, without ``but``, in ``dtype``; what stays as it is is the same object.
 
     Looks into mappings, lists, tuples (also named ones), dataclasses and namespaces, and keeps their classes. What is
-    one tensor in two places stays one; ``done`` has those that were cast, by their ids.
+    one tensor in two places stays one; ``done`` has those that were cast, each with what came of it.
     """
-    done = {} if done is None else done
+    done = [] if done is None else done
     if isinstance(value, Tensor):
         if not value.is_floating_point() or value is but:
             return value
-        return done.setdefault(id(value), value.to(dtype))
+        # torch.compile has no ids of tensors, by which a dictionary would go.
+        found = [new for old, new in done if old is value] or [value.to(dtype)]
+        done.append((value, found[0]))
+        return found[0]
     items, changed = dict(_items(value)), {}
     for key, item in items.items():
         new = cast(item, dtype, but, done)
