@@ -139,6 +139,9 @@ class Folded(nn.Module):
         return kept.value
 
     def _make_or_none(self) -> Any:
+        # Of a class that somebody put on top, nothing is known.
+        if "stock" not in vars(type(self)):
+            return None
         # Dropout or drop path that is switched to training by itself does what it does then.
         if any(
             module.training and (hasattr(module, "p") or hasattr(module, "drop_prob")) for module in self.read_from()

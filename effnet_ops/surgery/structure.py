@@ -6,6 +6,7 @@ Asked before each call of a replaced layer, and of a folded one, which asks for 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from operator import is_
 from typing import Any
 
 from torch import nn
@@ -70,6 +71,7 @@ class Structure:
         """Whether nothing has changed since. A replica that was made by copying __dict__ has children of its own."""
         if self._links is not owner._modules or not self._snapshot.holds():
             return False
-        if self._types_of(owner) != self._types or self._read(owner) != self._settings:
+        # Objects, since those of NumPy have no truth of being equal.
+        if self._types_of(owner) != self._types or not all(map(is_, self._read(owner), self._settings)):
             return False
         return self._methods_now() == self._methods
