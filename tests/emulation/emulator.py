@@ -145,7 +145,7 @@ class Machine:
         self.library.emulation_free.argtypes = [ctypes.c_void_p]
         self.library.emulation_reset.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_size_t, *[ctypes.c_uint64] * 2]
         self.library.emulation_error.restype = ctypes.c_char_p
-        for name in ("emulation_accesses", "emulation_launches"):
+        for name in ("emulation_accesses", "emulation_launches", "emulation_kernel"):
             getattr(self.library, name).restype = ctypes.c_uint64
         self.reset()
 
@@ -186,6 +186,12 @@ class Machine:
     @property
     def launches(self) -> int:
         return self.library.emulation_launches()
+
+    @property
+    def launched(self) -> list[str]:
+        """The kernels launched since the last reset, in order, with their template arguments."""
+        offsets = map(self.library.emulation_kernel, map(ctypes.c_uint64, range(self.launches)))
+        return [self._frames(offset)[-1][0] for offset in offsets]
 
     def empty(
         self,
