@@ -26,6 +26,7 @@ from torch import Tensor
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CUDA = ROOT / "csrc" / "cuda"
+ACTIVATIONS = ROOT / "csrc" / "activations.h"
 FOLDER = ROOT / "build" / "emulation"
 _INCLUDE = "tests/emulation/include"
 
@@ -68,7 +69,7 @@ def _headers(folder: str) -> str:
     """What the objects of a folder's sources may depend on."""
     shadows = [*sorted((HERE / "include").iterdir()), HERE / "runtime" / "emulation.h"]
     more = {"runtime": HERE / "runtime", "samples": HERE / "samples"}.get(folder, CUDA)
-    files = [*shadows, *(path for path in sorted(more.iterdir()) if path.suffix in (".h", ".cuh"))]
+    files = [*shadows, ACTIVATIONS, *(path for path in sorted(more.iterdir()) if path.suffix in (".h", ".cuh"))]
     version = subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=True).stdout
     return _hash(version, [(path.name, path.read_bytes()) for path in files])
 
