@@ -9,6 +9,8 @@
 #include <string>
 #include <vector>
 
+#include "activations.h"
+
 namespace effnet {
 
 using torch::headeronly::MemoryFormat;
@@ -19,19 +21,22 @@ using Needs = std::vector<bool>;
 
 template <class Activation>
 Activation activation_named(const std::string& name) {
-    if (name == "none") return Activation::none;
-    if (name == "relu") return Activation::relu;
-    if (name == "relu6") return Activation::relu6;
-    if (name == "silu") return Activation::silu;
-    STD_TORCH_CHECK(name == "hardswish", "unknown activation '", name, "'");
-    return Activation::hardswish;
+#define EFFNET_IF_NAMED(known) \
+    if (name == #known) return Activation::known;
+    EFFNET_ACTIVATIONS(EFFNET_IF_NAMED)
+#undef EFFNET_IF_NAMED
+    STD_TORCH_CHECK(false, "unknown activation '", name, "'");
+    return Activation::none;
 }
 
 template <class Gate>
 Gate gate_named(const std::string& name) {
-    if (name == "sigmoid") return Gate::sigmoid;
-    STD_TORCH_CHECK(name == "hard_sigmoid", "unknown gate '", name, "'");
-    return Gate::hard_sigmoid;
+#define EFFNET_IF_NAMED(known) \
+    if (name == #known) return Gate::known;
+    EFFNET_GATES(EFFNET_IF_NAMED)
+#undef EFFNET_IF_NAMED
+    STD_TORCH_CHECK(false, "unknown gate '", name, "'");
+    return Gate::sigmoid;
 }
 
 // Axes of size 1 have no stride that matters.

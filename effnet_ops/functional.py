@@ -44,7 +44,7 @@ def depthwise_conv2d(
         stride, dilation: an int or (vertical, horizontal), at least 1.
         padding: pixels of zeros as an int, (vertical, horizontal) or (top, bottom, left, right), or "same" in
             TensorFlow's meaning: output ceil(H / stride), the odd pixel at the bottom and right.
-        activation: none, relu, relu6, silu or hardswish.
+        activation: one of `effnet_ops.reference.ACTIVATIONS`, such as "silu".
 
     Returns:
         (N, C, Ho, Wo) in the dtype of x.
@@ -89,7 +89,7 @@ def pointwise_conv2d(
         weight: (Cout, Cin, 1, 1).
         bias: (Cout,) or None.
         residual: (N, Cout, H, W) in the dtype of x, or None.
-        activation: none, relu, relu6, silu or hardswish.
+        activation: one of `effnet_ops.reference.ACTIVATIONS`, such as "silu".
 
     Returns:
         (N, Cout, H, W) in the dtype of x.
@@ -132,8 +132,8 @@ def squeeze_excite(
         x: (N, C, H, W), float32, float64, bfloat16 or float16.
         reduce_weight, reduce_bias: (R, C, 1, 1) and (R,) or None.
         expand_weight, expand_bias: (C, R, 1, 1) and (C,) or None.
-        activation: between the two products: none, relu, relu6, silu or hardswish.
-        gate: sigmoid or hard_sigmoid.
+        activation: between the two products: one of `effnet_ops.reference.ACTIVATIONS`, such as "silu".
+        gate: one of `effnet_ops.reference.GATES`, such as "sigmoid".
 
     Returns:
         (N, C, H, W) in the dtype of x.

@@ -42,7 +42,7 @@ class DepthwiseConv2d(nn.Conv2d):
         kernel_size, stride, dilation: an int or (vertical, horizontal).
         padding: an int, a pair, (top, bottom, left, right) or "same" in TensorFlow's meaning.
         bias: learn an additive bias.
-        activation: none, relu, relu6, silu or hardswish.
+        activation: one of `effnet_ops.reference.ACTIVATIONS`, such as "silu".
 
     Raises ValueError for a size or name that does not fit.
     """
@@ -124,7 +124,7 @@ class ConvNormAct(nn.Module):
         in_channels, out_channels: Cin, Cout.
         kernel_size, stride: an int or (vertical, horizontal).
         padding: as in `DepthwiseConv2d`; None is half the kernel on every side.
-        activation: none, relu, relu6, silu or hardswish.
+        activation: one of `effnet_ops.reference.ACTIVATIONS`, such as "silu".
         eps, momentum: of the normalisation.
     """
 
@@ -167,8 +167,8 @@ class SqueezeExcite(nn.Module):
 
     Args:
         channels: C. squeezed: R, at least 1.
-        activation: between the products: none, relu, relu6, silu or hardswish.
-        gate: sigmoid or hard_sigmoid.
+        activation: between the products: one of `effnet_ops.reference.ACTIVATIONS`, such as "silu".
+        gate: one of `effnet_ops.reference.GATES`, such as "sigmoid".
     """
 
     def __init__(
@@ -217,7 +217,8 @@ class MBConv(nn.Module):
         expand_ratio: t; where t * Cin = Cin there is no expansion.
         se_ratio: width of squeeze-and-excitation relative to Cin; 0 leaves it out.
         padding: as in `DepthwiseConv2d`; None is half the kernel on every side.
-        activation: none, relu, relu6, silu or hardswish. gate: sigmoid or hard_sigmoid.
+        activation: one of `effnet_ops.reference.ACTIVATIONS`, such as "silu".
+        gate: one of `effnet_ops.reference.GATES`, such as "sigmoid".
         drop_path_rate: probability, in [0, 1), that training drops the branch of an image (arXiv 1603.09382).
         eps, momentum: of the normalisations.
 

@@ -1,7 +1,7 @@
 """Activations, gates and their derivatives as Triton functions, and conversions between stored and computed precision.
 
-The codes in `ACTIVATION_CODES` and `GATE_CODES` are what kernels take as constants. Values are fp32, or fp64 where
-tensors are.
+The codes in `ACTIVATION_CODES` and `GATE_CODES` are what kernels take as constants: the places of the names in
+`reference/activation.py`. Values are fp32, or fp64 where tensors are.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from effnet_ops.kernels import interpreter
+from effnet_ops.reference.activation import ACTIVATIONS, GATES
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Whether kernels run in Triton's interpreter; Triton itself decides that once, when a kernel is defined."""
@@ -20,15 +21,15 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 if INTERPRETED:
     interpreter.repair()
 
-ACTIVATION_CODES = {"none": 0, "relu": 1, "relu6": 2, "silu": 3, "hardswish": 4}
-GATE_CODES = {"sigmoid": 0, "hard_sigmoid": 1}
+ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
+GATE_CODES = {name: code for code, name in enumerate(GATES)}
 
-NONE = tl.constexpr(0)
-RELU = tl.constexpr(1)
-RELU6 = tl.constexpr(2)
-SILU = tl.constexpr(3)
-HARDSWISH = tl.constexpr(4)
-SIGMOID = tl.constexpr(0)
+NONE = tl.constexpr(ACTIVATION_CODES["none"])
+RELU = tl.constexpr(ACTIVATION_CODES["relu"])
+RELU6 = tl.constexpr(ACTIVATION_CODES["relu6"])
+SILU = tl.constexpr(ACTIVATION_CODES["silu"])
+HARDSWISH = tl.constexpr(ACTIVATION_CODES["hardswish"])
+SIGMOID = tl.constexpr(GATE_CODES["sigmoid"])
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 

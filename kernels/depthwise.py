@@ -20,6 +20,7 @@ from effnet_ops.checks import output_size
 from effnet_ops.kernels import tuning
 from effnet_ops.kernels.activation import (
     ACTIVATION_CODES,
+    NONE,
     accumulator,
     activate,
     activation_gradient,
@@ -97,6 +98,111 @@ def _load_step(
     return rows
 
 
+@triton.jit
+def _prologue(
+    rows, FIRST: tl.constexpr, h, w, height, width, p_norm, norm, p_gate, gate, ACTIVATION: tl.constexpr,
+    FAST: tl.constexpr, FOLDED: tl.constexpr, ACC: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Row h, ``rows`` from FIRST on, from column w on, as the convolution sees it: activation(norm(x)) * gate."""
+    seen = ()
+    m_row = (h >= 0) & (h < height)
+    for i in tl.static_range(WIDTH):
+        u = rows[FIRST + i].to(ACC)
+        if p_norm is not None:
+            u = normalise(u, norm, FOLDED)
+        u = activate(u, ACTIVATION, FAST, FOLDED and p_norm is not None)
+        if p_gate is not None:
+            u = u * gate
+        if p_norm is not None:
+            # Padding is zero behind the normalisation, not in front of it.
+            u = tl.where(m_row & (w + i >= 0) & (w + i < width), u, 0.0)
+        seen = seen + (u,)
+    return seen
+
+
+@triton.jit
+def _add_row(
+    sums, seen, taps, j: tl.constexpr, OPEN: tl.constexpr, COLS: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    SH: tl.constexpr, SW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
+):  # fmt: skip
+    """The sums of the open output rows with what row j of a step contributes to them."""
+    added = ()
+    for age in tl.static_range(OPEN):
+        for column in tl.static_range(COLS):
+            y = sums[age * COLS + column]
+            if (age * SH + j) % DH == 0 and (age * SH + j) // DH < KH:
+                for kw in tl.static_range(KW):
+                    y += seen[column * SW + kw * DW] * taps[(age * SH + j) // DH * KW + kw]
+            added = added + (y,)
+    return added
+
+
+@triton.jit
+def _epilogue(
+    y, o_y, m_y, p_bias, bias, p_out_norm, out_norm, p_grad, ACTIVATION: tl.constexpr, FAST: tl.constexpr,
+    FOLDED: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """A finished output as it is stored: activation(out_norm(y + bias)), or grad times the slope there."""
+    HALVED: tl.constexpr = FOLDED and p_out_norm is not None
+    if p_bias is not None:
+        y += bias
+    if p_out_norm is not None:
+        y = normalise(y, out_norm, FOLDED)
+    if p_grad is not None:
+        grad = tl.load(p_grad + o_y, mask=m_y, other=0.0).to(ACC)
+        y = grad * activation_gradient(y, ACTIVATION, FAST, HALVED)
+    else:
+        y = activate(y, ACTIVATION, FAST, HALVED)
+    return y
+
+
+@triton.jit
+def _finish_row(
+    sums, kept, row, step, first_column, m_lane, o_out, c, out_height, out_width, p_y, p_pool, p_statistics, p_bias,
+    bias, p_out_norm, out_norm, p_grad, C: tl.constexpr, ACTIVATION: tl.constexpr, FAST: tl.constexpr,
+    FOLDED: tl.constexpr, ACC: tl.constexpr, OPEN: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Stores a row of outputs; (pool, origin, total, squares) of ``kept`` with what it adds to them."""
+    pool, origin, total, squares = kept
+    m_row = m_lane & (step >= OPEN - 1) & (row < out_height)
+    o_row = (row * out_width + first_column) * C + c
+    for column in tl.static_range(COLS):
+        m_y = m_row & (first_column + column < out_width)
+        o_y = o_out + (o_row + column * C)
+        y = sums[(OPEN - 1) * COLS + column]
+        y = _epilogue(y, o_y, m_y, p_bias, bias, p_out_norm, out_norm, p_grad, ACTIVATION, FAST, FOLDED, ACC)
+        stored = narrow(y, p_y.dtype.element_ty)
+        tl.store(p_y + o_y, stored, mask=m_y)
+        if p_pool is not None:
+            pool += tl.where(m_y, y, 0.0)
+        if p_statistics is not None:
+            # Of the values as stored, since those are what the normalisation will see.
+            value = stored.to(ACC)
+            if column == 0:
+                origin = tl.where(step == OPEN - 1, value, origin)
+            distance = tl.where(m_y, value - origin, 0.0)
+            total += distance
+            squares += distance * distance
+    return pool, origin, total, squares
+
+
+@triton.jit
+def _copies(value, COUNT: tl.constexpr):
+    copies = ()
+    for _ in tl.static_range(COUNT):
+        copies = copies + (value,)
+    return copies
+
+
+@triton.jit
+def _shifted(sums, zero, OPEN: tl.constexpr, COLS: tl.constexpr):
+    """The open rows, each a step older, with a new one."""
+    shifted = _copies(zero, COLS)
+    for i in tl.static_range((OPEN - 1) * COLS):
+        shifted = shifted + (sums[i],)
+    return shifted
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def depthwise_fwd_kernel(
     p_x, p_weight, p_norm, p_gate, p_out_norm, p_bias, p_grad, p_y, p_pool, p_statistics, height, width, out_height,
@@ -111,8 +217,6 @@ def depthwise_fwd_kernel(
     DTYPE: tl.constexpr = p_y.dtype.element_ty
     FAST: tl.constexpr = DTYPE == tl.bfloat16
     FOLDED: tl.constexpr = DTYPE.primitive_bitwidth == 16
-    HALVED: tl.constexpr = FOLDED and p_norm is not None
-    OUT_HALVED: tl.constexpr = FOLDED and p_out_norm is not None
     OPEN: tl.constexpr = ((KH - 1) * DH + SH) // SH
     WIDTH: tl.constexpr = (COLS - 1) * SW + (KW - 1) * DW + 1
     SLABS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
@@ -140,13 +244,8 @@ def depthwise_fwd_kernel(
     h = first_row * SH - top
     w = first_column * SW - left
     zero = tl.zeros([BLOCK_P, BLOCK_C], ACC)
-    sums = ()
-    for _ in tl.static_range(OPEN * COLS):
-        sums = sums + (zero,)
-    pool = zero
-    origin = zero
-    total = zero
-    squares = zero
+    sums = _copies(zero, OPEN * COLS)
+    pool, origin, total, squares = zero, zero, zero, zero
     following = _load_step(p_image, h, w, c, m_lane, height, width, C, KH, SH, DH, WIDTH)
     for step in range(ROWS + OPEN - 1):
         # Loaded a step ahead: the next rows are on their way while these are multiplied.
@@ -156,64 +255,19 @@ def depthwise_fwd_kernel(
         )
         for j in tl.static_range(SH):
             if _row_is_used(j, KH, SH, DH):
-                seen = ()
-                m_row = (h + j >= 0) & (h + j < height)
-                for i in tl.static_range(WIDTH):
-                    u = rows[_used_rows(j, KH, SH, DH) * WIDTH + i].to(ACC)
-                    if p_norm is not None:
-                        u = normalise(u, norm, FOLDED)
-                    u = activate(u, ACTIVATION, FAST, HALVED)
-                    if p_gate is not None:
-                        u = u * gate
-                    if p_norm is not None:
-                        # Padding is zero behind the normalisation, not in front of it.
-                        u = tl.where(m_row & (w + i >= 0) & (w + i < width), u, 0.0)
-                    seen = seen + (u,)
-                added = ()
-                for age in tl.static_range(OPEN):
-                    for column in tl.static_range(COLS):
-                        y = sums[age * COLS + column]
-                        if (age * SH + j) % DH == 0 and (age * SH + j) // DH < KH:
-                            for kw in tl.static_range(KW):
-                                y += seen[column * SW + kw * DW] * taps[(age * SH + j) // DH * KW + kw]
-                        added = added + (y,)
-                sums = added
+                seen = _prologue(
+                    rows, _used_rows(j, KH, SH, DH) * WIDTH, h + j, w, height, width, p_norm, norm, p_gate, gate,
+                    ACTIVATION, FAST, FOLDED, ACC, WIDTH,
+                )  # fmt: skip
+                sums = _add_row(sums, seen, taps, j, OPEN, COLS, KH, KW, SH, SW, DH, DW)
         h += SH
 
-        row = first_row + (step - (OPEN - 1))
-        m_row = m_lane & (step >= OPEN - 1) & (row < out_height)
-        o_row = (row * out_width + first_column) * C + c
-        for column in tl.static_range(COLS):
-            y = sums[(OPEN - 1) * COLS + column]
-            m_y = m_row & (first_column + column < out_width)
-            o_y = o_out + (o_row + column * C)
-            if p_bias is not None:
-                y += bias
-            if p_out_norm is not None:
-                y = normalise(y, out_norm, FOLDED)
-            if p_grad is not None:
-                grad = tl.load(p_grad + o_y, mask=m_y, other=0.0).to(ACC)
-                y = grad * activation_gradient(y, OUT_ACTIVATION, FAST, OUT_HALVED)
-            else:
-                y = activate(y, OUT_ACTIVATION, FAST, OUT_HALVED)
-            stored = narrow(y, DTYPE)
-            tl.store(p_y + o_y, stored, mask=m_y)
-            if p_pool is not None:
-                pool += tl.where(m_y, y, 0.0)
-            if p_statistics is not None:
-                # Of the values as stored, since those are what the normalisation will see.
-                value = stored.to(ACC)
-                if column == 0:
-                    origin = tl.where(step == OPEN - 1, value, origin)
-                distance = tl.where(m_y, value - origin, 0.0)
-                total += distance
-                squares += distance * distance
-        shifted = ()
-        for _ in tl.static_range(COLS):
-            shifted = shifted + (zero,)
-        for i in tl.static_range((OPEN - 1) * COLS):
-            shifted = shifted + (sums[i],)
-        sums = shifted
+        pool, origin, total, squares = _finish_row(
+            sums, (pool, origin, total, squares), first_row + (step - (OPEN - 1)), step, first_column, m_lane, o_out, c,
+            out_height, out_width, p_y, p_pool, p_statistics, p_bias, bias, p_out_norm, out_norm, p_grad, C,
+            OUT_ACTIVATION, FAST, FOLDED, ACC, OPEN, COLS,
+        )  # fmt: skip
+        sums = _shifted(sums, zero, OPEN, COLS)
 
     o_c = i_slab * BLOCK_C + tl.arange(0, BLOCK_C)
     if p_pool is not None:
@@ -285,6 +339,133 @@ def _convolution_gradient(
     return gradients
 
 
+@triton.jit
+def _gradients_above(
+    p_grad, p_a, out_row, column, c, m_lane, height, width, behind, p_a_norm, p_coefficients, p_gate, C: tl.constexpr,
+    ACTIVATION: tl.constexpr, FAST: tl.constexpr, FOLDED: tl.constexpr, ACC: tl.constexpr, OPEN: tl.constexpr,
+    GRADS: tl.constexpr,
+):  # fmt: skip
+    """The gradients of the rows above ``out_row`` that its pixels meet, too."""
+    kept = ()
+    for age in tl.static_range(1, OPEN):
+        row = out_row - (OPEN - age)
+        loaded = _load_grad_row(p_grad, p_a, row, column, c, m_lane, height, width, C, GRADS)
+        kept = kept + _convolution_gradient(
+            loaded, row, column, height, width, behind, p_a, p_a_norm, p_coefficients, p_gate, ACTIVATION, FAST, FOLDED,
+            ACC, GRADS,
+        )  # fmt: skip
+    return kept
+
+
+@triton.jit
+def _meet(
+    u, kept, taps, products, p_dw, zero, b: tl.constexpr, j: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr,
+    SW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, OPEN: tl.constexpr, GRADS: tl.constexpr,
+    REACH: tl.constexpr, TAPS: tl.constexpr,
+):  # fmt: skip
+    """The gradient of pixel b of row j in a stripe, and ``products`` with what the pixel adds to the taps'.
+
+    Each pixel meets the output gradients of its window: dx gathers them times the weights, dw times the pixel, u.
+    """
+    dx = zero
+    updated = ()
+    for tap in tl.static_range(TAPS):
+        product = products[tap]
+        if (tap // KW) * DH % SH == j and (b - tap % KW * DW) % SW == 0:
+            g = kept[(OPEN - 1 - (tap // KW) * DH // SH) * GRADS + (b - tap % KW * DW) // SW + REACH]
+            dx += g * taps[tap]
+            if p_dw is not None:
+                product += g * u
+        updated = updated + (product,)
+    return dx, updated
+
+
+@triton.jit
+def _pixel(
+    p_pixel, m_x, zero, p_norm, norm, p_dw, ACTIVATION: tl.constexpr, FAST: tl.constexpr, FOLDED: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """A pixel, norm(x) and activation(norm(x)), as far as they are needed; zeros where there is no x."""
+    pixel, n, u = zero, zero, zero
+    if p_pixel is not None:
+        pixel = tl.load(p_pixel, mask=m_x, other=0.0).to(ACC)
+        n = pixel
+        if p_norm is not None:
+            n = normalise(pixel, norm, FOLDED)
+        if p_dw is not None:
+            u = activate(n, ACTIVATION, FAST, FOLDED and p_norm is not None)
+            if p_norm is not None:
+                u = tl.where(m_x, u, 0.0)
+    return pixel, n, u
+
+
+@triton.jit
+def _stripe(
+    kept, taps, products, total, moment, h, w, c, m_lane, height, width, o_image, p_image, p_norm, norm, p_residual,
+    p_dx, p_dw, p_sums, zero, j: tl.constexpr, C: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    DH: tl.constexpr, DW: tl.constexpr, ACTIVATION: tl.constexpr, FAST: tl.constexpr, FOLDED: tl.constexpr,
+    ACC: tl.constexpr, COLS: tl.constexpr, OPEN: tl.constexpr, GRADS: tl.constexpr, REACH: tl.constexpr,
+    TAPS: tl.constexpr,
+):  # fmt: skip
+    """Stores the gradients of row j of a stride; ``products``, ``total`` and ``moment`` with what it adds to them."""
+    HALVED: tl.constexpr = FOLDED and p_norm is not None
+    m_row = m_lane & (h + j >= 0) & (h + j < height)
+    o_row = ((h + j) * width + w) * C + c
+    for b in tl.static_range(COLS * SW):
+        m_x = m_row & (w + b >= 0) & (w + b < width)
+        o_x = o_row + b * C
+        p_pixel = p_image + o_x if p_image is not None else None
+        pixel, n, u = _pixel(p_pixel, m_x, zero, p_norm, norm, p_dw, ACTIVATION, FAST, FOLDED, ACC)
+        dx, products = _meet(u, kept, taps, products, p_dw, zero, b, j, KW, SH, SW, DH, DW, OPEN, GRADS, REACH, TAPS)
+        if p_dx is not None:
+            if p_norm is not None or ACTIVATION != NONE:
+                dx = tl.where(m_x, dx * activation_gradient(n, ACTIVATION, FAST, HALVED), 0.0)
+            if p_residual is not None:
+                dx += tl.load(p_residual + o_image + o_x, mask=m_x, other=0.0).to(ACC)
+            tl.store(p_dx + o_image + o_x, narrow(dx, p_dx.dtype.element_ty), mask=m_x)
+            if p_sums is not None:
+                total += dx
+                moment += dx * (pixel - norm[0])
+    return products, total, moment
+
+
+@triton.jit
+def _behind(p_coefficients, c, C: tl.constexpr, FOLDED: tl.constexpr, ACC: tl.constexpr):
+    """What the gradient and what was normalised are multiplied with, and the constant; see `_convolution_gradient`."""
+    of_grad = _vector(p_coefficients, 1, c, C, 1, ACC)
+    of_a = _vector(p_coefficients, 2, c, C, 0, ACC)
+    constant = _vector(p_coefficients, 3, c, C, 0, ACC)
+    if FOLDED and p_coefficients is not None:
+        constant -= of_a * _vector(p_coefficients, 0, c, C, 0, ACC)
+    return of_grad, of_a, constant
+
+
+@triton.jit
+def _newest_kept(kept, OPEN: tl.constexpr, GRADS: tl.constexpr):
+    """All but the oldest row of gradients."""
+    newer = ()
+    for i in tl.static_range(GRADS, OPEN * GRADS):
+        newer = newer + (kept[i],)
+    return newer
+
+
+@triton.jit
+def _store_gradients(
+    p_dw, p_db, p_sums, i_walker, o_c, products, bias, total, moment, C: tl.constexpr, TAPS: tl.constexpr
+):
+    """A program's sums over the lanes: of the weight's gradient, of the bias' and of dx."""
+    if p_dw is not None:
+        p_mine = p_dw + (i_walker * C + o_c) * TAPS
+        for tap in tl.static_range(TAPS):
+            tl.store(p_mine + tap, tl.sum(products[tap], axis=0), mask=o_c < C)
+    if p_db is not None:
+        tl.store(p_db + i_walker * C + o_c, tl.sum(bias, axis=0), mask=o_c < C)
+    if p_sums is not None:
+        p_mine = p_sums + i_walker * 2 * C + o_c
+        tl.store(p_mine, tl.sum(total, axis=0), mask=o_c < C)
+        tl.store(p_mine + C, tl.sum(moment, axis=0), mask=o_c < C)
+
+
 @triton.jit(do_not_specialize=[*_SIZES, "batch", "walkers"])
 def depthwise_bwd_kernel(
     p_grad, p_a, p_x, p_weight, p_a_norm, p_coefficients, p_gate, p_pooled, p_norm, p_residual, p_dx, p_dw, p_db,
@@ -301,8 +482,6 @@ def depthwise_bwd_kernel(
     """
     FAST: tl.constexpr = p_grad.dtype.element_ty == tl.bfloat16
     FOLDED: tl.constexpr = p_grad.dtype.element_ty.primitive_bitwidth == 16
-    HALVED: tl.constexpr = FOLDED and p_norm is not None
-    THROUGH: tl.constexpr = p_norm is not None or ACTIVATION != 0
     OPEN: tl.constexpr = ((KH - 1) * DH + SH) // SH
     REACH: tl.constexpr = (KW - 1) * DW // SW
     GRADS: tl.constexpr = COLS + REACH
@@ -317,21 +496,13 @@ def depthwise_bwd_kernel(
     c = i_slab * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]  # [1, BC]
 
     a_norm = _norm(p_a_norm, c, C, A_ACTIVATION, FAST, FOLDED, ACC)
-    of_grad = _vector(p_coefficients, 1, c, C, 1, ACC)
-    of_a = _vector(p_coefficients, 2, c, C, 0, ACC)
-    constant = _vector(p_coefficients, 3, c, C, 0, ACC)
-    if FOLDED and p_coefficients is not None:
-        constant -= of_a * _vector(p_coefficients, 0, c, C, 0, ACC)
+    of_grad, of_a, constant = _behind(p_coefficients, c, C, FOLDED, ACC)
     norm = _norm(p_norm, c, C, ACTIVATION, FAST, FOLDED, ACC)
     taps = _weights(p_weight, c, C, TAPS, ACC)
 
     zero = tl.zeros([BLOCK_P, BLOCK_C], ACC)
-    products = ()
-    for _ in tl.static_range(TAPS):
-        products = products + (zero,)
-    bias = zero
-    total = zero
-    moment = zero
+    products = _copies(zero, TAPS)
+    bias, total, moment = zero, zero, zero
     for item in range(i_walker, batch * parts, walkers):
         i_image = (item // parts).to(tl.int64)
         lane = (item % parts) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]  # [BP, 1]
@@ -347,88 +518,35 @@ def depthwise_bwd_kernel(
         o_image = i_image * height * width * C
         o_grad = i_image * out_height * out_width * C
         p_image = p_x + o_image if p_x is not None else None
-        p_image_a = p_a + o_grad if p_a is not None else None
-        p_image_grad = p_grad + o_grad
-
-        kept = ()
-        for age in tl.static_range(1, OPEN):
-            g_row = out_row - (OPEN - age)
-            row = _load_grad_row(p_image_grad, p_image_a, g_row, g_column, c, m_lane, out_height, out_width, C, GRADS)
-            kept = kept + _convolution_gradient(
-                row, g_row, g_column, out_height, out_width, behind, p_a, p_a_norm, p_coefficients, p_gate,
-                A_ACTIVATION, FAST, FOLDED, ACC, GRADS,
-            )  # fmt: skip
-        following = _load_grad_row(
-            p_image_grad, p_image_a, out_row, g_column, c, m_lane, out_height, out_width, C, GRADS
-        )
+        p_b = p_a + o_grad if p_a is not None else None
+        p_g = p_grad + o_grad
+        kept = _gradients_above(
+            p_g, p_b, out_row, g_column, c, m_lane, out_height, out_width, behind, p_a_norm, p_coefficients, p_gate, C,
+            A_ACTIVATION, FAST, FOLDED, ACC, OPEN, GRADS,
+        )  # fmt: skip
+        following = _load_grad_row(p_g, p_b, out_row, g_column, c, m_lane, out_height, out_width, C, GRADS)
         for step in range(ROWS):
-            row = following
-            ahead = m_lane & (step < ROWS - 1)
-            following = _load_grad_row(
-                p_image_grad, p_image_a, out_row + 1, g_column, c, ahead, out_height, out_width, C, GRADS
-            )
-            newest = _convolution_gradient(
+            row, m_next = following, m_lane & (step < ROWS - 1)
+            following = _load_grad_row(p_g, p_b, out_row + 1, g_column, c, m_next, out_height, out_width, C, GRADS)
+            kept = kept + _convolution_gradient(
                 row, out_row, g_column, out_height, out_width, behind, p_a, p_a_norm, p_coefficients, p_gate,
                 A_ACTIVATION, FAST, FOLDED, ACC, GRADS,
             )  # fmt: skip
-            kept = kept + newest
             if p_db is not None:
                 for i in tl.static_range(REACH, GRADS):
                     bias += kept[(OPEN - 1) * GRADS + i]
             for j in tl.static_range(SH):
-                m_row = m_lane & (h + j >= 0) & (h + j < height)
-                o_row = ((h + j) * width + w) * C + c
-                for b in tl.static_range(COLS * SW):
-                    m_x = m_row & (w + b >= 0) & (w + b < width)
-                    o_x = o_row + b * C
-                    u = zero
-                    if p_x is not None:
-                        pixel = tl.load(p_image + o_x, mask=m_x, other=0.0).to(ACC)
-                        n = pixel
-                        if p_norm is not None:
-                            n = normalise(pixel, norm, FOLDED)
-                        if p_dw is not None:
-                            u = activate(n, ACTIVATION, FAST, HALVED)
-                            if p_norm is not None:
-                                u = tl.where(m_x, u, 0.0)
-                    dx = zero
-                    updated = ()
-                    for tap in tl.static_range(TAPS):
-                        product = products[tap]
-                        if (tap // KW) * DH % SH == j and (b - tap % KW * DW) % SW == 0:
-                            g = kept[(OPEN - 1 - (tap // KW) * DH // SH) * GRADS + (b - tap % KW * DW) // SW + REACH]
-                            dx += g * taps[tap]
-                            if p_dw is not None:
-                                product += g * u
-                        updated = updated + (product,)
-                    products = updated
-                    if p_dx is not None:
-                        if THROUGH:
-                            dx = tl.where(m_x, dx * activation_gradient(n, ACTIVATION, FAST, HALVED), 0.0)
-                        if p_residual is not None:
-                            dx += tl.load(p_residual + o_image + o_x, mask=m_x, other=0.0).to(ACC)
-                        tl.store(p_dx + o_image + o_x, narrow(dx, p_dx.dtype.element_ty), mask=m_x)
-                        if p_sums is not None:
-                            total += dx
-                            moment += dx * (pixel - norm[0])
+                products, total, moment = _stripe(
+                    kept, taps, products, total, moment, h, w, c, m_lane, height, width, o_image, p_image, p_norm,
+                    norm, p_residual, p_dx, p_dw, p_sums, zero, j, C, KW, SH, SW, DH, DW, ACTIVATION, FAST, FOLDED, ACC,
+                    COLS, OPEN, GRADS, REACH, TAPS,
+                )  # fmt: skip
             h += SH
             out_row += 1
-            older = ()
-            for i in tl.static_range(GRADS, OPEN * GRADS):
-                older = older + (kept[i],)
-            kept = older
+            kept = _newest_kept(kept, OPEN, GRADS)
 
     o_c = i_slab * BLOCK_C + tl.arange(0, BLOCK_C)
-    if p_dw is not None:
-        p_mine = p_dw + (i_walker * C + o_c) * TAPS
-        for tap in tl.static_range(TAPS):
-            tl.store(p_mine + tap, tl.sum(products[tap], axis=0), mask=o_c < C)
-    if p_db is not None:
-        tl.store(p_db + i_walker * C + o_c, tl.sum(bias, axis=0), mask=o_c < C)
-    if p_sums is not None:
-        p_mine = p_sums + i_walker * 2 * C + o_c
-        tl.store(p_mine, tl.sum(total, axis=0), mask=o_c < C)
-        tl.store(p_mine + C, tl.sum(moment, axis=0), mask=o_c < C)
+    _store_gradients(p_dw, p_db, p_sums, i_walker, o_c, products, bias, total, moment, C, TAPS)
 
 
 class _Window(NamedTuple):
@@ -465,6 +583,18 @@ def _offset(*tensors: Tensor) -> tl.dtype:
     return tl.int64 if any(t.numel() // t.shape[0] >= 2**31 for t in tensors) else tl.int32
 
 
+def _constants(config: Config) -> dict[str, int | None]:
+    """A configuration as a launch takes it."""
+    return {
+        "BLOCK_P": config["block_p"],
+        "BLOCK_C": config["block_c"],
+        "ROWS": config["rows"],
+        "COLS": config["columns"],
+        "num_warps": config["num_warps"],
+        "maxnreg": config.get("registers"),
+    }
+
+
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -498,20 +628,19 @@ def forward(
     size = output_size((height, width), window.kernel, window.stride, window.padding, window.dilation)
     y = torch.empty((batch, *size, channels), dtype=x.dtype, device=x.device)
     config = config or tuning.choose("depthwise_forward", window.key(x, size), x.device)
-    lanes = cdiv(size[0], config["ROWS"]) * cdiv(size[1], config["COLS"])
-    parts = cdiv(lanes, config["BLOCK_P"])
+    lanes = cdiv(size[0], config["rows"]) * cdiv(size[1], config["columns"])
+    parts = cdiv(lanes, config["block_p"])
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     sums = torch.empty((batch, parts, channels), dtype=dtype, device=x.device) if pool else None
     partials = torch.empty((batch * parts, 3, channels), dtype=dtype, device=x.device) if statistics else None
     if batch == 0:
         return y, sums, partials
-    blocks = {name: config[name] for name in ("BLOCK_P", "BLOCK_C", "ROWS", "COLS")}
-    grid = (batch * parts * cdiv(channels, config["BLOCK_C"]),)
+    grid = (batch * parts * cdiv(channels, config["block_c"]),)
     launch(depthwise_fwd_kernel, grid,
         x, weight, norm, gate, out_norm, bias, grad, y, sums, partials, height, width, *size, window.padding[0],
         window.padding[2], C=channels, **window.constants(), ACTIVATION=ACTIVATION_CODES[activation],
-        OUT_ACTIVATION=ACTIVATION_CODES[out_activation], OFFSET=_offset(x, y), ACC=accumulator(x.dtype), **blocks,
-        num_warps=config["num_warps"], maxnreg=config.get("REGISTERS"),
+        OUT_ACTIVATION=ACTIVATION_CODES[out_activation], OFFSET=_offset(x, y), ACC=accumulator(x.dtype),
+        **_constants(config),
     )  # fmt: skip
     return y, sums, partials
 
@@ -561,10 +690,10 @@ def backward(
         max(cdiv(n + before, s), out)
         for n, before, s, out in zip(size, window.padding[::2], window.stride, out_size, strict=True)
     ]
-    lanes = cdiv(steps[0], config["ROWS"]) * cdiv(steps[1], config["COLS"])
-    slabs = cdiv(channels, config["BLOCK_C"])
-    items = batch * cdiv(lanes, config["BLOCK_P"])
-    walkers = max(min(items, cdiv(config["PROGRAMS"], slabs)), 1)
+    lanes = cdiv(steps[0], config["rows"]) * cdiv(steps[1], config["columns"])
+    slabs = cdiv(channels, config["block_c"])
+    items = batch * cdiv(lanes, config["block_p"])
+    walkers = max(min(items, cdiv(config["programs"], slabs)), 1)
 
     dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
 
@@ -576,13 +705,12 @@ def backward(
     db = empty(needs[2], walkers, channels)
     sums = empty(needs[0] and norm is not None, walkers, 2, channels)
     pixels = x if norm is not None or activation != "none" or needs[1] else None
-    blocks = {name: config[name] for name in ("BLOCK_P", "BLOCK_C", "ROWS", "COLS")}
     launch(depthwise_bwd_kernel, (walkers * slabs,),
         grad, a, pixels, weight, a_norm, coefficients, gate, pooled, norm,
         residual, dx, dw, db, sums, batch, walkers, *size, *out_size, window.padding[0], window.padding[2],
         C=channels, **window.constants(), A_ACTIVATION=ACTIVATION_CODES[a_activation],
         ACTIVATION=ACTIVATION_CODES[activation], OFFSET=_offset(grad, dx if dx is not None else grad),
-        ACC=accumulator(grad.dtype), **blocks, num_warps=config["num_warps"], maxnreg=config["REGISTERS"],
+        ACC=accumulator(grad.dtype), **_constants(config),
     )  # fmt: skip
     dw = None if dw is None else sum_partials(dw, weight.dtype)
     db = None if db is None else sum_partials(db, weight.dtype if bias is None else bias.dtype)
@@ -601,7 +729,7 @@ def _blocks(channels: int, lanes: int, elements: int) -> dict[str, int]:
         return -round(used, 2), abs(block_c - 64)
 
     block_c = min((size for size in (16, 32, 64, 128, 256) if size <= elements), key=idle)
-    return {"BLOCK_P": elements // block_c, "BLOCK_C": block_c}
+    return {"block_p": elements // block_c, "block_c": block_c}
 
 
 def _interpreted(shape: Mapping[str, int]) -> Config:
@@ -609,10 +737,10 @@ def _interpreted(shape: Mapping[str, int]) -> Config:
     columns = 2 if shape["kernel_w"] <= 3 else 1
     lanes = cdiv(shape["height"], 2) * cdiv(shape["width"], columns)
     return {
-        "BLOCK_P": min(next_power_of_2(lanes), 256),
-        "BLOCK_C": min(next_power_of_2(shape["channels"]), 128),
-        "ROWS": 2,
-        "COLS": columns,
+        "block_p": min(next_power_of_2(lanes), 256),
+        "block_c": min(next_power_of_2(shape["channels"]), 128),
+        "rows": 2,
+        "columns": columns,
         "num_warps": 4,
     }
 
@@ -625,15 +753,15 @@ def _tile(shape: Mapping[str, int], columns: int, steps: int, vector: int, warm_
         while True:
             lanes = columns * cdiv(steps, rows)
             blocks = _blocks(shape["channels"], lanes, 32 * warps * vector)
-            slabs = cdiv(shape["channels"], blocks["BLOCK_C"])
-            found = shape["batch"] * slabs * cdiv(lanes, blocks["BLOCK_P"])
+            slabs = cdiv(shape["channels"], blocks["block_c"])
+            found = shape["batch"] * slabs * cdiv(lanes, blocks["block_p"])
             if found >= programs or rows <= 2 * max(warm_up, 1):
                 break
             rows = cdiv(rows, 2)
         if found >= programs or warps == 1:
             # The last lane is as tall as the others where that is possible.
             rows = cdiv(steps, cdiv(steps, rows))
-            return {**blocks, "ROWS": rows, "num_warps": warps}
+            return {**blocks, "rows": rows, "num_warps": warps}
         warps //= 2
 
 
@@ -658,17 +786,17 @@ def _forward_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
     tile = _tile(shape, lanes, shape["height"], vector, open_rows - 1, 4 * arch.multiprocessors)
     exact = shape["float16"] or shape["element_size"] > 2
     if not exact and taps <= 30 and max(shape["dilation_h"], shape["dilation_w"]) == 1:
-        return {**tile, "COLS": columns}
+        return {**tile, "columns": columns}
     # Left to itself, the compiler spills a few in order to fit one program more.
     many = taps > 9 and shape["stride_h"] > 1
-    return {**tile, "COLS": columns, "REGISTERS": 255 if many else 168}
+    return {**tile, "columns": columns, "registers": 255 if many else 168}
 
 
 @tuning.heuristic("depthwise_backward")
 def _backward_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
     """The widest lanes that did not spill when compiled for sm_90, with a normalisation behind or without."""
     if arch.name == "interpreter":
-        return {**_interpreted(shape), "PROGRAMS": 2, "REGISTERS": 255}
+        return {**_interpreted(shape), "programs": 2, "registers": 255}
     taps, (open_rows, _) = shape["kernel_h"] * shape["kernel_w"], _extent(shape)
     dilated = max(shape["dilation_h"], shape["dilation_w"]) > 1
     large = taps > 9 or dilated
@@ -685,7 +813,7 @@ def _backward_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
     # No more programs than these are launched, so each may have its share of the registers. Left to itself, the
     # compiler spills a few in order to fit one program more.
     registers = min(65536 // (per_multiprocessor * 32 * tile["num_warps"]) // 8 * 8, 255)
-    return {**tile, "COLS": columns, "PROGRAMS": programs, "REGISTERS": registers}
+    return {**tile, "columns": columns, "programs": programs, "registers": registers}
 
 
 def _extent(shape: Mapping[str, int]) -> tuple[int, int]:

@@ -204,6 +204,29 @@ def training(block: Block, depthwise_kernels: Depthwise = TRITON) -> Forward:
     return Forward(y.unflatten(1, size), expanded, convolved, projected.unflatten(1, size), statistics, pooled)
 
 
+def _used_norms(
+    block: Block, saved: Forward
+) -> tuple[list[tuple[Tensor | None, Tensor | None]], tuple[Tensor | None, Tensor, Tensor]]:
+    """The mean and the variance that each convolution's result was normalised with, and the three normalisations."""
+    statistics = [
+        used or (conv.mean, conv.var)
+        for conv, used in zip((block.expand, block.depthwise, block.project), saved.statistics, strict=True)
+        if conv is not None
+    ]
+    constants = [conv.constant_norm(*used) for conv, used in zip(block.convolutions, statistics, strict=True)]
+    *expand, depthwise, project = batch_norm.constant_norms(constants, block.x)
+    return statistics, (expand[0] if expand else None, depthwise, project)
+
+
+def _expanded(block: Block, saved: Forward) -> Tensor:
+    """What the depthwise convolution read, formed again where it was not saved."""
+    if block.expand is None:
+        return block.x
+    if saved.expanded is not None:
+        return saved.expanded
+    return pointwise.forward(_pixels(block.x), block.expand.weight)[0].unflatten(1, block.x.shape[1:3])
+
+
 def backward(
     grad: Tensor, block: Block, saved: Forward, needs: Sequence[bool], depthwise_kernels: Depthwise = TRITON
 ) -> Gradients:
@@ -211,16 +234,7 @@ def backward(
     wanted = Gradients(*needs)
     before_project, before_gate, before_depthwise = any(needs[:11]), any(needs[:7]), any(needs[:4])
     found: dict[str, Tensor | None] = {}
-    statistics = [
-        used or (conv.mean, conv.var)
-        for conv, used in zip((block.expand, block.depthwise, block.project), saved.statistics, strict=True)
-        if conv is not None
-    ]
-    made = batch_norm.constant_norms(
-        [conv.constant_norm(*used) for conv, used in zip(block.convolutions, statistics, strict=True)], block.x
-    )
-    *_, norm2, norm3 = made
-    norm1 = made[0] if block.expand is not None else None
+    statistics, (norm1, norm2, norm3) = _used_norms(block, saved)
 
     def normalisation(name: str, conv: Convolution, norm: Tensor, partials: Tensor, var: Tensor | None) -> Tensor:
         """Gradients of a normalisation's parameters from sums; the coefficients of its input's gradient."""
@@ -268,9 +282,7 @@ def backward(
     if before_gate:
         coefficients = normalisation("depthwise", block.depthwise, norm2, partials, statistics[-2][1])
     if before_depthwise or wanted.depthwise_weight:
-        expanded = block.x if block.expand is None else saved.expanded
-        if expanded is None:
-            expanded = pointwise.forward(_pixels(block.x), block.expand.weight)[0].unflatten(1, block.x.shape[1:3])
+        expanded = _expanded(block, saved)
         n_grad, found["depthwise_weight"], _, partials = depthwise_kernels.backward(
             z_grad.unflatten(1, grad.shape[1:3]),
             expanded,

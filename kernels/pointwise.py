@@ -19,6 +19,7 @@ from effnet_ops.kernels import tuning
 from effnet_ops.kernels.activation import (
     ACTIVATION_CODES,
     INTERPRETED,
+    NONE,
     activate,
     activation_gradient,
     fold,
@@ -101,7 +102,7 @@ def _input_tile(
     FOLDED: tl.constexpr = TYPE.primitive_bitwidth == 16
     m_x = m_p[:, None] & m_c[None, :]
     b_x = tl.load(p_x + start * C + (o_p[:, None] * C + o_c[None, :]), mask=m_x, other=0.0)
-    if p_norm is not None or p_gate is not None or ACTIVATION != 0:
+    if p_norm is not None or p_gate is not None or ACTIVATION != NONE:
         b_x = widen(b_x)
         if p_norm is not None:
             b_x = normalise(b_x, norm, FOLDED)
@@ -186,34 +187,86 @@ def _resident_weights(
 
 
 @triton.jit
+def _input_product(
+    p_x, start, o_p, m_p, o_image, o_in, p_norm, norm, p_gate, gate, p_weight, weights, o_out, m_out,
+    C_IN: tl.constexpr, ACTIVATION: tl.constexpr, GATHER: tl.constexpr, ANCHOR: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr, RESIDENT: tl.constexpr,
+    STAGES: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip  # [BP, BO]
+    """W prologue(x) of a tile. With RESIDENT, ``weights`` has the weight; ``norm`` and ``gate`` are one step's."""
+    TYPE: tl.constexpr = p_x.dtype.element_ty
+    FAST: tl.constexpr = TYPE == tl.bfloat16
+    FOLDED: tl.constexpr = TYPE.primitive_bitwidth == 16
+    STEPS: tl.constexpr = (C_IN + BLOCK_IN - 1) // BLOCK_IN
+    HOISTED: tl.constexpr = STEPS == 1
+    b_acc = tl.zeros([BLOCK_P, BLOCK_OUT], ACC)
+    if RESIDENT:
+        for step in tl.static_range(STEPS):
+            o_k = step * BLOCK_IN + o_in
+            m_k = inside(o_k, C_IN)
+            if not HOISTED:
+                norm = _norm(p_norm, o_k, m_k, C_IN, ACTIVATION, FAST, FOLDED)
+            if GATHER or not HOISTED:
+                gate = _of_image(p_gate, o_image, o_k, m_k, C_IN)
+            b_x = _input_tile(p_x, start, o_p, m_p, o_k, m_k, C_IN, p_norm, norm, p_gate, gate, ACTIVATION, ANCHOR)
+            b_acc = tl.dot(b_x, weights[step], b_acc, input_precision=PRECISION, out_dtype=ACC)
+    else:
+        for k in tl.range(0, C_IN, BLOCK_IN, num_stages=STAGES):
+            o_k = k + o_in
+            m_k = inside(o_k, C_IN)
+            k_norm = _norm(p_norm, o_k, m_k, C_IN, ACTIVATION, FAST, FOLDED)
+            k_gate = _of_image(p_gate, o_image, o_k, m_k, C_IN)
+            b_x = _input_tile(p_x, start, o_p, m_p, o_k, m_k, C_IN, p_norm, k_norm, p_gate, k_gate, ACTIVATION, ANCHOR)
+            b_w = _weight_tile(p_weight, o_k, m_k, o_out, m_out, 1, C_IN, TYPE)
+            b_acc = tl.dot(b_x, b_w, b_acc, input_precision=PRECISION, out_dtype=ACC)
+    return b_acc
+
+
+@triton.jit
+def _epilogue(
+    b_acc, start, o_y, m_y, o_image, p_bias, bias, p_out_norm, out_norm, p_grad, p_image_scale, p_residual,
+    C_OUT: tl.constexpr, OUT_ACTIVATION: tl.constexpr, FAST: tl.constexpr, FOLDED: tl.constexpr,
+):  # fmt: skip
+    """A tile of the product as it is stored: out_activation(out_norm(. + bias)) * image_scale + residual."""
+    HALVED: tl.constexpr = FOLDED and p_out_norm is not None
+    if p_bias is not None:
+        b_acc += bias[0]
+    if p_out_norm is not None:
+        b_acc = normalise(b_acc, out_norm, FOLDED)
+    if p_grad is not None:
+        b_grad = widen(tl.load(p_grad + start * C_OUT + o_y, mask=m_y, other=0.0))
+        b_acc = b_grad * activation_gradient(b_acc, OUT_ACTIVATION, FAST, HALVED)
+    else:
+        b_acc = activate(b_acc, OUT_ACTIVATION, FAST, HALVED)
+    if p_image_scale is not None:
+        b_acc = b_acc * tl.load(p_image_scale + o_image)
+    if p_residual is not None:
+        b_acc += widen(tl.load(p_residual + start * C_OUT + o_y, mask=m_y, other=0.0))
+    return b_acc
+
+
+@triton.jit
+def _store_statistics(
+    p_partials, i_program, count, pivot, b_total, b_squares, o_out, m_out, C_OUT: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """A program's count, mean and squares around the mean, from sums around ``pivot``."""
+    total = tl.sum(b_total, 0)
+    distance = total / tl.maximum(count, 1.0)
+    p_mine = p_partials + i_program.to(tl.int64) * 3 * C_OUT + o_out
+    tl.store(p_mine, tl.zeros([BLOCK_OUT], ACC) + count, mask=m_out)
+    tl.store(p_mine + C_OUT, pivot + distance, mask=m_out)
+    tl.store(p_mine + 2 * C_OUT, tl.maximum(tl.sum(b_squares, 0) - total * distance, 0.0), mask=m_out)
+
+
+@triton.jit
 def pointwise_fwd_kernel(
-    p_x,
-    p_weight,
-    p_y,
-    p_norm,
-    p_gate,
-    p_bias,
-    p_out_norm,
-    p_image_scale,
-    p_residual,
-    p_grad,
-    p_partials,
-    pixels,
-    image_pixels,
-    parts,
-    C_IN: tl.constexpr,
-    C_OUT: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    OUT_ACTIVATION: tl.constexpr,
-    GATHER: tl.constexpr,
-    ANCHOR: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-    RESIDENT: tl.constexpr,
+    p_x, p_weight, p_y, p_norm, p_gate, p_bias, p_out_norm, p_image_scale, p_residual, p_grad, p_partials, pixels,
+    image_pixels, parts, C_IN: tl.constexpr, C_OUT: tl.constexpr, ACTIVATION: tl.constexpr,
+    OUT_ACTIVATION: tl.constexpr, GATHER: tl.constexpr, ANCHOR: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr, RESIDENT: tl.constexpr,
     STAGES: tl.constexpr,
-):
+):  # fmt: skip
     """y = epilogue(W prologue(x)); a program: one (image, part of its pixels, block of output channels).
 
     With RESIDENT the weight is loaded once, and the loads of all steps over the input channels belong to the loop over
@@ -230,7 +283,7 @@ def pointwise_fwd_kernel(
     m_in = inside(o_in, C_IN)
     out_norm = _norm(p_out_norm, o_out, m_out, C_OUT, OUT_ACTIVATION, FAST, FOLDED)
     bias = _rows(p_bias, 1, o_out, m_out, C_OUT)
-    weights = ()
+    weights, norm, gate = (), (), 1.0
     if RESIDENT:
         weights = _resident_weights(p_weight, o_in, o_out, m_out, 1, C_IN, TYPE, C_IN, BLOCK_IN, STEPS)
     if HOISTED:
@@ -248,45 +301,16 @@ def pointwise_fwd_kernel(
         o_p = tl.arange(0, BLOCK_P)
         m_p = o_p < valid
         o_image = _image_of_rows(i_image, i_tile * BLOCK_P, o_p, pixels, image_pixels, GATHER)
-        b_acc = tl.zeros([BLOCK_P, BLOCK_OUT], ACC)
-        if RESIDENT:
-            for step in tl.static_range(STEPS):
-                o_k = step * BLOCK_IN + o_in
-                m_k = inside(o_k, C_IN)
-                if not HOISTED:
-                    norm = _norm(p_norm, o_k, m_k, C_IN, ACTIVATION, FAST, FOLDED)
-                if GATHER or not HOISTED:
-                    gate = _of_image(p_gate, o_image, o_k, m_k, C_IN)
-                b_x = _input_tile(p_x, start, o_p, m_p, o_k, m_k, C_IN, p_norm, norm, p_gate, gate, ACTIVATION, ANCHOR)
-                b_acc = tl.dot(b_x, weights[step], b_acc, input_precision=PRECISION, out_dtype=ACC)
-        else:
-            for k in tl.range(0, C_IN, BLOCK_IN, num_stages=STAGES):
-                o_k = k + o_in
-                m_k = inside(o_k, C_IN)
-                k_norm = _norm(p_norm, o_k, m_k, C_IN, ACTIVATION, FAST, FOLDED)
-                k_gate = _of_image(p_gate, o_image, o_k, m_k, C_IN)
-                b_x = _input_tile(
-                    p_x, start, o_p, m_p, o_k, m_k, C_IN, p_norm, k_norm, p_gate, k_gate, ACTIVATION, ANCHOR
-                )
-                b_w = _weight_tile(p_weight, o_k, m_k, o_out, m_out, 1, C_IN, TYPE)
-                b_acc = tl.dot(b_x, b_w, b_acc, input_precision=PRECISION, out_dtype=ACC)
-
-        HALVED: tl.constexpr = FOLDED and p_out_norm is not None
+        b_acc = _input_product(
+            p_x, start, o_p, m_p, o_image, o_in, p_norm, norm, p_gate, gate, p_weight, weights, o_out, m_out, C_IN,
+            ACTIVATION, GATHER, ANCHOR, PRECISION, BLOCK_P, BLOCK_IN, BLOCK_OUT, RESIDENT, STAGES, ACC,
+        )  # fmt: skip
         m_y = m_p[:, None] & m_out[None, :]
         o_y = o_p[:, None] * C_OUT + o_out[None, :]
-        if p_bias is not None:
-            b_acc += bias[0]
-        if p_out_norm is not None:
-            b_acc = normalise(b_acc, out_norm, FOLDED)
-        if p_grad is not None:
-            b_grad = widen(tl.load(p_grad + start * C_OUT + o_y, mask=m_y, other=0.0))
-            b_acc = b_grad * activation_gradient(b_acc, OUT_ACTIVATION, FAST, HALVED)
-        else:
-            b_acc = activate(b_acc, OUT_ACTIVATION, FAST, HALVED)
-        if p_image_scale is not None:
-            b_acc = b_acc * tl.load(p_image_scale + o_image)
-        if p_residual is not None:
-            b_acc += widen(tl.load(p_residual + start * C_OUT + o_y, mask=m_y, other=0.0))
+        b_acc = _epilogue(
+            b_acc, start, o_y, m_y, o_image, p_bias, bias, p_out_norm, out_norm, p_grad, p_image_scale, p_residual,
+            C_OUT, OUT_ACTIVATION, FAST, FOLDED,
+        )  # fmt: skip
         b_y = narrow(b_acc, p_y.dtype.element_ty)
         tl.store(p_y + start * C_OUT + o_y, b_y, mask=m_y)
 
@@ -303,42 +327,66 @@ def pointwise_fwd_kernel(
 
     if p_partials is not None:
         count = tl.maximum(tl.minimum(pixels, last * BLOCK_P) - first * BLOCK_P, 0).to(ACC)
-        total = tl.sum(b_total, 0)
-        distance = total / tl.maximum(count, 1.0)
-        p_mine = p_partials + i_program.to(tl.int64) * 3 * C_OUT + o_out
-        tl.store(p_mine, tl.zeros([BLOCK_OUT], ACC) + count, mask=m_out)
-        tl.store(p_mine + C_OUT, pivot + distance, mask=m_out)
-        tl.store(p_mine + 2 * C_OUT, tl.maximum(tl.sum(b_squares, 0) - total * distance, 0.0), mask=m_out)
+        _store_statistics(p_partials, i_program, count, pivot, b_total, b_squares, o_out, m_out, C_OUT, BLOCK_OUT, ACC)
+
+
+@triton.jit
+def _gradient_product(
+    p_grad, p_a, start, o_p, m_p, i_image, o_image, p_coefficients, coefficients, p_one_scale, p_row_scale, p_weight,
+    weights, o_in, m_in, factors, products, C_IN: tl.constexpr, C_OUT: tl.constexpr, FACTORS: tl.constexpr,
+    ONES: tl.constexpr, ANCHOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_IN: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, RESIDENT: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """W^T g of a tile [BP, BI], where g is `_gradient_tile`'s, and ``products`` with g^T times each factor added.
+
+    Both kernels that make the input's gradient walk over the output channels here. With RESIDENT, ``weights`` has the
+    weight, without it there are no factors; ``coefficients`` are those of one step. With ONES, the channel behind the
+    last one has a gradient of 1.
+    """
+    TYPE: tl.constexpr = p_grad.dtype.element_ty
+    FOLDED: tl.constexpr = TYPE.primitive_bitwidth == 16
+    STEPS: tl.constexpr = (C_OUT + BLOCK_OUT - 1) // BLOCK_OUT
+    o_out = tl.arange(0, BLOCK_OUT)
+    b_acc = tl.zeros([BLOCK_P, BLOCK_IN], ACC)
+    updated = ()
+    if RESIDENT:
+        for step in tl.static_range(STEPS):
+            o_k = step * BLOCK_OUT + o_out
+            m_k = inside(o_k, C_OUT)
+            if STEPS > 1:
+                coefficients = _coefficients(p_coefficients, p_one_scale, i_image, o_k, m_k, C_OUT, FOLDED)
+            b_g = _gradient_tile(
+                p_grad, p_a, start, o_p, m_p, o_k, m_k, C_OUT, p_coefficients, coefficients, p_row_scale, o_image,
+                ANCHOR,
+            )  # fmt: skip
+            if ONES and step == STEPS - 1:
+                b_g = tl.where(m_p[:, None] & (o_k[None, :] == C_OUT), 1.0, b_g).to(b_g.dtype)
+            b_acc = tl.dot(b_g, weights[step], b_acc, input_precision=PRECISION, out_dtype=ACC)
+            for i in tl.static_range(FACTORS):
+                product = products[step * FACTORS + i]
+                product = tl.dot(tl.trans(b_g), factors[i], product, input_precision=PRECISION, out_dtype=ACC)
+                updated = updated + (product,)
+    else:
+        for k in tl.range(0, C_OUT, BLOCK_OUT, num_stages=STAGES):
+            o_k = k + o_out
+            m_k = inside(o_k, C_OUT)
+            k_coefficients = _coefficients(p_coefficients, p_one_scale, i_image, o_k, m_k, C_OUT, FOLDED)
+            b_g = _gradient_tile(
+                p_grad, p_a, start, o_p, m_p, o_k, m_k, C_OUT, p_coefficients, k_coefficients, p_row_scale, o_image,
+                ANCHOR,
+            )  # fmt: skip
+            b_w = _weight_tile(p_weight, o_k, m_k, o_in, m_in, C_IN, 1, TYPE)
+            b_acc = tl.dot(b_g, b_w, b_acc, input_precision=PRECISION, out_dtype=ACC)
+    return b_acc, updated
 
 
 @triton.jit
 def pointwise_bwd_kernel_input(
-    p_grad,
-    p_a,
-    p_weight,
-    p_x,
-    p_dx,
-    p_coefficients,
-    p_image_scale,
-    p_residual,
-    p_norm,
-    p_sums,
-    pixels,
-    image_pixels,
-    parts,
-    C_IN: tl.constexpr,
-    C_OUT: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    SUMS: tl.constexpr,
-    GATHER: tl.constexpr,
-    ANCHOR: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-    RESIDENT: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    p_grad, p_a, p_weight, p_x, p_dx, p_coefficients, p_image_scale, p_residual, p_norm, p_sums, pixels, image_pixels,
+    parts, C_IN: tl.constexpr, C_OUT: tl.constexpr, ACTIVATION: tl.constexpr, SUMS: tl.constexpr,
+    GATHER: tl.constexpr, ANCHOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr, RESIDENT: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """dx = W^T prologue(grad) (+ residual); a program: one (image, part of its pixels, block of input channels).
 
     With p_norm, dx is the gradient behind an activation (and a gate) of x, and the sums over the program's pixels that
@@ -349,16 +397,16 @@ def pointwise_bwd_kernel_input(
     FAST: tl.constexpr = TYPE == tl.bfloat16
     FOLDED: tl.constexpr = TYPE.primitive_bitwidth == 16
     STEPS: tl.constexpr = (C_OUT + BLOCK_OUT - 1) // BLOCK_OUT
-    HOISTED: tl.constexpr = STEPS == 1
     i_program, i_image, i_part, o_in, m_in = _place(parts, C_IN, BLOCK_IN)
     ONE_SCALE: tl.constexpr = not GATHER and p_coefficients is not None
     p_one_scale = p_image_scale if ONE_SCALE else None
     p_row_scale = None if ONE_SCALE else p_image_scale
     o_out = tl.arange(0, BLOCK_OUT)
     norm = _norm(p_norm, o_in, m_in, C_IN, ACTIVATION, FAST, FOLDED)
+    weights, coefficients = (), ()
     if RESIDENT:
         weights = _resident_weights(p_weight, o_out, o_in, m_in, C_IN, 1, TYPE, C_OUT, BLOCK_OUT, STEPS)
-    if HOISTED:
+    if STEPS == 1:
         coefficients = _coefficients(p_coefficients, p_one_scale, i_image, o_out, inside(o_out, C_OUT), C_OUT, FOLDED)
     b_s1 = tl.zeros([BLOCK_P, BLOCK_IN], ACC)
     b_s2 = tl.zeros([BLOCK_P, BLOCK_IN], ACC)
@@ -372,37 +420,17 @@ def pointwise_bwd_kernel_input(
         o_p = tl.arange(0, BLOCK_P)
         m_p = o_p < pixels - i_tile * BLOCK_P
         o_image = _image_of_rows(i_image, i_tile * BLOCK_P, o_p, pixels, image_pixels, GATHER)
-        b_acc = tl.zeros([BLOCK_P, BLOCK_IN], ACC)
-        if RESIDENT:
-            for step in tl.static_range(STEPS):
-                o_k = step * BLOCK_OUT + o_out
-                m_k = inside(o_k, C_OUT)
-                if not HOISTED:
-                    coefficients = _coefficients(p_coefficients, p_one_scale, i_image, o_k, m_k, C_OUT, FOLDED)
-                b_g = _gradient_tile(
-                    p_grad, p_a, start, o_p, m_p, o_k, m_k, C_OUT, p_coefficients, coefficients, p_row_scale, o_image,
-                    ANCHOR,
-                )  # fmt: skip
-                b_acc = tl.dot(b_g, weights[step], b_acc, input_precision=PRECISION, out_dtype=ACC)
-        else:
-            for k in tl.range(0, C_OUT, BLOCK_OUT, num_stages=STAGES):
-                o_k = k + o_out
-                m_k = inside(o_k, C_OUT)
-                k_coefficients = _coefficients(p_coefficients, p_one_scale, i_image, o_k, m_k, C_OUT, FOLDED)
-                b_g = _gradient_tile(
-                    p_grad, p_a, start, o_p, m_p, o_k, m_k, C_OUT, p_coefficients, k_coefficients, p_row_scale, o_image,
-                    ANCHOR,
-                )  # fmt: skip
-                b_w = _weight_tile(p_weight, o_k, m_k, o_in, m_in, C_IN, 1, TYPE)
-                b_acc = tl.dot(b_g, b_w, b_acc, input_precision=PRECISION, out_dtype=ACC)
-
+        b_acc, _ = _gradient_product(
+            p_grad, p_a, start, o_p, m_p, i_image, o_image, p_coefficients, coefficients, p_one_scale, p_row_scale,
+            p_weight, weights, o_in, m_in, (), (), C_IN, C_OUT, 0, False, ANCHOR, PRECISION, BLOCK_P, BLOCK_IN,
+            BLOCK_OUT, RESIDENT, STAGES, ACC,
+        )  # fmt: skip
         m_x = m_p[:, None] & m_in[None, :]
         o_x = o_p[:, None] * C_IN + o_in[None, :]
         if p_residual is not None:
             b_acc += widen(tl.load(p_residual + start * C_IN + o_x, mask=m_x, other=0.0))
         b_dx = narrow(b_acc, p_dx.dtype.element_ty)
         tl.store(p_dx + start * C_IN + o_x, b_dx, mask=m_x)
-
         if p_norm is not None:
             # Sums stay with the thread that made the values until the walk is over: a sum over threads for each tile
             # would cost more than all the rest.
@@ -431,34 +459,55 @@ def _store_sums(p_mine, sums, m_c, SUMS: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def pointwise_bwd_kernel_both(
-    p_grad,
-    p_a,
-    p_weight,
-    p_x,
-    p_dx,
-    p_dw,
-    p_coefficients,
-    p_image_scale,
-    p_residual,
-    p_norm,
-    p_gate,
-    p_sums,
-    pixels,
-    image_pixels,
-    parts,
-    C_IN: tl.constexpr,
-    C_OUT: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    SUMS: tl.constexpr,
-    GATHER: tl.constexpr,
-    ANCHOR: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
+def _store_weight_gradient(
+    p_part, p_gate, i_image, o_in, m_in, products, C_IN: tl.constexpr, C_OUT: tl.constexpr, FACTORS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+):  # fmt: skip
+    """The program's part (C_OUT, C_IN) of the weight's gradient: the first of each step's products, times the gate."""
+    STEPS: tl.constexpr = (C_OUT + BLOCK_OUT - 1) // BLOCK_OUT
+    for step in tl.static_range(STEPS):
+        o_k = step * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+        b_dw = products[step * FACTORS]
+        if p_gate is not None:
+            b_dw = b_dw * _of_image(p_gate, i_image, o_in, m_in, C_IN)
+        o_w = o_k[:, None] * C_IN + o_in[None, :]
+        tl.store(p_part + o_w, b_dw, mask=inside(o_k, C_OUT)[:, None] & m_in[None, :])
+
+
+@triton.jit
+def _sums_of_products(
+    products, weights, b_s3, b_s5, C_OUT: tl.constexpr, SUMS: tl.constexpr, ONES: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The sums of `pointwise_bwd_kernel_input` from three products a step, and what no product has summed."""
+    STEPS: tl.constexpr = (C_OUT + BLOCK_OUT - 1) // BLOCK_OUT
+    sums = (tl.zeros([BLOCK_IN], ACC), tl.zeros([BLOCK_IN], ACC), tl.zeros([BLOCK_IN], ACC))
+    for step in tl.static_range(STEPS):
+        b_w = weights[step].to(ACC)
+        added = ()
+        for i in tl.static_range(3):
+            added = added + (sums[i] + tl.sum(products[step * 3 + i] * b_w, 0),)
+        sums = added
+    if ONES:
+        row: tl.constexpr = (STEPS - 1) * 3
+        m_one = (tl.arange(0, BLOCK_OUT) == C_OUT % BLOCK_OUT)[:, None]
+        s3 = tl.sum(tl.where(m_one, products[row + 1], 0.0), 0)
+        s5 = tl.sum(tl.where(m_one, products[row + 2], 0.0), 0)
+        sums = (sums[0], sums[1], s3, sums[2], s5)
+    elif SUMS == 5:
+        sums = (sums[0], sums[1], tl.sum(b_s3, 0), sums[2], tl.sum(b_s5, 0))
+    else:
+        sums = (sums[1], sums[2])
+    return sums
+
+
+@triton.jit
+def pointwise_bwd_kernel_both(
+    p_grad, p_a, p_weight, p_x, p_dx, p_dw, p_coefficients, p_image_scale, p_residual, p_norm, p_gate, p_sums, pixels,
+    image_pixels, parts, C_IN: tl.constexpr, C_OUT: tl.constexpr, ACTIVATION: tl.constexpr, SUMS: tl.constexpr,
+    GATHER: tl.constexpr, ANCHOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """dx as `pointwise_bwd_kernel_input` makes it and, in the same walk, the program's part of the weight's gradient.
 
     The part is (C_OUT, C_IN) of (programs, C_OUT, C_IN). Sums of dx with something over pixels are columns of W times
@@ -469,7 +518,6 @@ def pointwise_bwd_kernel_both(
     FAST: tl.constexpr = TYPE == tl.bfloat16
     FOLDED: tl.constexpr = TYPE.primitive_bitwidth == 16
     STEPS: tl.constexpr = (C_OUT + BLOCK_OUT - 1) // BLOCK_OUT
-    HOISTED: tl.constexpr = STEPS == 1
     FACTORS: tl.constexpr = 1 if p_norm is None else 3
     # Where a block of output channels has room for a column of ones, the product also sums the factors themselves.
     ONES: tl.constexpr = SUMS == 5 and C_OUT % BLOCK_OUT != 0
@@ -480,7 +528,8 @@ def pointwise_bwd_kernel_both(
     o_out = tl.arange(0, BLOCK_OUT)
     norm = _norm(p_norm, o_in, m_in, C_IN, ACTIVATION, FAST, FOLDED)
     weights = _resident_weights(p_weight, o_out, o_in, m_in, C_IN, 1, TYPE, C_OUT, BLOCK_OUT, STEPS)
-    if HOISTED:
+    coefficients = ()
+    if STEPS == 1:
         coefficients = _coefficients(p_coefficients, p_one_scale, i_image, o_out, inside(o_out, C_OUT), C_OUT, FOLDED)
     products = ()
     for _ in tl.static_range(STEPS * FACTORS):
@@ -510,96 +559,29 @@ def pointwise_bwd_kernel_both(
                 once(operand(b_slope, TYPE), ANCHOR),
                 once(operand(b_slope * b_centred, TYPE), ANCHOR),
             )
-        b_acc = tl.zeros([BLOCK_P, BLOCK_IN], ACC)
-        updated = ()
-        for step in tl.static_range(STEPS):
-            o_k = step * BLOCK_OUT + o_out
-            m_k = inside(o_k, C_OUT)
-            if not HOISTED:
-                coefficients = _coefficients(p_coefficients, p_one_scale, i_image, o_k, m_k, C_OUT, FOLDED)
-            b_g = _gradient_tile(
-                p_grad,
-                p_a,
-                start,
-                o_p,
-                m_p,
-                o_k,
-                m_k,
-                C_OUT,
-                p_coefficients,
-                coefficients,
-                p_row_scale,
-                o_image,
-                ANCHOR,
-            )
-            if ONES and step == STEPS - 1:
-                b_g = tl.where(m_p[:, None] & (o_k[None, :] == C_OUT), 1.0, b_g).to(b_g.dtype)
-            b_acc = tl.dot(b_g, weights[step], b_acc, input_precision=PRECISION, out_dtype=ACC)
-            for i in tl.static_range(FACTORS):
-                product = products[step * FACTORS + i]
-                product = tl.dot(tl.trans(b_g), factors[i], product, input_precision=PRECISION, out_dtype=ACC)
-                updated = updated + (product,)
-        products = updated
+        b_acc, products = _gradient_product(
+            p_grad, p_a, start, o_p, m_p, i_image, o_image, p_coefficients, coefficients, p_one_scale, p_row_scale,
+            p_weight, weights, o_in, m_in, factors, products, C_IN, C_OUT, FACTORS, ONES, ANCHOR, PRECISION, BLOCK_P,
+            BLOCK_IN, BLOCK_OUT, True, STAGES, ACC,
+        )  # fmt: skip
         if p_residual is not None:
             b_acc += widen(tl.load(p_residual + start * C_IN + o_x, mask=m_x, other=0.0))
         tl.store(p_dx + start * C_IN + o_x, narrow(b_acc, p_dx.dtype.element_ty), mask=m_x)
 
     p_part = p_dw + i_program.to(tl.int64) * C_OUT * C_IN
-    sums = (tl.zeros([BLOCK_IN], ACC), tl.zeros([BLOCK_IN], ACC), tl.zeros([BLOCK_IN], ACC))
-    for step in tl.static_range(STEPS):
-        o_k = step * BLOCK_OUT + o_out
-        m_k = inside(o_k, C_OUT)
-        b_dw = products[step * FACTORS]
-        if p_gate is not None:
-            b_dw = b_dw * _of_image(p_gate, i_image, o_in, m_in, C_IN)
-        o_w = o_k[:, None] * C_IN + o_in[None, :]
-        tl.store(p_part + o_w, b_dw, mask=m_k[:, None] & m_in[None, :])
-        if p_norm is not None:
-            b_w = weights[step].to(ACC)
-            added = ()
-            for i in tl.static_range(3):
-                added = added + (sums[i] + tl.sum(products[step * FACTORS + i] * b_w, 0),)
-            sums = added
+    _store_weight_gradient(p_part, p_gate, i_image, o_in, m_in, products, C_IN, C_OUT, FACTORS, BLOCK_OUT)
     if p_norm is not None:
-        if ONES:
-            row: tl.constexpr = (STEPS - 1) * FACTORS
-            m_one = (o_out == C_OUT % BLOCK_OUT)[:, None]
-            s3 = tl.sum(tl.where(m_one, products[row + 1], 0.0), 0)
-            s5 = tl.sum(tl.where(m_one, products[row + 2], 0.0), 0)
-            sums = (sums[0], sums[1], s3, sums[2], s5)
-        elif SUMS == 5:
-            sums = (sums[0], sums[1], tl.sum(b_s3, 0), sums[2], tl.sum(b_s5, 0))
-        else:
-            sums = (sums[1], sums[2])
+        sums = _sums_of_products(products, weights, b_s3, b_s5, C_OUT, SUMS, ONES, BLOCK_OUT, BLOCK_IN, ACC)
         _store_sums(p_sums + i_program.to(tl.int64) * SUMS * C_IN + o_in, sums, m_in, SUMS, C_IN)
 
 
 @triton.jit
 def pointwise_bwd_kernel_weight(
-    p_grad,
-    p_a,
-    p_x,
-    p_partials,
-    p_bias_partials,
-    p_coefficients,
-    p_image_scale,
-    p_norm,
-    p_gate,
-    images,
-    pixels,
-    image_pixels,
-    splits,
-    C_IN: tl.constexpr,
-    C_OUT: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    GATHER: tl.constexpr,
-    ANCHOR: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    p_grad, p_a, p_x, p_partials, p_bias_partials, p_coefficients, p_image_scale, p_norm, p_gate, images, pixels,
+    image_pixels, splits, C_IN: tl.constexpr, C_OUT: tl.constexpr, ACTIVATION: tl.constexpr, GATHER: tl.constexpr,
+    ANCHOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_IN: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """Sums over a range of tiles of prologue(grad)^T prologue(x), (splits, C_OUT, C_IN), for a second stage to add."""
     TYPE: tl.constexpr = p_grad.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if TYPE == tl.float64 else tl.float32
@@ -630,20 +612,9 @@ def pointwise_bwd_kernel_weight(
         m_p = o_p < pixels - i_row
         o_image = _image_of_rows(i_image, i_row, o_p, pixels, image_pixels, GATHER)
         b_g = _gradient_tile(
-            p_grad,
-            p_a,
-            start,
-            o_p,
-            m_p,
-            o_out,
-            m_out,
-            C_OUT,
-            p_coefficients,
-            coefficients,
-            p_image_scale,
-            o_image,
+            p_grad, p_a, start, o_p, m_p, o_out, m_out, C_OUT, p_coefficients, coefficients, p_image_scale, o_image,
             ANCHOR,
-        )
+        )  # fmt: skip
         gate = _of_image(p_gate, o_image, o_in, m_in, C_IN)
         b_x = _input_tile(p_x, start, o_p, m_p, o_in, m_in, C_IN, p_norm, norm, p_gate, gate, ACTIVATION, ANCHOR)
         b_weight = tl.dot(tl.trans(b_g), b_x, b_weight, input_precision=PRECISION, out_dtype=ACC)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-ACTIVATIONS = ("none", "relu", "relu6", "silu", "hardswish")
+from effnet_ops import reference
+
+ACTIVATIONS = tuple(reference.ACTIVATIONS)
 
 
 @dataclass(frozen=True)

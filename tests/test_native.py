@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ from test_pointwise import problem as pointwise_problem
 from test_squeeze_excite import problem as squeeze_excite_problem
 
 import effnet_ops
-from effnet_ops import _native
+from effnet_ops import _native, reference
 
 assert _native.module is not None, _native.why_missing
 C = _native.module
@@ -161,3 +163,11 @@ def test_stride_longer_than_the_image(layout: torch.memory_format) -> None:
     torch.testing.assert_close(y, expected)
     found, wanted = (torch.autograd.grad(out.sum(), x, retain_graph=True)[0] for out in (y, expected))
     torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize(("macro", "named"), [("ACTIVATIONS", reference.ACTIVATIONS), ("GATES", reference.GATES)])
+def test_c_and_python_list_the_same_activations(macro: str, named: Mapping[str, object]) -> None:
+    """In the same order, too: prepared kernels take the numbers of activations and gates."""
+    header = (Path(__file__).resolve().parent.parent / "csrc" / "activations.h").read_text(encoding="utf-8")
+    (listed,) = re.findall(rf"#define EFFNET_{macro}\(X\) (.*)", header)
+    assert re.findall(r"X\((\w+)\)", listed) == list(named)

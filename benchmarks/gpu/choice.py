@@ -136,8 +136,8 @@ def _lane_pixels(config: dict[str, int], rows: int, columns: int, tall: Any, wid
     There are ``rows`` x ``columns`` lanes; ``tall(i)`` is what row i of them reads, ``wide(i, n)`` what n from i on do.
     """
     pixels, lanes = 0, rows * columns
-    for first in range(0, lanes, config["BLOCK_P"]):
-        last = min(first + config["BLOCK_P"], lanes) - 1
+    for first in range(0, lanes, config["block_p"]):
+        last = min(first + config["block_p"], lanes) - 1
         for row in range(first // columns, last // columns + 1):
             begin = max(first - row * columns, 0)
             end = min(last - row * columns, columns - 1)
@@ -147,15 +147,17 @@ def _lane_pixels(config: dict[str, int], rows: int, columns: int, tall: Any, wid
 
 def triton_forward(g: Geometry) -> Moved:
     config = _triton_config("depthwise_forward", g)
-    rows, columns = ceil(g.out / config["ROWS"]), ceil(g.out / config["COLS"])
-    steps = (config["ROWS"] + (g.kernel - 1 + g.stride) // g.stride - 1) * g.stride
+    rows, columns = ceil(g.out / config["rows"]), ceil(g.out / config["columns"])
+    steps = (config["rows"] + (g.kernel - 1 + g.stride) // g.stride - 1) * g.stride
 
     def tall(row: int) -> int:
-        return _covered(row * config["ROWS"] * g.stride - g.before, steps, g.size)
+        return _covered(row * config["rows"] * g.stride - g.before, steps, g.size)
 
     def wide(first: int, count: int) -> int:
         return _covered(
-            first * config["COLS"] * g.stride - g.before, (count * config["COLS"] - 1) * g.stride + g.kernel, g.size
+            first * config["columns"] * g.stride - g.before,
+            (count * config["columns"] - 1) * g.stride + g.kernel,
+            g.size,
         )
 
     read = _lane_pixels(config, rows, columns, tall, wide) * g.batch * g.channels * g.element_size
@@ -166,18 +168,18 @@ def triton_backward(g: Geometry) -> Moved:
     """Both gradients, and the second stage of the weight's."""
     config = _triton_config("depthwise_backward", g)
     steps = max(ceil((g.size + g.before) / g.stride), g.out)
-    rows, columns = ceil(steps / config["ROWS"]), ceil(steps / config["COLS"])
+    rows, columns = ceil(steps / config["rows"]), ceil(steps / config["columns"])
     open_rows, reach = (g.kernel - 1 + g.stride) // g.stride, (g.kernel - 1) // g.stride
 
     def tall(row: int) -> int:
-        return _covered(row * config["ROWS"] - open_rows + 1, config["ROWS"] + open_rows - 1, g.out)
+        return _covered(row * config["rows"] - open_rows + 1, config["rows"] + open_rows - 1, g.out)
 
     def wide(first: int, count: int) -> int:
-        return _covered(first * config["COLS"] - reach, count * config["COLS"] + reach, g.out)
+        return _covered(first * config["columns"] - reach, count * config["columns"] + reach, g.out)
 
     grads = _lane_pixels(config, rows, columns, tall, wide) * g.batch * g.channels * g.element_size
-    slabs, items = ceil(g.channels / config["BLOCK_C"]), g.batch * ceil(rows * columns / config["BLOCK_P"])
-    walkers = max(min(items, ceil(config["PROGRAMS"] / slabs)), 1)
+    slabs, items = ceil(g.channels / config["block_c"]), g.batch * ceil(rows * columns / config["block_p"])
+    walkers = max(min(items, ceil(config["programs"] / slabs)), 1)
     partials = 2 * 4 * walkers * g.channels * g.kernel**2
     return Moved(2, g.y_bytes + 2 * g.x_bytes + partials, grads + 2 * g.x_bytes + partials)
 

@@ -173,16 +173,11 @@ struct ActivationConstant {
 template <class Body>
 inline void with_activation(Activation kind, const Body& body) {
     switch (kind) {
-        case Activation::none:
-            return body(ActivationConstant<Activation::none>{});
-        case Activation::relu:
-            return body(ActivationConstant<Activation::relu>{});
-        case Activation::relu6:
-            return body(ActivationConstant<Activation::relu6>{});
-        case Activation::silu:
-            return body(ActivationConstant<Activation::silu>{});
-        case Activation::hardswish:
-            return body(ActivationConstant<Activation::hardswish>{});
+#define EFFNET_CASE(name)  \
+    case Activation::name: \
+        return body(ActivationConstant<Activation::name>{});
+        EFFNET_ACTIVATIONS(EFFNET_CASE)
+#undef EFFNET_CASE
     }
 }
 

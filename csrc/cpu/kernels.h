@@ -9,11 +9,13 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../activations.h"
+
 namespace effnet {
 namespace cpu {
 
-enum class Activation : int { none, relu, relu6, silu, hardswish };
-enum class Gate : int { sigmoid, hard_sigmoid };
+using effnet::Activation;
+using effnet::Gate;
 enum class DType : int { f32, f64, bf16, f16 };
 
 // Runs body(begin, end, context) over [0, count) on the caller's thread pool.

@@ -282,10 +282,19 @@ struct Cursor {
     }
 };
 
+// Which activations the code of a kernel has. What surrounds a convolution decides which kernel runs, and not its
+// activation: one without code of its own is chosen once for all the values of a row, by the arguments.
+struct Silu {
+    static __device__ constexpr Activation of(Activation) { return Activation::silu; }
+};
+struct AnyActivation {
+    static __device__ constexpr Activation of(Activation given) { return given; }
+};
+
 // The kinds of a kernel that are worth code of their own; `any` decides by its arguments.
 enum class ForwardKind : int {
-    inference,  // no prologue; bias, SiLU and perhaps a pool; pixels begin at multiples of 16 bytes
-    training,   // normalisation and SiLU in front; perhaps statistics; the same
+    inference,  // no prologue; bias, activation and perhaps a pool; pixels begin at multiples of 16 bytes
+    training,   // normalisation and activation in front; perhaps statistics; the same
     any
 };
 
@@ -305,10 +314,11 @@ struct ForwardSources {
     Tensor x;
 };
 
-template <class T, int kernel_, int stride_, ForwardKind kind_, bool bulk_ = false>
+template <class T, int kernel_, int stride_, ForwardKind kind_, class Activations_ = AnyActivation, bool bulk_ = false>
 struct ForwardTraits : Window<kernel_, stride_> {
     using Base = Window<kernel_, stride_>;
     using Element = T;
+    using Activations = Activations_;
     static constexpr ForwardKind kind = kind_;
     static constexpr bool bulk = bulk_;                // rows come by the bulk tensor copy engine
     static constexpr int width = kernel_ < 7 ? 2 : 1;  // channels a thread
@@ -317,12 +327,14 @@ struct ForwardTraits : Window<kernel_, stride_> {
     static constexpr int columns = wide ? 7 : 4;
     static constexpr bool aligned = kind_ != ForwardKind::any;  // 16 bytes are copied at a time
     static constexpr int inputs = (columns - 1) * stride_ + kernel_;
+    // Whether an activation in front is chosen by a branch, which needs all of a row's inputs at once in registers.
+    static constexpr bool branches = kind_ == ForwardKind::training && !std::is_same_v<Activations_, Silu>;
     // At most so many threads a block, and so many blocks a multiprocessor: 128, 168 or 255 registers a thread.
-    static constexpr bool light = kernel_ == 3 && stride_ == 1 && kind_ != ForwardKind::any;
-    static constexpr bool heavy = kernel_ > 3 && (wide || kind_ == ForwardKind::any);
+    static constexpr bool light = kernel_ == 3 && stride_ == 1 && kind_ != ForwardKind::any && !branches;
+    static constexpr bool heavy = kernel_ > 3 && (wide || kind_ == ForwardKind::any || branches);
     static constexpr int threads = light ? 256 : heavy ? 128 : 192, blocks = 2, stages = 4;
 
-    using Bulk = ForwardTraits<T, kernel_, stride_, kind_, true>;
+    using Bulk = ForwardTraits<T, kernel_, stride_, kind_, Activations_, true>;
     using Sources = ForwardSources<std::conditional_t<bulk, TensorMap, Source<T>>>;
     using Copies = std::conditional_t<bulk, BulkCopies<T, stages>, ThreadCopies<T, width, aligned, stages>>;
 
@@ -417,6 +429,8 @@ struct ForwardThread {
     static constexpr int inputs = Traits::inputs, kernel = Traits::kernel;
     static constexpr bool fast = coarse<T>;
     static constexpr ForwardKind kind = Traits::kind;
+    // SiLU of half its argument is an instruction less, and a normalisation can be halved.
+    static constexpr bool halved = kind == ForwardKind::training && !Traits::branches;
 
     const ForwardArguments<T>& arguments;
     const Lane lane;
@@ -436,7 +450,7 @@ struct ForwardThread {
           out_norm(kind == ForwardKind::any ? arguments.out_norm : nullptr, arguments.size.channels, lane) {
         load_vector(kind == ForwardKind::training ? nullptr : arguments.bias, 0.0f, lane, bias);
         load_weights<Traits::taps>(arguments.weight, lane, weight);
-        if (kind == ForwardKind::training) norm.halve();
+        if (halved) norm.halve();
     }
 
     __device__ inline bool together() const { return Traits::aligned || arguments.tile.together; }
@@ -462,7 +476,11 @@ struct ForwardThread {
         load_pixels<inputs>(row, arguments.tile.pitch, u);
         if (kind == ForwardKind::training) {
 #pragma unroll
-            for (int i = 0; i < inputs * width; ++i) u[i] = silu_of_twice<fast>(norm(u[i], i % width));
+            for (int i = 0; i < inputs * width; ++i) {
+                const float n = norm(u[i], i % width);
+                u[i] = halved ? silu_of_twice<fast>(n) : n;
+            }
+            if (!halved) activate<fast>(u, arguments.activation);
         }
         if (kind == ForwardKind::any) {
             if (arguments.norm != nullptr) {
@@ -504,7 +522,7 @@ struct ForwardThread {
 
     // A finished output row behind the epilogue.
     __device__ inline void finish(float (&y)[columns * width], int64_t at) const {
-        if (kind == ForwardKind::inference) activate<fast>(y, Activation::silu);
+        if (kind == ForwardKind::inference) activate<fast>(y, Traits::Activations::of(arguments.out_activation));
         if (kind != ForwardKind::any) return;
         if (arguments.out_norm != nullptr) {
 #pragma unroll
@@ -676,7 +694,8 @@ __global__ __launch_bounds__(Traits::threads, Traits::blocks) void depthwise_for
 
 enum class BackwardKind : int {
     plain,  // gradients of a convolution alone; pixels begin at multiples of 16 bytes
-    fused,  // between two normalisations with SiLU: a, coefficients, perhaps gate and pooled; norm; dx, no db; the same
+    fused,  // between two normalisations with activations: a, coefficients, perhaps gate and pooled; norm; dx, no db;
+            // the same
     any
 };
 
@@ -697,10 +716,11 @@ struct BackwardSources {
     Tensor grad, a, x;
 };
 
-template <class T, int kernel_, int stride_, BackwardKind kind_, bool bulk_ = false>
+template <class T, int kernel_, int stride_, BackwardKind kind_, class Activations_ = AnyActivation, bool bulk_ = false>
 struct BackwardTraits : Window<kernel_, stride_> {
     using Base = Window<kernel_, stride_>;
     using Element = T;
+    using Activations = Activations_;
     static constexpr BackwardKind kind = kind_;
     static constexpr bool bulk = bulk_;                          // rows come by the bulk tensor copy engine
     static constexpr bool aligned = kind_ != BackwardKind::any;  // 16 bytes are copied at a time
@@ -715,7 +735,7 @@ struct BackwardTraits : Window<kernel_, stride_> {
     static constexpr int threads = heavy ? 128 : 192, blocks = 2, stages = 4;
     static constexpr int values = Base::taps + 3;  // sums a thread's channel: dw, db, and two of dx
 
-    using Bulk = BackwardTraits<T, kernel_, stride_, kind_, true>;
+    using Bulk = BackwardTraits<T, kernel_, stride_, kind_, Activations_, true>;
     using Sources = BackwardSources<std::conditional_t<bulk, TensorMap, Source<T>>>;
     using Copies = std::conditional_t<bulk, BulkCopies<T, stages>, ThreadCopies<T, width, aligned, stages>>;
 
@@ -827,8 +847,7 @@ struct BackwardThread {
                 n[v] = fmaf(a[v], a_norm.scale[v], a_norm.shift[v]);
             }
             if (kind == BackwardKind::fused || arguments.a_norm != nullptr) {
-                differentiate<fast>(n, derivative,
-                                    kind == BackwardKind::fused ? Activation::silu : arguments.a_activation);
+                differentiate<fast>(n, derivative, Traits::Activations::of(arguments.a_activation));
             } else {
 #pragma unroll
                 for (int v = 0; v < width; ++v) derivative[v] = 1.0f;
@@ -878,8 +897,7 @@ struct BackwardThread {
                 dx[v] = 0.0f;
             }
             if (kind != BackwardKind::plain) {
-                differentiate<fast>(u, derivative,
-                                    kind == BackwardKind::fused ? Activation::silu : arguments.activation);
+                differentiate<fast>(u, derivative, Traits::Activations::of(arguments.activation));
                 // Padding is zero behind the normalisation, not in front of it.
 #pragma unroll
                 for (int v = 0; v < width; ++v) u[v] = exists ? u[v] : 0.0f;

@@ -5,21 +5,26 @@
 
 namespace effnet::cuda {
 
+// Which kind of kernel runs this: by what is there, not by the activations.
+inline BackwardKind kind_of(const DepthwiseBackward& problem) {
+    if (!problem.x) return BackwardKind::any;
+    if (!problem.a && !problem.norm && problem.activation == Activation::none) return BackwardKind::plain;
+    const bool between_norms = problem.a && problem.a_norm && problem.coefficients && problem.norm;
+    return between_norms && problem.dx && !problem.db && !problem.residual ? BackwardKind::fused : BackwardKind::any;
+}
+
 // Calls f with the traits of the kernel that runs this.
 template <class T, class F>
 auto with_backward_traits(const DepthwiseBackward& problem, const F& f) {
-    const bool plain = problem.a == nullptr && problem.norm == nullptr && problem.activation == Activation::none &&
-                       problem.x != nullptr;
-    const bool fused = problem.a != nullptr && problem.a_norm != nullptr && problem.a_activation == Activation::silu &&
-                       problem.coefficients != nullptr && problem.norm != nullptr && problem.x != nullptr &&
-                       problem.activation == Activation::silu && problem.residual == nullptr && problem.dx != nullptr &&
-                       problem.db == nullptr;
+    const bool silu = problem.a_activation == Activation::silu && problem.activation == Activation::silu;
     return with_window(problem.shape, [&](auto kernel, auto stride) {
         constexpr int k = decltype(kernel)::value, s = decltype(stride)::value;
         if constexpr (k < 7) {
-            if (!in_chunks<T>(problem.shape)) return f(BackwardTraits<T, k, s, BackwardKind::any>());
-            if (plain) return f(BackwardTraits<T, k, s, BackwardKind::plain>());
-            if (fused) return f(BackwardTraits<T, k, s, BackwardKind::fused>());
+            const BackwardKind kind = in_chunks<T>(problem.shape) ? kind_of(problem) : BackwardKind::any;
+            if (kind == BackwardKind::plain) return f(BackwardTraits<T, k, s, BackwardKind::plain>());
+            if (kind == BackwardKind::fused)
+                return with_activations(
+                    silu, [&](auto of) { return f(BackwardTraits<T, k, s, BackwardKind::fused, decltype(of)>()); });
         }
         return f(BackwardTraits<T, k, s, BackwardKind::any>());
     });

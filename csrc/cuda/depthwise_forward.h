@@ -5,20 +5,30 @@
 
 namespace effnet::cuda {
 
+// Which kind of kernel runs this: by what is there, not by the activations.
+inline ForwardKind kind_of(const DepthwiseForward& problem) {
+    if (problem.gate || problem.out_norm || problem.grad) return ForwardKind::any;
+    const bool plain_input = !problem.norm && problem.activation == Activation::none;
+    const bool plain_output = !problem.bias && !problem.pool && problem.out_activation == Activation::none;
+    if (plain_input && !problem.statistics) return ForwardKind::inference;
+    return problem.norm && plain_output ? ForwardKind::training : ForwardKind::any;
+}
+
 // Calls f with the traits of the kernel that runs this.
 template <class T, class F>
 auto with_forward_traits(const DepthwiseForward& problem, const F& f) {
-    const bool plain_input = problem.norm == nullptr && problem.activation == Activation::none;
-    const bool neither = problem.gate == nullptr && problem.out_norm == nullptr && problem.grad == nullptr;
-    const bool inference = plain_input && neither && problem.out_activation == Activation::silu && !problem.statistics;
-    const bool training = problem.norm != nullptr && problem.activation == Activation::silu && neither &&
-                          problem.out_activation == Activation::none && !problem.bias && !problem.pool;
     return with_window(problem.shape, [&](auto kernel, auto stride) {
         constexpr int k = decltype(kernel)::value, s = decltype(stride)::value;
         if constexpr (k < 7) {
-            if (!in_chunks<T>(problem.shape)) return f(ForwardTraits<T, k, s, ForwardKind::any>());
-            if (inference) return f(ForwardTraits<T, k, s, ForwardKind::inference>());
-            if (training) return f(ForwardTraits<T, k, s, ForwardKind::training>());
+            const ForwardKind kind = in_chunks<T>(problem.shape) ? kind_of(problem) : ForwardKind::any;
+            if (kind == ForwardKind::inference)
+                return with_activations(problem.out_activation == Activation::silu, [&](auto of) {
+                    return f(ForwardTraits<T, k, s, ForwardKind::inference, decltype(of)>());
+                });
+            if (kind == ForwardKind::training)
+                return with_activations(problem.activation == Activation::silu, [&](auto of) {
+                    return f(ForwardTraits<T, k, s, ForwardKind::training, decltype(of)>());
+                });
         }
         return f(ForwardTraits<T, k, s, ForwardKind::any>());
     });

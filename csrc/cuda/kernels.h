@@ -13,10 +13,12 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../activations.h"
+
 namespace effnet::cuda {
 
-enum class Activation : int { none = 0, relu = 1, relu6 = 2, silu = 3, hardswish = 4 };
-enum class Gate : int { sigmoid = 0, hard_sigmoid = 1 };
+using effnet::Activation;
+using effnet::Gate;
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 
 // The current device, whose numbers choose tiles. max_shared_bytes: what a block may opt in to.

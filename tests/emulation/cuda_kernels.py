@@ -12,7 +12,7 @@ from typing import Any
 
 import emulator
 import torch
-from emulator import CUDA, HERE, Machine
+from emulator import ACTIVATIONS, CUDA, HERE, Machine
 from torch import Tensor
 
 _TORCH = Path(torch.__file__).parent
@@ -29,12 +29,15 @@ DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 @functools.cache
 def interface() -> tuple[dict[str, type[ctypes.Structure]], dict[str, dict[str, int]]]:
-    """The structures and the enumerations of kernels.h by name, read from the header itself."""
+    """The structures and the enumerations of kernels.h by name, read from the header itself and from activations.h."""
     text = re.sub(r"//[^\n]*", "", (CUDA / "kernels.h").read_text())
     enums = {
         name: {key: int(value) for key, value in re.findall(r"(\w+) = (\d+)", body)}
         for name, body in re.findall(r"enum class (\w+) : int \{([^}]*)\}", text)
     }
+    for name in ("Activation", "Gate"):
+        (listed,) = re.findall(rf"#define EFFNET_{name.upper()}S\(X\) (.*)", ACTIVATIONS.read_text())
+        enums[name] = {key: value for value, key in enumerate(re.findall(r"X\((\w+)\)", listed))}
     structures: dict[str, type[ctypes.Structure]] = {}
     for name, body in re.findall(r"struct (\w+) \{([^}]*)\}", text):
         fields = []
@@ -119,7 +122,7 @@ def register_operators(kernels: Kernels) -> ctypes.CDLL:
     flags = ["-std=c++17", "-O1", "-fPIC", "-DEFFNET_EMULATED", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     flags += [f"-I{HERE / 'include'}", f"-I{_TORCH / 'include'}", "-shared"]
     link = [str(kernels.path), f"-Wl,-rpath,{kernels.path.parent}", f"-L{_TORCH / 'lib'}", "-ltorch_cpu"]
-    text = [path.read_bytes() for path in (*sources, CUDA / "kernels.h", CUDA.parent / "stable.h")]
+    text = [path.read_bytes() for path in (*sources, CUDA / "kernels.h", CUDA.parent / "stable.h", ACTIVATIONS)]
     key = hashlib.sha256(repr((flags, link, text)).encode()).hexdigest()[:16]
     library = kernels.path.parent / f"torch_bindings-{key}.so"
     if not library.exists():

@@ -26,6 +26,7 @@ from torch import Tensor
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CUDA = ROOT / "csrc" / "cuda"
+ACTIVATIONS = ROOT / "csrc" / "activations.h"
 FOLDER = ROOT / "build" / "emulation"
 _INCLUDE = "tests/emulation/include"
 
@@ -68,7 +69,7 @@ def _headers(folder: str) -> str:
     """What the objects of a folder's sources may depend on."""
     shadows = [*sorted((HERE / "include").iterdir()), HERE / "runtime" / "emulation.h"]
     more = {"runtime": HERE / "runtime", "samples": HERE / "samples"}.get(folder, CUDA)
-    files = [*shadows, *(path for path in sorted(more.iterdir()) if path.suffix in (".h", ".cuh"))]
+    files = [*shadows, ACTIVATIONS, *(path for path in sorted(more.iterdir()) if path.suffix in (".h", ".cuh"))]
     version = subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=True).stdout
     return _hash(version, [(path.name, path.read_bytes()) for path in files])
 
@@ -145,7 +146,7 @@ class Machine:
         self.library.emulation_free.argtypes = [ctypes.c_void_p]
         self.library.emulation_reset.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_size_t, *[ctypes.c_uint64] * 2]
         self.library.emulation_error.restype = ctypes.c_char_p
-        for name in ("emulation_accesses", "emulation_launches"):
+        for name in ("emulation_accesses", "emulation_launches", "emulation_kernel"):
             getattr(self.library, name).restype = ctypes.c_uint64
         self.reset()
 
@@ -186,6 +187,12 @@ class Machine:
     @property
     def launches(self) -> int:
         return self.library.emulation_launches()
+
+    @property
+    def launched(self) -> list[str]:
+        """The kernels launched since the last reset, in order, with their template arguments."""
+        offsets = map(self.library.emulation_kernel, map(ctypes.c_uint64, range(self.launches)))
+        return [self._frames(offset)[-1][0] for offset in offsets]
 
     def empty(
         self,

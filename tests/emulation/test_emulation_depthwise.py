@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from cases import DEPTHWISE, DepthwiseCase
+from cases import ACTIVATIONS, DEPTHWISE, DepthwiseCase
 from cuda_kernels import Kernels
 from depthwise_problems import (
     BackwardFusion,
@@ -136,8 +138,31 @@ def test_backward(kernels: Kernels, case: DepthwiseCase, kind: str, dtype: torch
     check_backward(kernels, case, BACKWARD[kind], dtype)
 
 
-@pytest.mark.parametrize("kernel", [3, 5])
-@pytest.mark.parametrize("stride", [1, 2])
+WINDOWS = [(kernel, stride) for kernel in (3, 5) for stride in (1, 2)]
+
+
+@pytest.mark.parametrize(("kernel", "stride"), WINDOWS)
+@pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name != "silu"])
+def test_every_activation_takes_the_kernels_that_silu_takes(
+    kernels: Kernels, activation: str, kernel: int, stride: int
+) -> None:
+    """What surrounds a convolution decides between the fast kernels and the general one, and no activation does."""
+    case = DepthwiseCase("structure", (1, 16, 9, 11), kernel=(kernel, kernel), stride=stride, padding="same")
+    dtype = DTYPES[(kernel + stride) % 3]
+
+    def launched(name: str) -> list[str]:
+        kernels.reset()
+        check_forward(kernels, case, replace(PLAIN, out_activation=name), dtype)
+        check_forward(kernels, case, replace(FORWARD["training"], activation=name), dtype)
+        check_backward(kernels, case, replace(BACKWARD["fused"], a_activation=name, activation=name), dtype)
+        return kernels.launched
+
+    others, silu = launched(activation), launched("silu")
+    assert sum("::Silu" in name for name in silu) == 3
+    assert others == [name.replace("::Silu", "::AnyActivation") for name in silu]
+
+
+@pytest.mark.parametrize(("kernel", "stride"), WINDOWS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_come_in_two_ways_to_the_same_bits(kernels: Kernels, dtype: torch.dtype, stride: int, kernel: int) -> None:
     """By bulk copies, and by each thread's own on an older device or where the driver knows no tensor maps."""

@@ -35,10 +35,10 @@ def test_operator_in_every_way(case: DepthwiseCase, dtype: torch.dtype, layout: 
 
 # Lanes and slabs that divide nothing, several parts an image, several tiles a program, as on a GPU.
 TILES = {
-    "3x3": ((2, 11, 13, 24), 3, 1, {"BLOCK_P": 4, "BLOCK_C": 16, "ROWS": 4, "COLS": 5}),
-    "3x3_stride2": ((2, 13, 9, 20), 3, 2, {"BLOCK_P": 2, "BLOCK_C": 32, "ROWS": 7, "COLS": 2}),
-    "5x5": ((3, 5, 4, 10), 5, 1, {"BLOCK_P": 1, "BLOCK_C": 16, "ROWS": 3, "COLS": 3}),
-    "5x5_stride2": ((2, 12, 11, 16), 5, 2, {"BLOCK_P": 4, "BLOCK_C": 16, "ROWS": 2, "COLS": 3}),
+    "3x3": ((2, 11, 13, 24), 3, 1, {"block_p": 4, "block_c": 16, "rows": 4, "columns": 5}),
+    "3x3_stride2": ((2, 13, 9, 20), 3, 2, {"block_p": 2, "block_c": 32, "rows": 7, "columns": 2}),
+    "5x5": ((3, 5, 4, 10), 5, 1, {"block_p": 1, "block_c": 16, "rows": 3, "columns": 3}),
+    "5x5_stride2": ((2, 12, 11, 16), 5, 2, {"block_p": 4, "block_c": 16, "rows": 2, "columns": 3}),
 }
 
 
@@ -105,7 +105,7 @@ def test_backward_with_everything(name: str, dtype: torch.dtype) -> None:
         grad, x, weight, size=(height, width), stride=(stride, stride), padding=(half,) * 4, a=a, a_norm=a_norm,
         a_activation="silu", coefficients=coefficients, gate=gate, pooled=pooled, norm=norm, activation="hardswish",
         residual=residual, bias=weight, needs=(True, True, True),
-        config={**config, "PROGRAMS": 3, "REGISTERS": 255, "num_warps": 4},
+        config={**config, "programs": 3, "registers": 255, "num_warps": 4},
     )  # fmt: skip
 
     n2 = normalise(images(a), a_norm).requires_grad_()

@@ -368,7 +368,8 @@ extern "C" void emulation_reset(uint64_t seed, int multiprocessors, size_t share
     machine.shared_limit = shared_limit;
     machine.first_block = first_block;
     machine.last_block = last_block;
-    machine.accesses = machine.launches = 0;
+    machine.accesses = 0;
+    machine.launched.clear();
     machine.skipped.clear();
     machine.late_groups = 0;
     machine.has_tensor_maps = true;
@@ -377,4 +378,5 @@ extern "C" void emulation_reset(uint64_t seed, int multiprocessors, size_t share
 // The last report with {code:offset} for addresses in this library, or an empty string.
 extern "C" const char* emulation_error() { return machine.error.c_str(); }
 extern "C" uint64_t emulation_accesses() { return machine.accesses; }
-extern "C" uint64_t emulation_launches() { return machine.launches; }
+extern "C" uint64_t emulation_launches() { return machine.launched.size(); }
+extern "C" uint64_t emulation_kernel(uint64_t launch) { return machine.launched.at(launch); }

@@ -320,7 +320,7 @@ bool skipped(Site site) {
 
 bool launch(const Launch& launch) {
     if (!machine.error.empty()) return false;
-    ++machine.launches;
+    machine.launched.push_back(code_offset(launch.kernel));
     machine.launch = &launch;
     machine.aborted = false;
     machine.grid_barriers = 0;

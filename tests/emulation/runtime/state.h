@@ -144,7 +144,8 @@ struct Machine {
     std::vector<Region> regions;  // by address
     Region* last_region = nullptr;
     uintptr_t library_begin = 0, library_end = 0;
-    uint64_t accesses = 0, launches = 0;
+    uint64_t accesses = 0;
+    std::vector<uint32_t> launched;  // the kernel of each launch, by its place in the library
 };
 
 extern Machine machine;
