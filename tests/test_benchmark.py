@@ -281,6 +281,37 @@ def test_a_missing_peer_is_named_with_what_installs_it(
     assert "openvino is left out: pip install openvino" in capsys.readouterr().out
 
 
+def test_an_optional_peer_is_named_only_where_it_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("ncnn", "pnnx") else find(name))
+    assert "ncnn" not in [provider.name for provider in bench.chosen(None)]
+    assert "ncnn" not in capsys.readouterr().out
+    bench.chosen(["ncnn"])
+    assert "ncnn is left out: pip install ncnn pnnx" in capsys.readouterr().out
+
+
+def test_optional_peers_are_asked_for_their_dtype_alone() -> None:
+    optional = [provider for provider in PROVIDERS.values() if provider.optional]
+    assert [provider.name for provider in optional] == ["zentorch", "ncnn", "mnn", "litert", "executorch"]
+    (task,) = bench.tasks_of([replace(TINY, dtype="bfloat16")], optional, layers=False)
+    assert [provider.name for provider in task.providers] == ["zentorch"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zentorch", "ncnn", "mnn", "litert", "executorch"])
+def test_optional_peer_is_right(name: str) -> None:
+    """Two images, since ncnn takes them one by one; half precision would be a thousand times what is allowed."""
+    if missing := PROVIDERS[name].missing():
+        pytest.skip(f"not installed: {', '.join(missing)}")
+    (measured,) = compare(replace(TINY, batch=2), [PROVIDERS[name]])
+    if name == "zentorch" and "AVX512" not in torch.backends.cpu.get_cpu_capability():
+        assert "AVX-512" in measured.problem
+    else:
+        assert measured.problem is None and measured.error < 1e-4
+
+
 def test_the_command_measures_keeps_and_does_not_repeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Real runtimes and the layers at a tiny size; then the same again, from the file."""
     monkeypatch.setattr(bench, "environment", lambda: HERE)

@@ -1,4 +1,4 @@
-"""Who can run a model: eager PyTorch, torch.compile, ONNX Runtime, OpenVINO, and ours. All are of equal standing.
+"""Who can run a model: eager PyTorch, torch.compile, runtimes of others, and ours. All are of equal standing.
 
 Each is built inside its own process (`worker.py`) and given its best standard settings. Where a choice remains, such as
 the memory layout, both are built and the faster one is kept.
@@ -71,6 +71,7 @@ class Provider:
         ours: whether it is this package's.
         exports: whether it takes the model as an ONNX file.
         remark: what is known of its precision, for the row of a wrong result.
+        optional: whether it is left out without a word where it is not installed and nobody asked for it.
         heap: whether its memory comes from the C heap, so that a peak of it says what an inference needs.
     """
 
@@ -81,6 +82,7 @@ class Provider:
     ours: bool = False
     exports: bool = False
     remark: str = ""
+    optional: bool = False
     heap: bool = True
 
     def missing(self) -> list[str]:
@@ -178,6 +180,106 @@ def _openvino(job: Job) -> Iterator[Runner]:
     )
 
 
+def _zentorch(job: Job) -> Iterator[Runner]:
+    import torch._inductor.config
+    import zentorch  # noqa: F401 (it registers a backend of torch.compile)
+
+    if "AVX512" not in torch.backends.cpu.get_cpu_capability():
+        raise RuntimeError("zentorch optimizes on processors with AVX-512 only")
+    torch._inductor.config.freezing = True
+    for layout in LAYOUTS:
+        compiled = torch.compile(_in_layout(job, layout), backend="zentorch", dynamic=False)
+        yield _torch_runner(compiled, layout, DTYPES[job.dtype], layout)
+
+
+def _ncnn(job: Job) -> Iterator[Runner]:
+    """With weights and computation in float32: pnnx and ncnn both take 16 bits by default."""
+    import ncnn
+    import numpy
+    import pnnx
+
+    inputs = job.inputs()[0]
+    script = job.folder / "ncnn.pt"
+    torch.jit.trace(job.model(), inputs[:1]).save(script)
+    pnnx.convert(str(script), inputs[:1], fp16=False)
+    net = ncnn.Net()
+    for option in ("use_fp16_packed", "use_fp16_storage", "use_fp16_arithmetic", "use_bf16_storage"):
+        setattr(net.opt, option, False)
+    net.opt.num_threads = job.threads
+    net.load_param(str(script.with_suffix(".ncnn.param")))
+    net.load_model(str(script.with_suffix(".ncnn.bin")))
+
+    def infer(image: Any) -> Any:
+        extractor = net.create_extractor()
+        extractor.input("in0", image)
+        return extractor.extract("out0")[1]
+
+    yield Runner(
+        "image by image" if len(inputs) > 1 else "",
+        lambda x: [ncnn.Mat(image.numpy()).clone() for image in x],
+        lambda images: [infer(image) for image in images],
+        lambda outs: torch.from_numpy(numpy.stack([numpy.array(out) for out in outs])),
+    )
+
+
+def _mnn(job: Job) -> Iterator[Runner]:
+    # The converter itself: the module MNN.tools installs a package and reports each conversion over the network.
+    import _tools
+    import MNN
+
+    path = job.folder / "model.mnn"
+    files = ("--modelFile", str(job.onnx), "--MNNModel", str(path))
+    _tools.mnnconvert(["mnnconvert", "-f", "ONNX", *files, "--bizCode", "effnet_ops"])
+    settings = {"backend": "CPU", "numThread": job.threads, "precision": "high"}
+    runtime = MNN.nn.create_runtime_manager((settings,))
+    net = MNN.nn.load_module_from_file(str(path), ["x"], ["y"], runtime_manager=runtime)
+    yield Runner(
+        "",
+        lambda x: MNN.expr.const(x.numpy(), list(x.shape), MNN.expr.NCHW),
+        # Reading is what makes it compute.
+        lambda x: MNN.expr.convert(net.forward(x), MNN.expr.NCHW).read(),
+        lambda out: torch.from_numpy(out.copy()),
+    )
+
+
+def _litert(job: Job) -> Iterator[Runner]:
+    import litert_torch
+    from ai_edge_litert.interpreter import Interpreter
+
+    path = job.folder / "model.tflite"
+    litert_torch.convert(job.model(), (job.inputs()[0],)).export(str(path))
+    interpreter = Interpreter(str(path), num_threads=job.threads)
+    interpreter.allocate_tensors()
+    source, sink = interpreter.get_input_details()[0]["index"], interpreter.get_output_details()[0]["index"]
+
+    def infer(image: Any) -> Any:
+        interpreter.set_tensor(source, image)
+        interpreter.invoke()
+        return interpreter.get_tensor(sink)
+
+    yield Runner("", lambda x: x.numpy(), infer, torch.from_numpy)
+
+
+def _executorch(job: Job) -> Iterator[Runner]:
+    """With XNNPACK's kernels, its backend for processors."""
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+    from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
+    from executorch.runtime import Runtime
+
+    _unsafe_reset_threadpool(job.threads)
+    exported = torch.export.export(job.model(), (job.inputs()[0],))
+    lowered = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
+    program = Runtime.get().load_program(bytes(lowered.to_executorch().buffer))
+    method = program.load_method("forward")
+    yield Runner("", lambda x: [x], lambda feed: method.execute(feed)[0])
+
+
+def _float32(name: str, candidates: Callable[[Job], Iterator[Runner]], *needs: str, **fields: Any) -> Provider:
+    """An optional peer that computes in float32."""
+    return Provider(name, candidates, needs, dtypes=("float32",), optional=True, heap=False, **fields)
+
+
 PROVIDERS = {
     provider.name: provider
     for provider in (
@@ -196,6 +298,11 @@ PROVIDERS = {
             heap=False,
         ),
         Provider("openvino", _openvino, ("onnx", "openvino"), exports=True, heap=False),
+        Provider("zentorch", _zentorch, ("zentorch",), optional=True),
+        _float32("ncnn", _ncnn, "ncnn", "pnnx"),
+        _float32("mnn", _mnn, "onnx", "MNN", exports=True),
+        _float32("litert", _litert, "ai_edge_litert", "litert_torch"),
+        _float32("executorch", _executorch, "executorch"),
         Provider("replace_layers", _replace_layers, ours=True),
         Provider("optimize_for_inference", _optimize_for_inference, ours=True),
     )

@@ -19,7 +19,10 @@ import effnet_ops
 from effnet_ops import _native
 from effnet_ops.scaling.machine import cpu_model
 
-PACKAGES = ("torch", "torchvision", "timm", "efficientnet_pytorch", "onnx", "onnxruntime", "openvino")
+PACKAGES = (
+    *("torch", "torchvision", "timm", "efficientnet_pytorch", "onnx", "onnxruntime", "openvino"),
+    *("zentorch", "ncnn", "pnnx", "MNN", "ai-edge-litert", "litert-torch", "executorch"),
+)
 _ORIGIN = ("commit", "uncommitted_changes", "cpu", "cores", "isa", "versions")
 
 

@@ -119,13 +119,16 @@ def _do(task: Task) -> list[Row]:
 
 
 def chosen(peers: Sequence[str] | None) -> list[Provider]:
-    """The providers to measure: ours and the peers asked for, all by default; what is not installed is named."""
+    """The providers to measure: ours and the peers asked for, all by default; what is not installed is named.
+
+    Optional ones are named only where they were asked for.
+    """
     for name in peers or ():
         if name not in PROVIDERS:
             fail(unknown_name("peer", name, PROVIDERS))
     wanted = [provider for name, provider in PROVIDERS.items() if peers is None or name in peers or provider.ours]
     for provider in wanted:
-        if missing := provider.missing():
+        if (missing := provider.missing()) and not (provider.optional and peers is None):
             console.print(f"{provider.name} is left out: pip install {' '.join(missing)}", highlight=False)
     return [provider for provider in wanted if not provider.missing()]
 

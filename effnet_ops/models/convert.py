@@ -11,6 +11,7 @@ create it by that library's name:
 
 from __future__ import annotations
 
+import fnmatch
 import warnings
 from collections.abc import Iterator, Mapping
 from itertools import zip_longest
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from effnet_ops.checks import unknown_name
-from effnet_ops.models.family import LIBRARIES, MEMBERS, model_spec
+from effnet_ops.models.family import LIBRARIES, MEMBERS, model_spec, warn_of_name
 from effnet_ops.models.spec import BlockSpec, ScaledSpec
 
 SHOWN_PROBLEMS = 3
@@ -42,7 +43,9 @@ class _Model(NamedTuple):
 
     @property
     def keys(self) -> str:
-        return LIBRARIES[self.library].keys
+        library, (_, _, model) = LIBRARIES[self.library], self.name.rpartition(":")
+        others = (keys for pattern, keys in library.other_keys.items() if fnmatch.fnmatchcase(model, pattern))
+        return next(others, library.keys)
 
     @property
     def members(self) -> list[str]:
@@ -60,13 +63,15 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], *, source: str, target:
     Args:
         state_dict: of a whole B0-B8, L2 or Lite0-4 with any number of classes (or without its classifier) and of
             input channels. ``num_batches_tracked`` may be missing, as in old files, and is 0 then.
-        source, target: ``"effnet_ops"``, ``"timm"``, ``"geffnet"``, ``"torchvision"``, ``"efficientnet_pytorch"`` or
-            ``"efficientnet_lite_pytorch"``, or one of its models as ``"library:model"``. With models on both sides
-            their eps and padding must agree; a momentum that differs, which matters in training only, is a warning.
+        source, target: ``"effnet_ops"``, ``"timm"``, ``"geffnet"``, ``"torchvision"``, ``"efficientnet_pytorch"``,
+            ``"efficientnet_lite_pytorch"``, ``"monai"`` or ``"segmentation_models_pytorch"`` (encoders), or one of its
+            models as ``"library:model"``. With models on both sides their eps and padding must agree; a momentum that
+            differs, which matters in training only, is a warning, and so is a name that says what does not hold.
 
     Raises:
-        ValueError: an unknown library or model; a missing, unexpected or misshapen entry (named); a target library
-            without this network; models that are different networks, or compute with another eps or padding.
+        ValueError: an unknown library or model; one that has no state dict of PyTorch; a missing, unexpected or
+            misshapen entry (named); a target library without this network; models that are different networks, or
+            compute with another eps or padding.
         TypeError: a state dict that is none, or an entry that is no tensor.
     """
     source_model, target_model = _parse("source", source), _parse("target", target)
@@ -75,6 +80,9 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], *, source: str, target:
     for key, value in state_dict.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"state_dict[{key!r}] must be a tensor, got {type(value).__name__}")
+    for model in (source_model, target_model):
+        if model.name:
+            warn_of_name(model.name)
     if source_model.name and target_model.name:
         _check_conventions(source_model, target_model)
     member, entries = _identify(state_dict, source_model)
@@ -99,6 +107,10 @@ def _parse(argument: str, value: str) -> _Model:
         raise unknown_name(f"{argument} library", library, LIBRARIES)
     if name:
         model_spec(value)
+    if not LIBRARIES[library].keys:
+        raise ValueError(
+            f"{argument} {value!r}: {library} has no state dict of PyTorch; create_model knows its conventions"
+        )
     return _Model(library, value if name else "")
 
 
@@ -146,7 +158,9 @@ def _identify(state_dict: Mapping[str, Tensor], source: _Model) -> tuple[str, li
 def _other_layout(state_dict: Mapping[str, Tensor], source: _Model) -> str:
     """A hint where the keys are another library's."""
     stem = next(_entries(MEMBERS["b0"])).keys
-    others = [layout for layout, key in stem.items() if key in state_dict and layout != source.keys]
+    if stem[source.keys] in state_dict:
+        return ""
+    others = [layout for layout, key in stem.items() if key in state_dict]
     return f", but the keys look like {others[0]}'s" if others else ""
 
 
@@ -190,7 +204,12 @@ def _entries(spec: ScaledSpec) -> Iterator[_Entry]:
     number = 0
     for stage, blocks in enumerate(stages):
         for index, block in enumerate(blocks):
-            prefixes = _keys(f"blocks.{stage}.{index}", f"features.{stage + 1}.{index}.block", f"_blocks.{number}")
+            prefixes = _keys(
+                f"blocks.{stage}.{index}",
+                f"features.{stage + 1}.{index}.block",
+                f"_blocks.{number}",
+                f"_blocks.{stage}.{number}",
+            )
             yield from _block(block, prefixes)
             number += 1
     last = f"features.{len(stages) + 1}"
@@ -207,7 +226,7 @@ def _block(block: BlockSpec, prefixes: dict[str, str]) -> Iterator[_Entry]:
     position = 0
 
     def inside(*names: str) -> dict[str, str]:
-        return {layout: f"{prefix}.{name}" for (layout, prefix), name in zip(prefixes.items(), names, strict=True)}
+        return {layout: f"{prefix}.{_keys(*names)[layout]}" for layout, prefix in prefixes.items()}
 
     if block.expands:
         yield from _conv(inside("conv_pw", f"{position}.0", "_expand_conv"), (wide, block.in_channels, 1, 1))
@@ -227,8 +246,14 @@ def _block(block: BlockSpec, prefixes: dict[str, str]) -> Iterator[_Entry]:
     yield from _norm(inside(bn_project, f"{position}.1", "_bn2"), block.out_channels)
 
 
-def _keys(timm: str, torchvision: str, efficientnet_pytorch: str) -> dict[str, str]:
-    return {"timm": timm, "torchvision": torchvision, "efficientnet_pytorch": efficientnet_pytorch}
+def _keys(timm: str, torchvision: str, efficientnet_pytorch: str, monai: str = "") -> dict[str, str]:
+    """A name in each layout; MONAI has efficientnet_pytorch's but for the blocks' numbers."""
+    return {
+        "timm": timm,
+        "torchvision": torchvision,
+        "efficientnet_pytorch": efficientnet_pytorch,
+        "monai": monai or efficientnet_pytorch,
+    }
 
 
 def _leaf(prefixes: dict[str, str], name: str) -> dict[str, str]:

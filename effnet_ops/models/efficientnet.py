@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from effnet_ops import layers
 from effnet_ops.checks import check_count
-from effnet_ops.models.family import model_spec
+from effnet_ops.models.family import model_spec, warn_of_name
 from effnet_ops.models.spec import BlockSpec, ScaledSpec
 
 BLOCK_MODULES: dict[str, type[nn.Module]] = {"mbconv": layers.MBConv}
@@ -214,7 +214,7 @@ def create_model(
     Args:
         name: one of `list_models`: ``efficientnet_*`` pads symmetrically with eps 1e-5, ``tf_efficientnet_*`` computes
             as TensorFlow (SAME padding, eps 1e-3). Or ``"library:model"``, as `model_spec` takes it, for another
-            library's eps, momentum and padding. Or a specification.
+            library's eps, momentum and padding; a name that says something else is a warning. Or a specification.
         num_classes: outputs; 0 returns the pooled features.
         in_chans: channels of the image.
         drop_rate: dropout before the classifier; None is the published rate, 0.2 to 0.5.
@@ -228,6 +228,8 @@ def create_model(
     if not isinstance(name, str | ScaledSpec):
         raise TypeError(f"name must be a model's name or a ScaledSpec, got {type(name).__name__}")
     spec = name if isinstance(name, ScaledSpec) else model_spec(name)
+    if isinstance(name, str):
+        warn_of_name(name)
     if features_only:
         check_count("num_classes", num_classes, minimum=0)
         layers.check_rate("drop_rate", 0.0 if drop_rate is None else drop_rate)

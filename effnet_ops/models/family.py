@@ -7,7 +7,10 @@ Coefficients: tensorflow/tpu efficientnet_builder.py and efficientnet_lite_build
 from __future__ import annotations
 
 import fnmatch
+import warnings
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import NamedTuple
 
 from effnet_ops.checks import unknown_name
@@ -61,10 +64,19 @@ _LITE = tuple(name for name in MEMBERS if name.startswith("lite"))
 
 
 class Library(NamedTuple):
-    """``keys`` names its state-dict layout; ``models`` gives each model's family member and convention."""
+    """How a library names and computes the family.
+
+    Attributes:
+        keys: its state-dict layout; "" where its weights are no state dict of PyTorch.
+        models: each model's family member and convention.
+        other_keys: the layout of models that have another, by pattern.
+        remarks: what a name does not say, or says wrongly, by pattern.
+    """
 
     keys: str
     models: dict[str, tuple[str, Convention]]
+    other_keys: Mapping[str, str] = MappingProxyType({})
+    remarks: Mapping[str, str] = MappingProxyType({})
 
 
 def _models(pattern: str, members: tuple[str, ...], convention: Convention) -> dict[str, tuple[str, Convention]]:
@@ -76,6 +88,7 @@ _TIMM_MODELS = {
     **_models("tf_efficientnet_{}", tuple(MEMBERS), TENSORFLOW),
 }
 _TENSORFLOW_MOMENTUM = replace(TENSORFLOW, momentum=0.01)
+_MINDCV = Convention(eps=1e-5, momentum=0.1, padding="same")
 _TORCHVISION_LARGE = Convention(eps=1e-3, momentum=0.01, padding="symmetric")
 
 # efficientnet_lite_pytorch is a fork of efficientnet_pytorch with the same layout, so either name takes Lite's weights.
@@ -96,6 +109,25 @@ LIBRARIES: dict[str, Library] = {
     "efficientnet_lite_pytorch": Library(
         "efficientnet_pytorch", _models("efficientnet-{}", _LITE, _TENSORFLOW_MOMENTUM)
     ),
+    "segmentation_models_pytorch": Library(
+        "efficientnet_pytorch",
+        {
+            **_models("efficientnet-{}", _BASE[:8], _TENSORFLOW_MOMENTUM),
+            **_models("timm-efficientnet-{}", _BASE, NATIVE),
+            **_models("timm-tf_efficientnet_{}", _LITE, NATIVE),
+        },
+        other_keys={"timm-*": "timm"},
+        remarks={
+            "timm-tf_*": "has eps 1e-5 and symmetric padding, though its name says tf_: TensorFlow's weights compute "
+            "something else in it, and what they are made for in tf_efficientnet_lite0 and its like"
+        },
+    ),
+    "monai": Library(
+        "monai",
+        _models("efficientnet-{}", _BASE, _TENSORFLOW_MOMENTUM),
+        remarks={"*": "pads every image as one of 224 pixels; SAME padding, as here, agrees with it at 224 alone"},
+    ),
+    "mindcv": Library("", _models("efficientnet_{}", _BASE[:8], _MINDCV)),
 }
 
 
@@ -121,6 +153,14 @@ def model_spec(name: str) -> ScaledSpec:
         raise unknown_name(kind, model, models)
     member, convention = models[model]
     return replace(MEMBERS[member], convention=convention, name=name)
+
+
+def warn_of_name(name: str) -> None:
+    """Warn the caller's caller where ``"library:model"``, which exists, does not compute what its name says."""
+    library, _, model = name.removeprefix("effnet_ops:").rpartition(":")
+    for pattern, remark in LIBRARIES[library or "effnet_ops"].remarks.items():
+        if fnmatch.fnmatchcase(model, pattern):
+            warnings.warn(f"{name} {remark}", stacklevel=3)
 
 
 def conventions(library: str, name: str) -> Convention:
