@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import _engine_run_backward
 from torch.nn.modules import module as _module
 from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # Who sees a call: asked before each prepared call, which would hide it.
 transform: Callable[[], object] = torch._C._functorch.peek_interpreter_stack
@@ -28,6 +29,8 @@ tracer: Callable[[], bool] = torch._C._is_tracing
 """Whether torch.jit.trace records; torch.jit.is_tracing is a function of Python around it."""
 global_hook: Callable[[], bool] = _module._has_any_global_hook
 
+DispatchMode = TorchDispatchMode
+"""The base of modes that see each operator."""
 default_device = DeviceContext
 """The class of the function mode that is a default device."""
 run_backward = _engine_run_backward

@@ -69,6 +69,18 @@ class Prepared:
         return len(self._kernels)
 
 
+class _Watch(internals.DispatchMode):
+    """Whether nothing runs but operators of ours and views: an operation in place leaves no trace in addresses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alone = True
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.alone = self.alone and (function.namespace == "effnet_ops" or function.is_view)
+        return function(*args, **(kwargs or {}))
+
+
 def record(x: Tensor, function: Callable[[Tensor], Any], tensors: Sequence[Tensor]) -> tuple[Any, Prepared | None]:
     """``function(x)``, and what runs it again on other values: None where it did more than call operators in turn.
 
@@ -76,12 +88,13 @@ def record(x: Tensor, function: Callable[[Tensor], Any], tensors: Sequence[Tenso
     """
     recording = _native.module.Recording()
     try:
-        y = function(x)
+        with _Watch() as watch:
+            y = function(x)
     except BaseException:
         recording.finish(0, 0)
         raise
-    if type(y) is not Tensor or y.numel() * y.element_size() != y.untyped_storage().nbytes():
-        # A kernel writes a whole tensor.
+    if not watch.alone or type(y) is not Tensor or y.numel() * y.element_size() != y.untyped_storage().nbytes():
+        # Something else ran, or y is a part of what a kernel wrote.
         recording.finish(0, 0)
         return y, None
     kernels = recording.finish(x.data_ptr(), y.data_ptr())
@@ -91,13 +104,14 @@ def record(x: Tensor, function: Callable[[Tensor], Any], tensors: Sequence[Tenso
 class PreparedCalls:
     """What is prepared for the inputs that one layer has seen lately, with other arguments that stay as they are."""
 
-    __slots__ = ("_calls", "_tensors")
-    most = 8
+    __slots__ = ("_calls", "_failures", "_tensors")
+    most, tries = 8, 2
+    """How many are kept, and how often one is tried: a first call packs weights, which is no part of the call."""
 
     def __init__(self, tensors: Sequence[Tensor] = ()) -> None:
         self._tensors = tensors
-        self._calls: dict[Any, Prepared | None] = {}
-        """None where a call cannot be prepared."""
+        self._calls: dict[Any, Prepared] = {}
+        self._failures: dict[Any, int] = {}
 
     def run(self, x: Tensor, function: Callable[[Tensor], Any]) -> Any:
         """``function(x)``, by what is prepared where such an x has been here before."""
@@ -105,10 +119,11 @@ class PreparedCalls:
         known = self._calls.get(key)
         if known is not None and known.holds(x) and not _native.module.recording():
             return known.run(x)
-        if (known is None and key in self._calls) or not fits(x):
+        if self._failures.get(key, 0) >= self.tries or not fits(x):
             return function(x)
         y, prepared = record(x, function, self._tensors)
-        if len(self._calls) >= self.most:
-            self._calls.clear()
-        self._calls[key] = prepared
+        kept: dict[Any, Any] = self._failures if prepared is None else self._calls
+        if len(kept) >= self.most:
+            kept.clear()
+        kept[key] = kept.get(key, 0) + 1 if prepared is None else prepared
         return y
