@@ -237,16 +237,32 @@ float* floats(const Tensor& t) { return t.numel() == 0 ? nullptr : static_cast<f
 // Stands for an optional tensor that is not allocated yet.
 float* const later = reinterpret_cast<float*>(uintptr_t{16});
 
+// A plan, which is an error where no kernel covers its problem.
+const cuda::Plan& covered(const cuda::Plan& plan, const char* name) {
+    STD_TORCH_CHECK(plan.why_not == nullptr, name, ": ", plan.why_not);
+    return plan;
+}
+
+// The plan of a depthwise problem in the better layout, which the problem has from then on.
 template <class Problem>
-void check_covered(const Problem& problem, const cuda::Device& device, const char* name) {
-    const char* const reason = cuda::why_not(problem, device);
-    STD_TORCH_CHECK(reason == nullptr, name, ": ", reason);
+cuda::Plan plan_in_better_layout(Problem& problem, const cuda::Device& device) {
+    const cuda::Plan plan = cuda::plan(problem, device);
+    if (problem.shape.channels_last || !cuda::wants_copies(problem, plan, device)) return plan;
+    problem.shape.channels_last = true;
+    return cuda::plan(problem, device);
 }
 
 template <class Problem>
-void launch(const Problem& problem, const cuda::Device& device, const char* name) {
-    const cudaError_t error = cuda::run(problem, device);
+void launch(const Problem& problem, const cuda::Plan& plan, const cuda::Device& device, const char* name) {
+    const cudaError_t error = cuda::run(problem, plan, device);
     STD_TORCH_CHECK(error == cudaSuccess, "launching ", name, " on cuda:", device.index, " failed: ", reason(error));
+}
+
+template <class Problem>
+void launch_with_workspace(Problem& problem, Operands& operands, const cuda::Device& device, const char* name) {
+    const cuda::Plan plan = covered(cuda::plan(problem, device), name);
+    problem.workspace = operands.workspace(plan.workspace_bytes);
+    launch(problem, plan, device, name);
 }
 
 // padding: top, bottom, left, right.
@@ -301,12 +317,11 @@ Three depthwise_forward(const Tensor& x, const Tensor& weight, const Optional& b
     p.out_norm = out_norm.has_value() ? later : nullptr, p.grad = grad.has_value() ? later : nullptr;
     p.bias = bias.has_value() ? later : nullptr;
     p.pool = pool ? later : nullptr, p.statistics = statistics ? later : nullptr;
-    if (!p.shape.channels_last && cuda::wants_copies(p, here.device)) p.shape.channels_last = true;
-    check_covered(p, here.device, "depthwise_forward");
+    const cuda::Plan plan = covered(plan_in_better_layout(p, here.device), "depthwise_forward");
 
     const cuda::DepthwiseShape& s = p.shape;
     const Output y(x, output_size(s), s.channels_last);
-    const int64_t parts = s.batch == 0 ? 0 : cuda::plan(p, here.device).parts;
+    const int64_t parts = s.batch == 0 ? 0 : plan.parts;
     const Tensor sums = pool ? empty(x, {s.batch, parts, s.channels}, ScalarType::Float) : nothing(x);
     const Tensor partials = statistics ? empty(x, {s.batch * parts, 3, s.channels}, ScalarType::Float) : nothing(x);
     if (s.batch == 0) return {y.finish(), sums, partials};
@@ -320,7 +335,7 @@ Three depthwise_forward(const Tensor& x, const Tensor& weight, const Optional& b
     p.out_norm = operands.vector(out_norm, 3 * s.channels, "out_norm");
     p.grad = operands.activation(grad, output_size(s), s.channels_last, "grad");
     p.y = y.data(), p.pool = floats(sums), p.statistics = floats(partials);
-    launch(p, here.device, "depthwise_forward");
+    launch(p, plan, here.device, "depthwise_forward");
     return {y.finish(), sums, partials};
 }
 
@@ -343,15 +358,14 @@ Four depthwise_backward(const Tensor& grad, const Optional& x, const Tensor& wei
     const bool wants_sums = needs[0] && norm.has_value();
     p.dx = needs[0] ? later : nullptr, p.dw = needs[1] ? later : nullptr;
     p.db = needs[2] && bias.has_value() ? later : nullptr, p.sums = wants_sums ? later : nullptr;
-    if (!p.shape.channels_last && cuda::wants_copies(p, here.device)) p.shape.channels_last = true;
-    check_covered(p, here.device, "depthwise_backward");
+    const cuda::Plan plan = covered(plan_in_better_layout(p, here.device), "depthwise_backward");
 
     const cuda::DepthwiseShape& s = p.shape;
-    const cuda::Plan plan = s.batch == 0 ? cuda::Plan{} : cuda::plan(p, here.device);
     const Gradient dw(grad, weight, needs[1]), db(grad, bias, needs[2]);
     std::optional<Output> dx;
     if (needs[0]) dx.emplace(like, input_size(s), s.channels_last);
-    const Tensor sums = wants_sums ? empty(grad, {plan.parts, 2, s.channels}, ScalarType::Float) : nothing(grad);
+    const int64_t parts = s.batch == 0 ? 0 : plan.parts;
+    const Tensor sums = wants_sums ? empty(grad, {parts, 2, s.channels}, ScalarType::Float) : nothing(grad);
 
     Operands operands(grad);
     const bool last = s.channels_last;
@@ -367,7 +381,7 @@ Four depthwise_backward(const Tensor& grad, const Optional& x, const Tensor& wei
     p.norm = operands.vector(norm, 3 * s.channels, "norm");
     p.dx = dx ? dx->data() : nullptr, p.dw = dw.data(), p.db = db.data(), p.sums = floats(sums);
     p.workspace = operands.workspace(plan.workspace_bytes);
-    launch(p, here.device, "depthwise_backward");
+    launch(p, plan, here.device, "depthwise_backward");
     return {dx ? dx->finish() : nothing(grad), dw.take(), db.take(), sums};
 }
 
@@ -410,9 +424,7 @@ Three squeeze_excite_forward(const Tensor& x, const Optional& norm, const Tensor
         p.norm = operands.vector(norm, 3 * channels, "norm");
         p.norm_activation = activation_of(norm_activation);
         p.y = y ? y->data() : nullptr, p.pooled = floats(pooled), p.gates = floats(gates);
-        check_covered(p, here.device, "squeeze_excite_forward");
-        p.workspace = operands.workspace(cuda::plan(p, here.device).workspace_bytes);
-        launch(p, here.device, "squeeze_excite_forward");
+        launch_with_workspace(p, operands, here.device, "squeeze_excite_forward");
     }
     return {y ? y->finish() : nothing(x), pooled, gates};
 }
@@ -434,9 +446,7 @@ std::tuple<Tensor, Tensor> gates_forward(const Tensor& sums, int64_t pixels, con
                                        expand_bias, activation, gate);
         p.sums = operands.vector(sums, sums.numel(), "sums"), p.parts = sums.size(1);
         p.pooled = floats(pooled), p.gates = floats(gates);
-        check_covered(p, here.device, "squeeze_excite_forward");
-        p.workspace = operands.workspace(cuda::plan(p, here.device).workspace_bytes);
-        launch(p, here.device, "squeeze_excite_forward");
+        launch_with_workspace(p, operands, here.device, "squeeze_excite_forward");
     }
     return {pooled, gates};
 }
@@ -473,9 +483,7 @@ Five squeeze_excite_backward(const Tensor& grad, const Tensor& x, const Tensor& 
     p.pooled = operands.vector(pooled, images * channels, "pooled");
     p.dx = dx ? dx->data() : nullptr;
     gradients.fill(p);
-    check_covered(p, here.device, "squeeze_excite_backward");
-    p.workspace = operands.workspace(images == 0 ? 0 : cuda::plan(p, here.device).workspace_bytes);
-    launch(p, here.device, "squeeze_excite_backward");
+    launch_with_workspace(p, operands, here.device, "squeeze_excite_backward");
     const auto& g = gradients.all;
     return {dx ? dx->finish() : nothing(x), g[0].take(), g[1].take(), g[2].take(), g[3].take()};
 }
@@ -504,9 +512,7 @@ Seven gates_backward(const Tensor& sums, int64_t pixels, const Tensor& pooled, c
     p.pooled = operands.vector(pooled, images * channels, "pooled");
     p.gates = floats(gates), p.pooled_grad = floats(pooled_grad), p.partials = floats(partials);
     gradients.fill(p);
-    check_covered(p, here.device, "squeeze_excite_backward");
-    p.workspace = operands.workspace(images == 0 ? 0 : cuda::plan(p, here.device).workspace_bytes);
-    launch(p, here.device, "squeeze_excite_backward");
+    launch_with_workspace(p, operands, here.device, "squeeze_excite_backward");
     const auto& g = gradients.all;
     return {g[0].take(), g[1].take(), g[2].take(), g[3].take(), gates, pooled_grad, partials};
 }

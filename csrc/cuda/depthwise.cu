@@ -6,13 +6,6 @@ namespace effnet::cuda {
 
 namespace {
 
-template <class Problem>
-const char* uncovered(const Problem& problem, const Device& device) {
-    const char* const reason = why_not(problem.shape, device);
-    if (reason != nullptr || problem.shape.channels_last || problem.shape.batch == 0) return reason;
-    return plan(problem, device).threads == 0 ? "a row of contiguous images is too wide" : nullptr;
-}
-
 // Elements of one image's channel, of all the activations that are read, and of those that are written.
 struct Elements {
     int64_t read, written;
@@ -33,62 +26,64 @@ Elements elements_of(const DepthwiseBackward& problem) {
 // A copy reads and writes each activation once, beside what the kernel reads and writes then. What no kernel of either
 // layout covers is not copied.
 template <class Problem>
-bool copies_are_better(const Problem& problem, const Device& device) {
+bool copies_are_better(const Problem& problem, const Plan& direct, const Device& device) {
     const DepthwiseShape& shape = problem.shape;
     if (shape.batch == 0 || why_not(shape, device) != nullptr) return false;
-    const Plan direct = plan(problem, device);
     const Elements elements = elements_of(problem);
     const int64_t planes = shape.batch * shape.channels, bytes = problem.dtype == DType::f32 ? 4 : 2;
-    return direct.threads == 0 || direct.read_bytes > planes * bytes * (3 * elements.read + 2 * elements.written);
+    return direct.why_not != nullptr || direct.read_bytes > planes * bytes * (3 * elements.read + 2 * elements.written);
+}
+
+// Plans a problem with the kernels of its dtype and layout.
+template <template <class> class Pixels, template <class> class Planes, class Problem>
+Plan planned(const Problem& problem, const Device& device) {
+    if (problem.shape.batch == 0) return Plan{why_not(problem.shape, device), 1};
+    if (const char* const reason = why_not(problem.shape, device)) return Plan{reason};
+    return with_type(problem.dtype, [&](auto type) {
+        using T = decltype(type);
+        return problem.shape.channels_last ? plan_of<Pixels<T>>(problem, device) : plan_of<Planes<T>>(problem, device);
+    });
+}
+
+template <template <class> class Pixels, template <class> class Planes, class Problem>
+cudaError_t launched(const Problem& problem, const Plan& plan, const Device& device) {
+    return with_type(problem.dtype, [&](auto type) {
+        using T = decltype(type);
+        return problem.shape.channels_last ? run_of<Pixels<T>>(problem, plan, device)
+                                           : run_of<Planes<T>>(problem, plan, device);
+    });
 }
 
 }  // namespace
 
-const char* why_not(const DepthwiseForward& problem, const Device& device) { return uncovered(problem, device); }
+bool wants_copies(const DepthwiseForward& problem, const Plan& direct, const Device& device) {
+    return copies_are_better(problem, direct, device);
+}
 
-bool wants_copies(const DepthwiseForward& problem, const Device& device) { return copies_are_better(problem, device); }
-
-bool wants_copies(const DepthwiseBackward& problem, const Device& device) { return copies_are_better(problem, device); }
+bool wants_copies(const DepthwiseBackward& problem, const Plan& direct, const Device& device) {
+    return copies_are_better(problem, direct, device);
+}
 
 Plan plan(const DepthwiseForward& problem, const Device& device) {
-    if (problem.shape.batch == 0) return {1, 0, 0, 0, 0, 0, 0};
-    return with_type(problem.dtype, [&](auto type) {
-        using T = decltype(type);
-        return problem.shape.channels_last ? plan_forward<T>(problem, device) : plan_planes<T>(problem, device);
-    });
-}
-
-cudaError_t run(const DepthwiseForward& problem, const Device& device) {
-    if (problem.shape.batch == 0) return cudaSuccess;
-    return with_type(problem.dtype, [&](auto type) {
-        using T = decltype(type);
-        return problem.shape.channels_last ? run_forward<T>(problem, device) : run_planes<T>(problem, device);
-    });
-}
-
-const char* why_not(const DepthwiseBackward& problem, const Device& device) {
-    // Tensors without elements may have no address.
-    if (problem.shape.batch > 0 && problem.x == nullptr &&
-        (problem.dw || problem.norm || problem.activation != Activation::none))
-        return "x is missing";
-    return uncovered(problem, device);
+    return planned<ForwardKernels, PlanesForwardKernels>(problem, device);
 }
 
 Plan plan(const DepthwiseBackward& problem, const Device& device) {
-    if (problem.shape.batch == 0) return {1, 0, 0, 0, 0, 0, 0};
-    return with_type(problem.dtype, [&](auto type) {
-        using T = decltype(type);
-        return problem.shape.channels_last ? plan_backward<T>(problem, device) : plan_planes<T>(problem, device);
-    });
+    // Tensors without elements may have no address.
+    if (problem.shape.batch > 0 && problem.x == nullptr &&
+        (problem.dw || problem.norm || problem.activation != Activation::none))
+        return Plan{"x is missing"};
+    return planned<BackwardKernels, PlanesBackwardKernels>(problem, device);
 }
 
-cudaError_t run(const DepthwiseBackward& problem, const Device& device) {
+cudaError_t run(const DepthwiseForward& problem, const Plan& plan, const Device& device) {
+    if (problem.shape.batch == 0) return cudaSuccess;
+    return launched<ForwardKernels, PlanesForwardKernels>(problem, plan, device);
+}
+
+cudaError_t run(const DepthwiseBackward& problem, const Plan& plan, const Device& device) {
     const DepthwiseShape& shape = problem.shape;
-    if (shape.batch > 0)
-        return with_type(problem.dtype, [&](auto type) {
-            using T = decltype(type);
-            return shape.channels_last ? run_backward<T>(problem, device) : run_planes<T>(problem, device);
-        });
+    if (shape.batch > 0) return launched<BackwardKernels, PlanesBackwardKernels>(problem, plan, device);
     cudaError_t error = clear(problem.dw, shape.channels * shape.kernel * shape.kernel, device);
     if (error == cudaSuccess) error = clear(problem.db, shape.channels, device);
     if (error == cudaSuccess) error = clear(problem.sums, 2 * shape.channels, device);

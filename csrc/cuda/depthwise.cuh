@@ -47,6 +47,12 @@ struct DepthwiseSizes {
     int channels, height, width, out_height, out_width, top, left;
 };
 
+// What the arguments of a kernel begin with.
+struct DepthwiseWork {
+    DepthwiseSizes size;
+    DepthwiseTile tile;
+};
+
 // A strip: its image and the first output row (backward: step) and column.
 struct Strip {
     int64_t image;
@@ -299,15 +305,7 @@ enum class ForwardKind : int {
 };
 
 template <class T>
-struct ForwardArguments {
-    DepthwiseSizes size;
-    DepthwiseTile tile;
-    const float *weight, *bias, *norm, *gate, *out_norm;
-    const T* grad;
-    Activation activation, out_activation;
-    T* y;
-    float *pool, *statistics;
-};
+struct ForwardArguments : DepthwiseWork, DepthwiseForwardOperands<T> {};
 
 template <class Tensor>
 struct ForwardSources {
@@ -699,17 +697,14 @@ enum class BackwardKind : int {
     any
 };
 
-template <class T>
-struct BackwardArguments {
-    DepthwiseSizes size;
-    DepthwiseTile tile;
-    const float *weight, *a_norm, *coefficients, *gate, *pooled, *norm;
-    const T* residual;
-    Activation a_activation, activation;
-    T* dx;
+// Where a walker leaves its sums, and what there is.
+struct BackwardSums {
     float *partials, *sums;  // (walkers, rows, C): one row a tap where dw is wanted, then one for db; (walkers, 2, C)
     bool a, x, dw, db;       // which there are, and which are wanted
 };
+
+template <class T>
+struct BackwardArguments : DepthwiseWork, DepthwiseBackwardOperands<T>, BackwardSums {};
 
 template <class Tensor>
 struct BackwardSources {

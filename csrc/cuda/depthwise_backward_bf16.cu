@@ -2,7 +2,7 @@
 
 namespace effnet::cuda {
 
-template Plan plan_backward<__nv_bfloat16>(const DepthwiseBackward&, const Device&);
-template cudaError_t run_backward<__nv_bfloat16>(const DepthwiseBackward&, const Device&);
+template Plan plan_of<BackwardKernels<__nv_bfloat16>>(const DepthwiseBackward&, const Device&);
+template cudaError_t run_of<BackwardKernels<__nv_bfloat16>>(const DepthwiseBackward&, const Plan&, const Device&);
 
 }  // namespace effnet::cuda

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "depthwise_launch.h"
+#include "planning.h"
 
 namespace effnet::cuda {
 
@@ -14,48 +15,52 @@ inline ForwardKind kind_of(const DepthwiseForward& problem) {
     return problem.norm && plain_output ? ForwardKind::training : ForwardKind::any;
 }
 
-// Calls f with the traits of the kernel that runs this.
-template <class T, class F>
-auto with_forward_traits(const DepthwiseForward& problem, const F& f) {
-    return with_window(problem.shape, [&](auto kernel, auto stride) {
-        constexpr int k = decltype(kernel)::value, s = decltype(stride)::value;
-        if constexpr (k < 7) {
-            const ForwardKind kind = in_chunks<T>(problem.shape) ? kind_of(problem) : ForwardKind::any;
-            if (kind == ForwardKind::inference)
-                return with_activations(problem.out_activation == Activation::silu, [&](auto of) {
-                    return f(ForwardTraits<T, k, s, ForwardKind::inference, decltype(of)>());
-                });
-            if (kind == ForwardKind::training)
-                return with_activations(problem.activation == Activation::silu, [&](auto of) {
-                    return f(ForwardTraits<T, k, s, ForwardKind::training, decltype(of)>());
-                });
-        }
-        return f(ForwardTraits<T, k, s, ForwardKind::any>());
-    });
-}
-
-template <class Traits>
-CutTile cut_forward(const DepthwiseForward& problem, const Device& device) {
-    using T = typename Traits::Element;
-    const DepthwiseShape& shape = problem.shape;
-    const bool bulk = wants_bulk_copies<Traits>(device);
-    const Cut cut{shape.batch,     shape.channels,   shape.out_height, shape.out_width,
-                  int(sizeof(T)),  Traits::open - 1, Traits::width,    Traits::columns,
-                  Traits::threads, Traits::blocks,   Traits::stride,   Traits::kernel - Traits::stride,
-                  side_limit(bulk)};
-    const bool sums = problem.pool != nullptr || problem.statistics != nullptr;
-    return cut_problem(cut, in_chunks<T>(shape), device, [&](int groups, int pitch, int slab) {
-        return bulk ? Traits::Bulk::shared_bytes(groups, pitch, slab, sums)
-                    : Traits::shared_bytes(groups, pitch, slab, sums);
-    });
-}
-
 template <class T>
-Plan plan_forward(const DepthwiseForward& problem, const Device& device) {
-    return with_forward_traits<T>(problem, [&](auto traits) {
-        using Traits = decltype(traits);
-        const CutTile found = cut_forward<Traits>(problem, device);
-        const DepthwiseTile& tile = found.tile;
+struct ForwardKernels : DepthwiseForwardSums<DepthwiseTile> {
+    using Element = T;
+    static constexpr const char* does_not_fit = "no tile fits shared memory";
+
+    template <class Traits>
+    static constexpr auto kernel = &depthwise_forward_kernel<Traits>;
+
+    template <class F>
+    static auto with_traits(const DepthwiseForward& problem, const F& f) {
+        return with_window(problem.shape, [&](auto kernel, auto stride) {
+            constexpr int k = decltype(kernel)::value, s = decltype(stride)::value;
+            if constexpr (k < 7) {
+                const ForwardKind kind = in_chunks<T>(problem.shape) ? kind_of(problem) : ForwardKind::any;
+                if (kind == ForwardKind::inference)
+                    return with_activations(problem.out_activation == Activation::silu, [&](auto of) {
+                        return f(ForwardTraits<T, k, s, ForwardKind::inference, decltype(of)>());
+                    });
+                if (kind == ForwardKind::training)
+                    return with_activations(problem.activation == Activation::silu, [&](auto of) {
+                        return f(ForwardTraits<T, k, s, ForwardKind::training, decltype(of)>());
+                    });
+            }
+            return f(ForwardTraits<T, k, s, ForwardKind::any>());
+        });
+    }
+
+    template <class Traits>
+    static CutTile cut(const DepthwiseForward& problem, const Device& device) {
+        const DepthwiseShape& shape = problem.shape;
+        const bool bulk = wants_bulk_copies<Traits>(device);
+        const Limits limits{shape.batch,     shape.channels,   shape.out_height, shape.out_width,
+                            int(sizeof(T)),  Traits::open - 1, Traits::width,    Traits::columns,
+                            Traits::threads, Traits::blocks,   Traits::stride,   Traits::kernel - Traits::stride,
+                            side_limit(bulk)};
+        const bool sums = problem.pool != nullptr || problem.statistics != nullptr;
+        return cut_problem(limits, in_chunks<T>(shape), device, [&](int groups, int pitch, int slab) {
+            return bulk ? Traits::Bulk::shared_bytes(groups, pitch, slab, sums)
+                        : Traits::shared_bytes(groups, pitch, slab, sums);
+        });
+    }
+
+    static int64_t parts(const DepthwiseTile& tile) { return int64_t(tile.strips) * tile.tiles; }
+
+    template <class Traits>
+    static int64_t read_elements(const DepthwiseForward& problem, const DepthwiseTile& tile) {
         const DepthwiseShape& shape = problem.shape;
         constexpr int64_t stride = Traits::stride;
         const Reads reads{tile.strip_rows * stride,
@@ -67,54 +72,26 @@ Plan plan_forward(const DepthwiseForward& problem, const Device& device) {
                           shape.pad_left,
                           shape.width};
         const int64_t grads = problem.grad == nullptr ? 0 : shape.out_height * shape.out_width;
-        const int64_t read_bytes = (reads.pixels(tile) + grads) * shape.batch * shape.channels * int64_t(sizeof(T));
-        return Plan{int64_t(tile.strips) * tile.tiles,
-                    0,
-                    int64_t(tile.slabs) * tile.walkers,
-                    found.threads,
-                    found.shared_bytes,
-                    read_bytes,
-                    1};
-    });
-}
+        return (reads.pixels(tile) + grads) * shape.batch * shape.channels;
+    }
 
-template <class Traits>
-cudaError_t launch_forward(const DepthwiseForward& problem, const CutTile& found, const Device& device,
-                           const typename Traits::Sources& sources) {
-    using T = typename Traits::Element;
-    const ForwardArguments<T> arguments{sizes_of(problem.shape),
-                                        found.tile,
-                                        problem.weight,
-                                        problem.bias,
-                                        problem.norm,
-                                        problem.gate,
-                                        problem.out_norm,
-                                        static_cast<const T*>(problem.grad),
-                                        problem.activation,
-                                        problem.out_activation,
-                                        static_cast<T*>(problem.y),
-                                        problem.pool,
-                                        problem.statistics};
-    return launch<depthwise_forward_kernel<Traits>>(dim3(found.tile.slabs * found.tile.walkers), found.threads,
-                                                    found.shared_bytes, device.stream, arguments, sources);
-}
+    template <class Traits>
+    static typename Traits::Sources sources(const DepthwiseForward& problem) {
+        return {source<T>(problem.x, problem.shape.height, problem.shape.width)};
+    }
 
-template <class T>
-cudaError_t run_forward(const DepthwiseForward& problem, const Device& device) {
-    return with_forward_traits<T>(problem, [&](auto traits) {
-        using Traits = decltype(traits);
-        const CutTile found = cut_forward<Traits>(problem, device);
+    template <class Bulk>
+    static bool map(typename Bulk::Sources& maps, const DepthwiseForward& problem, const DepthwiseTile& tile) {
         const DepthwiseShape& shape = problem.shape;
-        if constexpr (Traits::aligned) {
-            using Bulk = typename Traits::Bulk;
-            typename Bulk::Sources maps;
-            if (wants_bulk_copies<Traits>(device) && compiled_for<depthwise_forward_kernel<Bulk>>(bulk_copies_since) &&
-                map_pixels(maps.x, problem.dtype, problem.x, shape.batch, shape.height, shape.width, shape.channels,
-                           found.tile, Traits::row_pixels(found.tile.groups), Traits::stride))
-                return launch_forward<Bulk>(problem, found, device, maps);
-        }
-        return launch_forward<Traits>(problem, found, device, {source<T>(problem.x, shape.height, shape.width)});
-    });
-}
+        return map_pixels(maps.x, problem.dtype, problem.x, shape.batch, shape.height, shape.width, shape.channels,
+                          tile, Bulk::row_pixels(tile.groups), Bulk::stride);
+    }
+
+    template <class Traits>
+    static cudaError_t launch(const DepthwiseForward& problem, const CutTile& cut, const Device& device) {
+        const ForwardArguments<T> arguments{{sizes_of(problem.shape), cut.tile}, typed<T>(problem)};
+        return launch_from_sources<ForwardKernels, Traits>(problem, cut, device, arguments);
+    }
+};
 
 }  // namespace effnet::cuda

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "depthwise.cuh"
@@ -49,6 +50,15 @@ inline bool map_pixels(TensorMap& map, DType dtype, const void* data, int64_t ba
     return encode_tensor_map(map, dtype, data, {channels, width, height, batch}, {tile.slab, pixels, rows, 1});
 }
 
+// The operands of a problem as a kernel of this element type takes them.
+template <class T, template <class> class Operands>
+Operands<T> typed(const Operands<void>& untyped) {
+    Operands<T> made;
+    static_assert(std::is_trivially_copyable_v<Operands<T>> && sizeof(made) == sizeof(untyped));
+    std::memcpy(&made, &untyped, sizeof(made));
+    return made;
+}
+
 template <class T>
 Source<T> source(const void* data, int64_t height, int64_t width) {
     return {static_cast<const T*>(data), int(height), int(width)};
@@ -72,24 +82,38 @@ auto with_activations(bool silu, const F& f) {
     return silu ? f(Silu()) : f(AnyActivation());
 }
 
+// What planning.h asks of an operation's kernels: for channels_last activations, each in a header of its own, and for
+// contiguous ones.
 template <class T>
-Plan plan_forward(const DepthwiseForward&, const Device&);
+struct ForwardKernels;
 template <class T>
-cudaError_t run_forward(const DepthwiseForward&, const Device&);
+struct BackwardKernels;
 template <class T>
-Plan plan_backward(const DepthwiseBackward&, const Device&);
+struct PlanesForwardKernels;
 template <class T>
-cudaError_t run_backward(const DepthwiseBackward&, const Device&);
+struct PlanesBackwardKernels;
 
-// The same for contiguous activations.
-template <class T>
-Plan plan_planes(const DepthwiseForward&, const Device&);
-template <class T>
-Plan plan_planes(const DepthwiseBackward&, const Device&);
-template <class T>
-cudaError_t run_planes(const DepthwiseForward&, const Device&);
-template <class T>
-cudaError_t run_planes(const DepthwiseBackward&, const Device&);
+// Launches a depthwise kernel.
+template <auto kernel, class Tile, class... A>
+cudaError_t launch_cut(const Cut<Tile>& cut, const Device& device, const A&... arguments) {
+    return launch<kernel>(dim3(unsigned(cut.blocks)), cut.threads, cut.shared_bytes, device.stream, arguments...);
+}
+
+// Launches the kernel of these traits for channels_last activations: on maps of its tensors, where bulk copies are
+// wanted and can be had, or else on the tensors.
+template <class Kernels, class Traits, class Problem, class Arguments>
+cudaError_t launch_from_sources(const Problem& problem, const CutTile& cut, const Device& device,
+                                const Arguments& arguments) {
+    if constexpr (Traits::aligned) {
+        using Bulk = typename Traits::Bulk;
+        typename Bulk::Sources maps{};
+        if (wants_bulk_copies<Traits>(device) && compiled_for<Kernels::template kernel<Bulk>>(bulk_copies_since) &&
+            Kernels::template map<Bulk>(maps, problem, cut.tile))
+            return launch_cut<Kernels::template kernel<Bulk>>(cut, device, arguments, maps);
+    }
+    const typename Traits::Sources sources = Kernels::template sources<Traits>(problem);
+    return launch_cut<Kernels::template kernel<Traits>>(cut, device, arguments, sources);
+}
 
 // The steps, of a stride each, of a backward walk over an image: they begin with that of the first pixel, and go on
 // until every output has been read.
@@ -113,5 +137,28 @@ inline int partial_rows(const DepthwiseBackward& problem) {
 
 // Adds up dw and db over the walkers.
 cudaError_t sum_partials(const DepthwiseBackward&, int walkers, const Device&);
+
+// What kernels of all dtypes and layouts have in common, forward and backward.
+template <class Tile_>
+struct DepthwiseForwardSums {
+    using Tile = Tile_;
+    static size_t workspace_bytes(const DepthwiseForward&, const Tile&) { return 0; }
+    static int launches(const DepthwiseForward&, const Tile&) { return 1; }
+};
+
+template <class Tile_>
+struct DepthwiseBackwardSums {
+    using Tile = Tile_;
+    static int64_t parts(const Tile& tile) { return tile.walkers; }
+    static size_t workspace_bytes(const DepthwiseBackward& problem, const Tile& tile) {
+        return sizeof(float) * tile.walkers * partial_rows(problem) * problem.shape.channels;
+    }
+    static int launches(const DepthwiseBackward& problem, const Tile&) { return partial_rows(problem) == 0 ? 1 : 2; }
+    // What follows a launch that had this error.
+    static cudaError_t finish(cudaError_t error, const DepthwiseBackward& problem, const Tile& tile,
+                              const Device& device) {
+        return error != cudaSuccess || partial_rows(problem) == 0 ? error : sum_partials(problem, tile.walkers, device);
+    }
+};
 
 }  // namespace effnet::cuda

@@ -143,18 +143,20 @@ __device__ inline void load_inside(const T* from, unsigned inside, float (&to)[n
     for (int i = 0; i < n; ++i) to[i] = inside >> i & 1 ? widen(from[i]) : 0.0f;
 }
 
-template <class T>
-struct PlanesForwardArguments {
+// What the arguments of a kernel begin with.
+struct PlanesWork {
     DepthwiseSizes size;
     PlanesTile tile;
     int64_t x_elements, y_elements;  // of the tensors
-    const T* x;
-    const float *weight, *bias, *norm, *gate, *out_norm;
-    const T* grad;
-    Activation activation, out_activation;
-    T* y;
-    float *pool, *statistics;
 };
+
+template <class T>
+struct PlanesForwardSources : PlanesWork {
+    const T* x;
+};
+
+template <class T>
+struct PlanesForwardArguments : PlanesForwardSources<T>, DepthwiseForwardOperands<T> {};
 
 // `fused`: with all that can stand in front of the convolution and behind it, else only bias, out_activation and grad.
 template <class T, int kernel_, int stride_, bool fused_>
@@ -390,18 +392,18 @@ __global__ __launch_bounds__(Traits::threads, Traits::blocks) void depthwise_pla
 }
 
 template <class T>
-struct PlanesBackwardArguments {
-    DepthwiseSizes size;
-    PlanesTile tile;
-    int64_t x_elements, y_elements;  // of the tensors
+struct PlanesBackwardSources : PlanesWork {
     const T *grad, *a, *x;
-    const float *weight, *a_norm, *coefficients, *gate, *pooled, *norm;
-    const T* residual;
-    Activation a_activation, activation;
-    T* dx;
+};
+
+// Where a walker leaves its sums, and which are wanted.
+struct PlanesBackwardSums {
     float *partials, *sums;  // (walkers, rows, C): one row a tap where dw is wanted, then one for db; (walkers, 2, C)
     bool dw, db;
 };
+
+template <class T>
+struct PlanesBackwardArguments : PlanesBackwardSources<T>, DepthwiseBackwardOperands<T>, PlanesBackwardSums {};
 
 // `fused`: with all that can stand behind the convolution and in front of it.
 template <class T, int kernel_, int stride_, bool fused_>

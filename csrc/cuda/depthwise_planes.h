@@ -11,20 +11,18 @@
 
 #include "depthwise_launch.h"
 #include "depthwise_planes.cuh"
+#include "planning.h"
 
 namespace effnet::cuda {
 
 // What the rule has to know. Rows and columns are the kernel's steps, `before` the steps that warm a segment up.
-struct PlanesCut {
+struct PlanesLimits {
     int64_t batch, channels, rows, columns;
     int before, thread_columns, threads, blocks;  // of the kernel's traits
 };
 
 // Without threads where not even one row fits.
-struct CutPlanes {
-    PlanesTile tile;
-    int threads, shared_bytes;
-};
+using CutPlanes = Cut<PlanesTile>;
 
 // The places that an item of `slab` channels and `rows` steps takes; `whole` planes have all of their rows.
 struct PlanesPlaces {
@@ -45,10 +43,10 @@ struct PlanesPlaces {
 namespace detail {
 
 // The part of what a block's threads could do that is of use.
-inline double usefulness(const PlanesCut& cut, const PlanesTile& tile, int threads) {
-    const double planes = double(cut.channels) / (double(tile.slabs) * tile.slab);
+inline double usefulness(const PlanesLimits& limits, const PlanesTile& tile, int threads) {
+    const double planes = double(limits.channels) / (double(tile.slabs) * tile.slab);
     const double lanes = double(tile.slab) * tile.groups * tile.segments / threads;
-    const double steps = tile.segments * (tile.segment_rows + 0.5 * cut.before);
+    const double steps = tile.segments * (tile.segment_rows + 0.5 * limits.before);
     return planes * lanes * tile.strip_rows / steps * std::min(1.0, threads / 96.0);
 }
 
@@ -56,18 +54,18 @@ inline double usefulness(const PlanesCut& cut, const PlanesTile& tile, int threa
 
 // places_of(rows): the places of so many steps. shared_bytes(x_elements, y_elements, threads): what a block needs.
 template <class Places, class SharedBytes>
-CutPlanes choose_planes(const PlanesCut& cut, int64_t most_threads, int64_t most_shared, const Places& places_of,
+CutPlanes choose_planes(const PlanesLimits& limits, int64_t most_threads, int64_t most_shared, const Places& places_of,
                         const SharedBytes& shared_bytes) {
-    const int64_t groups = ceil_div(cut.columns, cut.thread_columns);
+    const int64_t groups = ceil_div(limits.columns, limits.thread_columns);
     CutPlanes best{};
     if (groups > most_threads) return best;
     double best_score = -1;
     const auto consider = [&](int64_t slab, int64_t strips) {
         CutPlanes found{};
         PlanesTile& tile = found.tile;
-        tile.slab = int(slab), tile.slabs = int(ceil_div(cut.channels, slab)), tile.groups = int(groups);
-        tile.strip_rows = int(ceil_div(cut.rows, strips)), tile.strips = int(ceil_div(cut.rows, tile.strip_rows));
-        const int64_t shortest = std::max(4, 2 * cut.before);
+        tile.slab = int(slab), tile.slabs = int(ceil_div(limits.channels, slab)), tile.groups = int(groups);
+        tile.strip_rows = int(ceil_div(limits.rows, strips)), tile.strips = int(ceil_div(limits.rows, tile.strip_rows));
+        const int64_t shortest = std::max(4, 2 * limits.before);
         const int64_t segments =
             std::clamp<int64_t>(most_threads / (groups * slab), 1, ceil_div(tile.strip_rows, shortest));
         tile.segment_rows = int(ceil_div(tile.strip_rows, segments));
@@ -77,15 +75,15 @@ CutPlanes choose_planes(const PlanesCut& cut, int64_t most_threads, int64_t most
         const int64_t bytes = shared_bytes(tile.x_elements, tile.y_elements, found.threads);
         if (bytes > most_shared) return false;
         found.shared_bytes = int(bytes);
-        const double score = detail::usefulness(cut, tile, found.threads);
+        const double score = detail::usefulness(limits, tile, found.threads);
         if (score >= best_score) best = found, best_score = score;
         return true;
     };
     for (int64_t strips = 1; !consider(1, strips); ++strips)
-        if (strips >= cut.rows) return best;
+        if (strips >= limits.rows) return best;
     if (best.tile.strips > 1) return best;
-    for (int64_t slab = 2; slab <= std::min(cut.channels, most_threads / groups); ++slab) {
-        const bool even = ceil_div(cut.channels, ceil_div(cut.channels, slab)) == slab;
+    for (int64_t slab = 2; slab <= std::min(limits.channels, most_threads / groups); ++slab) {
+        const bool even = ceil_div(limits.channels, ceil_div(limits.channels, slab)) == slab;
         if (even && !consider(slab, 1)) break;
     }
     return best;
@@ -93,26 +91,28 @@ CutPlanes choose_planes(const PlanesCut& cut, int64_t most_threads, int64_t most
 
 // The cut of a whole problem.
 template <class Places, class SharedBytes>
-CutPlanes cut_planes(const PlanesCut& cut, const Device& device, const Places& places_of,
+CutPlanes cut_planes(const PlanesLimits& limits, const Device& device, const Places& places_of,
                      const SharedBytes& shared_bytes) {
-    const int64_t share = (device.max_shared_bytes + 1024) / cut.blocks - 1024, half = device.max_shared_bytes / 2;
-    CutPlanes found = choose_planes(cut, cut.threads, share, places_of, shared_bytes);
-    if (found.threads == 0) found = choose_planes(cut, cut.threads, half, places_of, shared_bytes);
+    const int64_t share = (device.max_shared_bytes + 1024) / limits.blocks - 1024, half = device.max_shared_bytes / 2;
+    CutPlanes found = choose_planes(limits, limits.threads, share, places_of, shared_bytes);
+    if (found.threads == 0) found = choose_planes(limits, limits.threads, half, places_of, shared_bytes);
     if (found.threads == 0) return found;
     PlanesTile& tile = found.tile;
-    const auto blocks = [&] { return cut.batch * tile.strips * tile.slabs; };
-    for (int threads = cut.threads / 2; threads >= 32 && blocks() < device.multiprocessors; threads /= 2) {
-        const CutPlanes smaller = choose_planes(cut, threads, share * threads / cut.threads, places_of, shared_bytes);
+    const auto blocks = [&] { return limits.batch * tile.strips * tile.slabs; };
+    for (int threads = limits.threads / 2; threads >= 32 && blocks() < device.multiprocessors; threads /= 2) {
+        const CutPlanes smaller =
+            choose_planes(limits, threads, share * threads / limits.threads, places_of, shared_bytes);
         if (smaller.threads == 0) break;
         found = smaller;
     }
-    tile.items = int(cut.batch * tile.strips);
-    const int64_t by_registers = int64_t(cut.threads) * cut.blocks / found.threads;
+    tile.items = int(limits.batch * tile.strips);
+    const int64_t by_registers = int64_t(limits.threads) * limits.blocks / found.threads;
     const int64_t by_shared = (device.max_shared_bytes + 1024) / (found.shared_bytes + 1024);
     const int64_t resident =
         device.multiprocessors * std::max<int64_t>(1, std::min<int64_t>({by_registers, by_shared, 32}));
     const int64_t most = std::clamp<int64_t>(resident / tile.slabs, 1, tile.items);
     tile.walkers = int(ceil_div(tile.items, ceil_div(tile.items, most)));
+    found.blocks = int64_t(tile.slabs) * tile.walkers;
     return found;
 }
 
@@ -127,177 +127,129 @@ inline int64_t rows_read(const PlanesTile& tile, int64_t step, int64_t rows, int
     return sum;
 }
 
-// Calls f with the traits of the kernel that runs this.
-template <class T, class F>
-auto with_planes_traits(const DepthwiseForward& problem, const F& f) {
-    const bool fused = problem.norm || problem.gate || problem.out_norm || problem.pool || problem.statistics ||
-                       problem.activation != Activation::none;
-    return with_window(problem.shape, [&](auto kernel, auto stride) {
-        constexpr int k = decltype(kernel)::value, s = decltype(stride)::value;
-        if (fused) return f(PlanesForwardTraits<T, k, s, true>());
-        return f(PlanesForwardTraits<T, k, s, false>());
-    });
+inline PlanesWork work_of(const DepthwiseShape& shape, const PlanesTile& tile) {
+    const int64_t planes = shape.batch * shape.channels;
+    return {sizes_of(shape), tile, planes * shape.height * shape.width, planes * shape.out_height * shape.out_width};
 }
 
-template <class T, class F>
-auto with_planes_traits(const DepthwiseBackward& problem, const F& f) {
-    const bool fused =
-        problem.a || problem.norm || problem.residual || problem.sums || problem.activation != Activation::none;
-    return with_window(problem.shape, [&](auto kernel, auto stride) {
-        constexpr int k = decltype(kernel)::value, s = decltype(stride)::value;
-        if (fused) return f(PlanesBackwardTraits<T, k, s, true>());
-        return f(PlanesBackwardTraits<T, k, s, false>());
-    });
-}
+inline constexpr const char* row_is_too_wide = "a row of contiguous images is too wide";
 
-template <class Traits>
-CutPlanes cut_forward_planes(const DepthwiseForward& problem, const Device& device) {
-    using T = typename Traits::Element;
-    const DepthwiseShape& shape = problem.shape;
-    const PlanesCut cut{shape.batch,      shape.channels,  shape.out_height, shape.out_width,
-                        Traits::open - 1, Traits::columns, Traits::threads,  Traits::blocks};
-    const auto places_of = [&](int64_t rows) {
-        return PlanesPlaces{(rows - 1) * Traits::stride + Traits::kernel,
-                            rows,
-                            shape.height,
-                            shape.width,
-                            shape.out_height,
-                            shape.out_width,
-                            Stretch<T>::chunk};
-    };
-    const bool sums = problem.pool != nullptr || problem.statistics != nullptr;
-    return cut_planes(cut, device, places_of, [&](int x_elements, int y_elements, int threads) {
-        return Traits::shared_bytes(x_elements, y_elements, threads, problem.grad != nullptr, sums);
-    });
-}
-
-template <class Traits>
-CutPlanes cut_backward_planes(const DepthwiseBackward& problem, const Device& device) {
-    using T = typename Traits::Element;
-    const DepthwiseShape& shape = problem.shape;
-    constexpr int before = Traits::open - 1;
-    const BackwardSteps steps = backward_steps(shape, Traits::reach);
-    const PlanesCut cut{shape.batch, shape.channels,  steps.rows,      steps.columns,
-                        before,      Traits::columns, Traits::threads, Traits::blocks};
-    const auto places_of = [&](int64_t rows) {
-        return PlanesPlaces{rows * Traits::stride, rows + before,   shape.height,     shape.width,
-                            shape.out_height,      shape.out_width, Stretch<T>::chunk};
-    };
-    CutPlanes found = cut_planes(cut, device, places_of, [&](int x_elements, int y_elements, int threads) {
-        return Traits::shared_bytes(x_elements, y_elements, threads, problem.a != nullptr);
-    });
-    found.tile.first_row = steps.first_row;
-    found.tile.first_column = steps.first_column;
-    return found;
-}
-
-inline Plan plan_of(const CutPlanes& found, int64_t parts, int64_t elements, size_t workspace,
-                    const DepthwiseShape& shape, size_t element_bytes) {
-    return {parts,
-            workspace,
-            int64_t(found.tile.slabs) * found.tile.walkers,
-            found.threads,
-            found.shared_bytes,
-            elements * shape.batch * shape.channels * int64_t(element_bytes),
-            workspace == 0 ? 1 : 2};
-}
-
-// Its threads are 0 where rows are too wide.
 template <class T>
-Plan plan_planes(const DepthwiseForward& problem, const Device& device) {
-    return with_planes_traits<T>(problem, [&](auto traits) {
-        using Traits = decltype(traits);
+struct PlanesForwardKernels : DepthwiseForwardSums<PlanesTile> {
+    using Element = T;
+    static constexpr const char* does_not_fit = row_is_too_wide;
+
+    template <class F>
+    static auto with_traits(const DepthwiseForward& problem, const F& f) {
+        const bool fused = problem.norm || problem.gate || problem.out_norm || problem.pool || problem.statistics ||
+                           problem.activation != Activation::none;
+        return with_window(problem.shape, [&](auto kernel, auto stride) {
+            constexpr int k = decltype(kernel)::value, s = decltype(stride)::value;
+            if (fused) return f(PlanesForwardTraits<T, k, s, true>());
+            return f(PlanesForwardTraits<T, k, s, false>());
+        });
+    }
+
+    template <class Traits>
+    static CutPlanes cut(const DepthwiseForward& problem, const Device& device) {
+        const DepthwiseShape& shape = problem.shape;
+        const PlanesLimits limits{shape.batch,      shape.channels,  shape.out_height, shape.out_width,
+                                  Traits::open - 1, Traits::columns, Traits::threads,  Traits::blocks};
+        const auto places_of = [&](int64_t rows) {
+            return PlanesPlaces{(rows - 1) * Traits::stride + Traits::kernel,
+                                rows,
+                                shape.height,
+                                shape.width,
+                                shape.out_height,
+                                shape.out_width,
+                                Stretch<T>::chunk};
+        };
+        const bool sums = problem.pool != nullptr || problem.statistics != nullptr;
+        return cut_planes(limits, device, places_of, [&](int x_elements, int y_elements, int threads) {
+            return Traits::shared_bytes(x_elements, y_elements, threads, problem.grad != nullptr, sums);
+        });
+    }
+
+    static int64_t parts(const PlanesTile& tile) { return tile.strips; }
+
+    template <class Traits>
+    static int64_t read_elements(const DepthwiseForward& problem, const PlanesTile& tile) {
+        const DepthwiseShape& shape = problem.shape;
         constexpr int64_t stride = Traits::stride;
-        const DepthwiseShape& shape = problem.shape;
-        const CutPlanes found = cut_forward_planes<Traits>(problem, device);
-        const int64_t steps = found.tile.strip_rows;
-        const int64_t pixels =
-            shape.width *
-            rows_read(found.tile, steps * stride, (steps - 1) * stride + Traits::kernel, shape.pad_top, shape.height);
+        const int64_t steps = tile.strip_rows, rows = (steps - 1) * stride + Traits::kernel;
+        const int64_t pixels = shape.width * rows_read(tile, steps * stride, rows, shape.pad_top, shape.height);
         const int64_t grads = problem.grad == nullptr ? 0 : shape.out_height * shape.out_width;
-        return plan_of(found, found.tile.strips, pixels + grads, 0, shape, sizeof(T));
-    });
-}
+        return (pixels + grads) * shape.batch * shape.channels;
+    }
+
+    template <class Traits>
+    static cudaError_t launch(const DepthwiseForward& problem, const CutPlanes& cut, const Device& device) {
+        const DepthwiseShape& shape = problem.shape;
+        const PlanesForwardArguments<T> arguments{{work_of(shape, cut.tile), static_cast<const T*>(problem.x)},
+                                                  typed<T>(problem)};
+        return launch_cut<depthwise_planes_forward_kernel<Traits>>(cut, device, arguments);
+    }
+};
 
 template <class T>
-Plan plan_planes(const DepthwiseBackward& problem, const Device& device) {
-    return with_planes_traits<T>(problem, [&](auto traits) {
-        using Traits = decltype(traits);
-        constexpr int64_t stride = Traits::stride, before = Traits::open - 1;
+struct PlanesBackwardKernels : DepthwiseBackwardSums<PlanesTile> {
+    using Element = T;
+    static constexpr const char* does_not_fit = row_is_too_wide;
+
+    template <class F>
+    static auto with_traits(const DepthwiseBackward& problem, const F& f) {
+        const bool fused =
+            problem.a || problem.norm || problem.residual || problem.sums || problem.activation != Activation::none;
+        return with_window(problem.shape, [&](auto kernel, auto stride) {
+            constexpr int k = decltype(kernel)::value, s = decltype(stride)::value;
+            if (fused) return f(PlanesBackwardTraits<T, k, s, true>());
+            return f(PlanesBackwardTraits<T, k, s, false>());
+        });
+    }
+
+    template <class Traits>
+    static CutPlanes cut(const DepthwiseBackward& problem, const Device& device) {
         const DepthwiseShape& shape = problem.shape;
-        const CutPlanes found = cut_backward_planes<Traits>(problem, device);
-        const PlanesTile& tile = found.tile;
-        const int64_t steps = tile.strip_rows;
+        constexpr int before = Traits::open - 1;
+        const BackwardSteps steps = backward_steps(shape, Traits::reach);
+        const PlanesLimits limits{shape.batch, shape.channels,  steps.rows,      steps.columns,
+                                  before,      Traits::columns, Traits::threads, Traits::blocks};
+        const auto places_of = [&](int64_t rows) {
+            return PlanesPlaces{rows * Traits::stride, rows + before,   shape.height,     shape.width,
+                                shape.out_height,      shape.out_width, Stretch<T>::chunk};
+        };
+        CutPlanes found = cut_planes(limits, device, places_of, [&](int x_elements, int y_elements, int threads) {
+            return Traits::shared_bytes(x_elements, y_elements, threads, problem.a != nullptr);
+        });
+        found.tile.first_row = steps.first_row;
+        found.tile.first_column = steps.first_column;
+        return found;
+    }
+
+    template <class Traits>
+    static int64_t read_elements(const DepthwiseBackward& problem, const PlanesTile& tile) {
+        const DepthwiseShape& shape = problem.shape;
+        constexpr int64_t stride = Traits::stride, before = Traits::open - 1;
+        const int64_t steps = tile.strip_rows, top = shape.pad_top - tile.first_row * stride;
         const int64_t grads =
             shape.out_width * rows_read(tile, steps, steps + before, before - tile.first_row, shape.out_height);
-        const int64_t pixels = shape.width * rows_read(tile, steps * stride, steps * stride,
-                                                       shape.pad_top - tile.first_row * stride, shape.height);
-        const int64_t elements =
+        const int64_t pixels = shape.width * rows_read(tile, steps * stride, steps * stride, top, shape.height);
+        const int64_t read =
             grads * (problem.a == nullptr ? 1 : 2) + pixels * ((problem.x != nullptr) + (problem.residual != nullptr));
-        const size_t workspace = sizeof(float) * tile.walkers * partial_rows(problem) * shape.channels;
-        return plan_of(found, tile.walkers, elements, workspace, shape, sizeof(T));
-    });
-}
+        return read * shape.batch * shape.channels;
+    }
 
-template <class T>
-cudaError_t run_planes(const DepthwiseForward& problem, const Device& device) {
-    return with_planes_traits<T>(problem, [&](auto traits) {
-        using Traits = decltype(traits);
+    template <class Traits>
+    static cudaError_t launch(const DepthwiseBackward& problem, const CutPlanes& cut, const Device& device) {
         const DepthwiseShape& shape = problem.shape;
-        const CutPlanes found = cut_forward_planes<Traits>(problem, device);
-        const PlanesForwardArguments<T> arguments{sizes_of(shape),
-                                                  found.tile,
-                                                  shape.batch * shape.channels * shape.height * shape.width,
-                                                  shape.batch * shape.channels * shape.out_height * shape.out_width,
-                                                  static_cast<const T*>(problem.x),
-                                                  problem.weight,
-                                                  problem.bias,
-                                                  problem.norm,
-                                                  problem.gate,
-                                                  problem.out_norm,
-                                                  static_cast<const T*>(problem.grad),
-                                                  problem.activation,
-                                                  problem.out_activation,
-                                                  static_cast<T*>(problem.y),
-                                                  problem.pool,
-                                                  problem.statistics};
-        return launch<depthwise_planes_forward_kernel<Traits>>(
-            dim3(found.tile.slabs * found.tile.walkers), found.threads, found.shared_bytes, device.stream, arguments);
-    });
-}
-
-template <class T>
-cudaError_t run_planes(const DepthwiseBackward& problem, const Device& device) {
-    return with_planes_traits<T>(problem, [&](auto traits) {
-        using Traits = decltype(traits);
-        const DepthwiseShape& shape = problem.shape;
-        const CutPlanes found = cut_backward_planes<Traits>(problem, device);
-        const PlanesBackwardArguments<T> arguments{sizes_of(shape),
-                                                   found.tile,
-                                                   shape.batch * shape.channels * shape.height * shape.width,
-                                                   shape.batch * shape.channels * shape.out_height * shape.out_width,
-                                                   static_cast<const T*>(problem.grad),
-                                                   static_cast<const T*>(problem.a),
-                                                   static_cast<const T*>(problem.x),
-                                                   problem.weight,
-                                                   problem.a_norm,
-                                                   problem.coefficients,
-                                                   problem.gate,
-                                                   problem.pooled,
-                                                   problem.norm,
-                                                   static_cast<const T*>(problem.residual),
-                                                   problem.a_activation,
-                                                   problem.activation,
-                                                   static_cast<T*>(problem.dx),
-                                                   static_cast<float*>(problem.workspace),
-                                                   problem.sums,
-                                                   problem.dw != nullptr,
-                                                   problem.db != nullptr};
-        const cudaError_t error = launch<depthwise_planes_backward_kernel<Traits>>(
-            dim3(found.tile.slabs * found.tile.walkers), found.threads, found.shared_bytes, device.stream, arguments);
-        if (error != cudaSuccess || partial_rows(problem) == 0) return error;
-        return sum_partials(problem, found.tile.walkers, device);
-    });
-}
+        const PlanesBackwardSources<T> sources{work_of(shape, cut.tile), static_cast<const T*>(problem.grad),
+                                               static_cast<const T*>(problem.a), static_cast<const T*>(problem.x)};
+        const PlanesBackwardSums sums{static_cast<float*>(problem.workspace), problem.sums, problem.dw != nullptr,
+                                      problem.db != nullptr};
+        const PlanesBackwardArguments<T> arguments{sources, typed<T>(problem), sums};
+        const cudaError_t error = launch_cut<depthwise_planes_backward_kernel<Traits>>(cut, device, arguments);
+        return PlanesBackwardKernels::finish(error, problem, cut.tile, device);
+    }
+};
 
 }  // namespace effnet::cuda

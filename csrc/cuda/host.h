@@ -26,6 +26,22 @@ auto with_type(DType dtype, const F& f) {
     }
 }
 
+// How a kernel divides a problem, and with how many threads and how much shared memory a block. Without threads where
+// it cannot.
+template <class Tile_>
+struct Cut {
+    using Tile = Tile_;
+    Tile tile;
+    int64_t blocks;
+    int threads, shared_bytes;
+};
+
+// plan() and run() of an operation for one dtype and layout, by what its Kernels say: see planning.h.
+template <class Kernels, class Problem>
+Plan plan_of(const Problem& problem, const Device& device);
+template <class Kernels, class Problem>
+cudaError_t run_of(const Problem& problem, const Plan& plan, const Device& device);
+
 // Zeros for an optional output.
 inline cudaError_t clear(float* values, int64_t count, const Device& device) {
     return values == nullptr ? cudaSuccess : cudaMemsetAsync(values, 0, sizeof(float) * count, device.stream);

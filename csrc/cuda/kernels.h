@@ -1,11 +1,11 @@
 // What the bindings see of the CUDA kernels: plain pointers, sizes and a stream. Free of PyTorch.
 //
 // For each operation: fill in the struct's shape and the pointers (before allocating, any non-null pointer stands for
-// an optional tensor that will be there), ask why_not() whether a kernel covers it, ask plan() how large what it
-// returns has to be, allocate, and run(). All pointers are device pointers, contiguous, and aligned to 16 bytes.
-// Activations (void*) have the struct's dtype, everything else is float. Optional pointers may be null; outputs that
-// are null are not wanted. run() launches on the device's stream, waits for nothing, and returns the first error of a
-// launch.
+// an optional tensor that will be there), and make one plan(). It says whether a kernel covers the problem, and how
+// large what it returns has to be. Allocate, set the pointers, and hand the plan to run(). All pointers are device
+// pointers, contiguous, and aligned to 16 bytes. Activations (void*) have the struct's dtype, everything else is float.
+// Optional pointers may be null; outputs that are null are not wanted. run() launches on the device's stream, waits for
+// nothing, and returns the first error of a launch.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -27,15 +27,18 @@ struct Device {
     cudaStream_t stream;
 };
 
+// How a problem will be launched. `why_not` is null, or the reason why no kernel covers it; then the rest is zero.
 // `parts` is how many partial sums an image (depthwise forward) or the whole batch (depthwise backward) has, and
-// `workspace_bytes` the size of the workspace. The rest says how it will be launched, for tests and reports.
+// `workspace_bytes` the size of the workspace.
 struct Plan {
+    const char* why_not;
     int64_t parts;
     size_t workspace_bytes;
     int64_t blocks;
     int threads, shared_bytes;
     int64_t read_bytes;  // of activations, by all blocks: halos and repeats included
     int launches;        // of one run(), clearing a counter included
+    int tile[24];        // how the kernel divides the work: its own structure, see planning.h
 };
 
 // A depthwise convolution without dilation; padding below and on the right follows from the sizes.
@@ -47,46 +50,57 @@ struct DepthwiseShape {
     bool channels_last;
 };
 
-// y = out_activation(out_norm(conv(gate * activation(norm(x))) + bias)), or, with grad, grad * out_activation'(...).
-// A norm is (n - mean) * scale + shift. Padding is zero behind the prologue.
-struct DepthwiseForward {
-    DepthwiseShape shape;
-    DType dtype;
-    const void* x;
+// What a forward convolution reads beside x, and what it makes. Kernels take this as it is, with their element type.
+template <class Element>
+struct DepthwiseForwardOperands {
     const float* weight;    // (channels, kernel * kernel)
     const float* bias;      // (channels); optional, as all below but y
     const float* norm;      // (3, channels): mean, scale, shift
     const float* gate;      // (batch, channels)
     const float* out_norm;  // (3, channels)
-    const void* grad;       // like y
+    const Element* grad;    // like y
     Activation activation, out_activation;
-    void* y;
+    Element* y;
     float* pool;        // (batch, parts, channels): sums of the result over the pixels of a part
     float* statistics;  // (batch * parts, 3, channels): count, mean, squares around the mean, of the stored result
+};
+
+// y = out_activation(out_norm(conv(gate * activation(norm(x))) + bias)), or, with grad, grad * out_activation'(...).
+// A norm is (n - mean) * scale + shift. Padding is zero behind the prologue.
+struct DepthwiseForward : DepthwiseForwardOperands<void> {
+    DepthwiseShape shape;
+    DType dtype;
+    const void* x;
+};
+
+// What the gradients of a convolution read beside the tensors along the window, and dx. Kernels take this as it is,
+// too.
+template <class Element>
+struct DepthwiseBackwardOperands {
+    const float* weight;        // (channels, kernel * kernel)
+    const float* a_norm;        // (3, channels); optional, as all below
+    const float* coefficients;  // (4, channels): mean, A, B, D
+    const float* gate;          // (batch, channels)
+    const float* pooled;        // (batch, channels)
+    const float* norm;          // (3, channels)
+    const Element* residual;    // like x
+    Activation a_activation, activation;
+    Element* dx;  // like x
 };
 
 // Gradients of y = conv(activation(norm(x))) + bias. With a (the stored y), grad is the gradient behind normalisation,
 // activation and gate, and that of y is A n + B (a - mean) + D, n = (grad * gate + pooled) * a_activation'(a_norm(a)),
 // where a is centred with the mean of a_norm. dx is the gradient of norm(x), plus the residual.
-struct DepthwiseBackward {
+struct DepthwiseBackward : DepthwiseBackwardOperands<void> {
     DepthwiseShape shape;
     DType dtype;
-    const void* grad;           // like y
-    const void* a;              // like y; optional, as all below but weight
-    const void* x;              // needed for dw, for activation and with norm
-    const float* weight;        // (channels, kernel * kernel)
-    const float* a_norm;        // (3, channels)
-    const float* coefficients;  // (4, channels): mean, A, B, D
-    const float* gate;          // (batch, channels)
-    const float* pooled;        // (batch, channels)
-    const float* norm;          // (3, channels)
-    const void* residual;       // like x
-    Activation a_activation, activation;
-    void* dx;
-    float* dw;        // (channels, kernel * kernel)
-    float* db;        // (channels)
-    float* sums;      // (parts, 2, channels): of dx, and of dx * (x - mean)
-    void* workspace;  // null where plan() says 0 bytes
+    const void* grad;  // like y
+    const void* a;     // like y; optional, as all below
+    const void* x;     // needed for dw, for activation and with norm
+    float* dw;         // (channels, kernel * kernel)
+    float* db;         // (channels)
+    float* sums;       // (parts, 2, channels): of dx, and of dx * (x - mean)
+    void* workspace;   // null where plan() says 0 bytes
 };
 
 struct SqueezeExcite {
@@ -139,27 +153,22 @@ struct SqueezeExciteBackward {
     void* workspace;
 };
 
-// nullptr, or the reason why no kernel covers this.
-const char* why_not(const DepthwiseForward&, const Device&);
-const char* why_not(const DepthwiseBackward&, const Device&);
-const char* why_not(const SqueezeExciteForward&, const Device&);
-const char* why_not(const SqueezeExciteBackward&, const Device&);
-
-// Whether contiguous activations (not channels_last) are better copied to channels_last, and results back: where only
-// then a kernel covers them, or where the one that covers them reads more bytes, for the halos of strips, than copies
-// cost.
-bool wants_copies(const DepthwiseForward&, const Device&);
-bool wants_copies(const DepthwiseBackward&, const Device&);
-
 Plan plan(const DepthwiseForward&, const Device&);
 Plan plan(const DepthwiseBackward&, const Device&);
 Plan plan(const SqueezeExciteForward&, const Device&);
 Plan plan(const SqueezeExciteBackward&, const Device&);
 
-// With an empty batch, nothing is launched and nothing but zeros for parameters' gradients is written.
-cudaError_t run(const DepthwiseForward&, const Device&);
-cudaError_t run(const DepthwiseBackward&, const Device&);
-cudaError_t run(const SqueezeExciteForward&, const Device&);
-cudaError_t run(const SqueezeExciteBackward&, const Device&);
+// Whether contiguous activations (not channels_last) are better copied to channels_last, and results back, given their
+// own plan: where only then a kernel covers them, or where the one that covers them reads more bytes, for the halos of
+// strips, than copies cost.
+bool wants_copies(const DepthwiseForward&, const Plan&, const Device&);
+bool wants_copies(const DepthwiseBackward&, const Plan&, const Device&);
+
+// By the problem's own plan. With an empty batch, nothing is launched and nothing but zeros for parameters' gradients
+// is written.
+cudaError_t run(const DepthwiseForward&, const Plan&, const Device&);
+cudaError_t run(const DepthwiseBackward&, const Plan&, const Device&);
+cudaError_t run(const SqueezeExciteForward&, const Plan&, const Device&);
+cudaError_t run(const SqueezeExciteBackward&, const Plan&, const Device&);
 
 }  // namespace effnet::cuda

@@ -1,7 +1,17 @@
 // The entry points of squeeze-and-excitation, by dtype.
-#include "squeeze_excite_launch.h"
+#include <algorithm>
+
+#include "host.h"
+#include "squeeze_excite.cuh"
 
 namespace effnet::cuda {
+
+// Defined in squeeze_excite_launch.h.
+template <class T>
+struct SqueezeExciteForwardKernels;
+template <class T>
+struct SqueezeExciteBackwardKernels;
+
 namespace {
 
 const char* why_not(const SqueezeExcite& layer, int64_t least_floats, const Device& device) {
@@ -15,11 +25,8 @@ const char* why_not(const SqueezeExcite& layer, int64_t least_floats, const Devi
 
 bool empty(const SqueezeExcite& layer) { return layer.images * layer.pixels * layer.channels == 0; }
 
-}  // namespace
-
 const char* why_not(const SqueezeExciteForward& problem, const Device& device) {
     const SqueezeExcite& layer = problem.layer;
-    if (empty(layer)) return nullptr;
     if ((problem.x == nullptr) == (problem.sums == nullptr)) return "either x or sums is to be given";
     if (problem.y != nullptr && (problem.x == nullptr || problem.norm != nullptr))
         return "y needs x without a normalisation";
@@ -28,7 +35,6 @@ const char* why_not(const SqueezeExciteForward& problem, const Device& device) {
 
 const char* why_not(const SqueezeExciteBackward& problem, const Device& device) {
     const SqueezeExcite& layer = problem.layer;
-    if (empty(layer)) return nullptr;
     if ((problem.x == nullptr) == (problem.sums == nullptr)) return "either x or sums is to be given";
     if ((problem.x == nullptr) != (problem.grad == nullptr)) return "grad and x go together";
     if (problem.dx != nullptr && problem.x == nullptr) return "dx needs x";
@@ -37,31 +43,41 @@ const char* why_not(const SqueezeExciteBackward& problem, const Device& device) 
     return why_not(layer, 2 * layer.channels + 3 * layer.reduced + SqueezeExciteTraits::threads, device);
 }
 
+// Plans a problem with the kernels of its dtype.
+template <template <class> class Kernels, class Problem>
+Plan planned(const Problem& problem, const Device& device) {
+    if (empty(problem.layer)) return Plan{nullptr, 1};
+    if (const char* const reason = why_not(problem, device)) return Plan{reason};
+    return with_type(problem.dtype, [&](auto type) { return plan_of<Kernels<decltype(type)>>(problem, device); });
+}
+
+template <template <class> class Kernels, class Problem>
+cudaError_t launched(const Problem& problem, const Plan& plan, const Device& device) {
+    return with_type(problem.dtype, [&](auto type) { return run_of<Kernels<decltype(type)>>(problem, plan, device); });
+}
+
+}  // namespace
+
 Plan plan(const SqueezeExciteForward& problem, const Device& device) {
-    if (empty(problem.layer)) return {1, 0, 0, 0, 0, 0, 0};
-    return with_type(problem.dtype, [&](auto type) { return plan_squeeze_excite<decltype(type)>(problem, device); });
+    return planned<SqueezeExciteForwardKernels>(problem, device);
 }
 
 Plan plan(const SqueezeExciteBackward& problem, const Device& device) {
-    if (empty(problem.layer)) return {1, 0, 0, 0, 0, 0, 0};
-    return with_type(problem.dtype, [&](auto type) { return plan_squeeze_excite<decltype(type)>(problem, device); });
+    return planned<SqueezeExciteBackwardKernels>(problem, device);
 }
 
-cudaError_t run(const SqueezeExciteForward& problem, const Device& device) {
-    if (empty(problem.layer)) return cudaSuccess;
-    return with_type(problem.dtype, [&](auto type) { return run_squeeze_excite<decltype(type)>(problem, device); });
+cudaError_t run(const SqueezeExciteForward& problem, const Plan& plan, const Device& device) {
+    return empty(problem.layer) ? cudaSuccess : launched<SqueezeExciteForwardKernels>(problem, plan, device);
 }
 
-cudaError_t run(const SqueezeExciteBackward& problem, const Device& device) {
+cudaError_t run(const SqueezeExciteBackward& problem, const Plan& plan, const Device& device) {
     const SqueezeExcite& layer = problem.layer;
-    if (empty(layer)) {
-        cudaError_t error = clear(problem.reduce_weight_grad, layer.reduced * layer.channels, device);
-        if (error == cudaSuccess) error = clear(problem.reduce_bias_grad, layer.reduced, device);
-        if (error == cudaSuccess) error = clear(problem.expand_weight_grad, layer.reduced * layer.channels, device);
-        if (error == cudaSuccess) error = clear(problem.expand_bias_grad, layer.channels, device);
-        return error;
-    }
-    return with_type(problem.dtype, [&](auto type) { return run_squeeze_excite<decltype(type)>(problem, device); });
+    if (!empty(layer)) return launched<SqueezeExciteBackwardKernels>(problem, plan, device);
+    cudaError_t error = clear(problem.reduce_weight_grad, layer.reduced * layer.channels, device);
+    if (error == cudaSuccess) error = clear(problem.reduce_bias_grad, layer.reduced, device);
+    if (error == cudaSuccess) error = clear(problem.expand_weight_grad, layer.reduced * layer.channels, device);
+    if (error == cudaSuccess) error = clear(problem.expand_bias_grad, layer.channels, device);
+    return error;
 }
 
 }  // namespace effnet::cuda

@@ -2,9 +2,11 @@
 
 namespace effnet::cuda {
 
-template Plan plan_squeeze_excite<__nv_bfloat16>(const SqueezeExciteForward&, const Device&);
-template Plan plan_squeeze_excite<__nv_bfloat16>(const SqueezeExciteBackward&, const Device&);
-template cudaError_t run_squeeze_excite<__nv_bfloat16>(const SqueezeExciteForward&, const Device&);
-template cudaError_t run_squeeze_excite<__nv_bfloat16>(const SqueezeExciteBackward&, const Device&);
+template Plan plan_of<SqueezeExciteForwardKernels<__nv_bfloat16>>(const SqueezeExciteForward&, const Device&);
+template cudaError_t run_of<SqueezeExciteForwardKernels<__nv_bfloat16>>(const SqueezeExciteForward&, const Plan&,
+                                                                        const Device&);
+template Plan plan_of<SqueezeExciteBackwardKernels<__nv_bfloat16>>(const SqueezeExciteBackward&, const Device&);
+template cudaError_t run_of<SqueezeExciteBackwardKernels<__nv_bfloat16>>(const SqueezeExciteBackward&, const Plan&,
+                                                                         const Device&);
 
 }  // namespace effnet::cuda

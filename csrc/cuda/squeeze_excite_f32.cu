@@ -2,9 +2,11 @@
 
 namespace effnet::cuda {
 
-template Plan plan_squeeze_excite<float>(const SqueezeExciteForward&, const Device&);
-template Plan plan_squeeze_excite<float>(const SqueezeExciteBackward&, const Device&);
-template cudaError_t run_squeeze_excite<float>(const SqueezeExciteForward&, const Device&);
-template cudaError_t run_squeeze_excite<float>(const SqueezeExciteBackward&, const Device&);
+template Plan plan_of<SqueezeExciteForwardKernels<float>>(const SqueezeExciteForward&, const Device&);
+template cudaError_t run_of<SqueezeExciteForwardKernels<float>>(const SqueezeExciteForward&, const Plan&,
+                                                                const Device&);
+template Plan plan_of<SqueezeExciteBackwardKernels<float>>(const SqueezeExciteBackward&, const Device&);
+template cudaError_t run_of<SqueezeExciteBackwardKernels<float>>(const SqueezeExciteBackward&, const Plan&,
+                                                                 const Device&);
 
 }  // namespace effnet::cuda

@@ -4,19 +4,10 @@
 
 #include <algorithm>
 
-#include "host.h"
+#include "planning.h"
 #include "squeeze_excite.cuh"
 
 namespace effnet::cuda {
-
-template <class T>
-Plan plan_squeeze_excite(const SqueezeExciteForward&, const Device&);
-template <class T>
-Plan plan_squeeze_excite(const SqueezeExciteBackward&, const Device&);
-template <class T>
-cudaError_t run_squeeze_excite(const SqueezeExciteForward&, const Device&);
-template <class T>
-cudaError_t run_squeeze_excite(const SqueezeExciteBackward&, const Device&);
 
 // The workspace holds a counter, and then what a phase leaves for the next.
 inline constexpr size_t counter_bytes = 16;
@@ -186,61 +177,81 @@ inline int readings(const SqueezeExciteBackward& problem) {
     return problem.x == nullptr ? 0 : problem.dx == nullptr ? 2 : 3;
 }
 
-template <class T, class Problem>
-Plan plan_of(const Problem& problem, const Device& device) {
-    const Division division = divide<T>(problem, device);
-    Pieces pieces{nullptr};
-    arguments_of<T>(problem, division, pieces);
-    const int64_t tensor = problem.layer.images * problem.layer.pixels * problem.layer.channels * int64_t(sizeof(T));
-    return Plan{division.parts,
-                pieces.bytes,
-                division.blocks,
-                SqueezeExciteTraits::threads,
-                division.shared_bytes,
-                tensor * readings(problem),
-                division.cooperative ? 2 : 1};
-}
+// Whether channels are read 16 bytes at a time.
+template <bool chunks_>
+struct SqueezeExciteChunks {
+    static constexpr bool chunks = chunks_;
+};
 
-// The blocks of a cooperative launch count their meetings from zero.
-template <auto kernel, class Arguments>
-cudaError_t launch_team(const Division& division, const Arguments& arguments, const Device& device) {
-    const dim3 grid(unsigned(division.blocks));
-    if (!division.cooperative)
-        return launch<kernel>(grid, SqueezeExciteTraits::threads, division.shared_bytes, device.stream, arguments);
-    const cudaError_t error = cudaMemsetAsync(arguments.counter, 0, counter_bytes, device.stream);
-    if (error != cudaSuccess) return error;
-    return launch_cooperative<kernel>(grid, SqueezeExciteTraits::threads, division.shared_bytes, device.stream,
-                                      arguments);
-}
+// What both directions have in common.
+template <class T>
+struct SqueezeExciteKernels {
+    using Element = T;
+    using Tile = Division;
+    static constexpr const char* does_not_fit = "too many channels for shared memory";
+
+    template <class Problem, class F>
+    static auto with_traits(const Problem& problem, const F& f) {
+        if (width_of<T>(problem.layer) == 1) return f(SqueezeExciteChunks<false>());
+        return f(SqueezeExciteChunks<true>());
+    }
+
+    template <class Traits, class Problem>
+    static Cut<Division> cut(const Problem& problem, const Device& device) {
+        const Division found = divide<T>(problem, device);
+        return {found, found.blocks, SqueezeExciteTraits::threads, found.shared_bytes};
+    }
+
+    static int64_t parts(const Division& division) { return division.parts; }
+
+    template <class Traits, class Problem>
+    static int64_t read_elements(const Problem& problem, const Division&) {
+        const SqueezeExcite& layer = problem.layer;
+        return layer.images * layer.pixels * layer.channels * readings(problem);
+    }
+
+    template <class Problem>
+    static size_t workspace_bytes(const Problem& problem, const Division& division) {
+        Pieces pieces{nullptr};
+        arguments_of<T>(problem, division, pieces);
+        return pieces.bytes;
+    }
+
+    template <class Problem>
+    static int launches(const Problem&, const Division& division) {
+        return division.cooperative ? 2 : 1;
+    }
+
+    // The blocks of a cooperative launch count their meetings from zero.
+    template <auto kernel, class Problem>
+    static cudaError_t launch_team(const Problem& problem, const Cut<Division>& cut, const Device& device) {
+        Pieces pieces{static_cast<char*>(problem.workspace)};
+        const auto arguments = arguments_of<T>(problem, cut.tile, pieces);
+        const dim3 grid(unsigned(cut.blocks));
+        if (!cut.tile.cooperative)
+            return effnet::cuda::launch<kernel>(grid, cut.threads, cut.shared_bytes, device.stream, arguments);
+        const cudaError_t error = cudaMemsetAsync(arguments.counter, 0, counter_bytes, device.stream);
+        if (error != cudaSuccess) return error;
+        return launch_cooperative<kernel>(grid, cut.threads, cut.shared_bytes, device.stream, arguments);
+    }
+};
 
 template <class T>
-Plan plan_squeeze_excite(const SqueezeExciteForward& problem, const Device& device) {
-    return plan_of<T>(problem, device);
-}
+struct SqueezeExciteForwardKernels : SqueezeExciteKernels<T> {
+    template <class Traits>
+    static cudaError_t launch(const SqueezeExciteForward& problem, const Cut<Division>& cut, const Device& device) {
+        constexpr auto kernel = &squeeze_excite_forward_kernel<T, Traits::chunks>;
+        return SqueezeExciteKernels<T>::template launch_team<kernel>(problem, cut, device);
+    }
+};
 
 template <class T>
-Plan plan_squeeze_excite(const SqueezeExciteBackward& problem, const Device& device) {
-    return plan_of<T>(problem, device);
-}
-
-template <class T>
-cudaError_t run_squeeze_excite(const SqueezeExciteForward& problem, const Device& device) {
-    const Division division = divide<T>(problem, device);
-    Pieces pieces{static_cast<char*>(problem.workspace)};
-    const auto arguments = arguments_of<T>(problem, division, pieces);
-    if (width_of<T>(problem.layer) == 1)
-        return launch_team<squeeze_excite_forward_kernel<T, false>>(division, arguments, device);
-    return launch_team<squeeze_excite_forward_kernel<T, true>>(division, arguments, device);
-}
-
-template <class T>
-cudaError_t run_squeeze_excite(const SqueezeExciteBackward& problem, const Device& device) {
-    const Division division = divide<T>(problem, device);
-    Pieces pieces{static_cast<char*>(problem.workspace)};
-    const auto arguments = arguments_of<T>(problem, division, pieces);
-    if (width_of<T>(problem.layer) == 1)
-        return launch_team<squeeze_excite_backward_kernel<T, false>>(division, arguments, device);
-    return launch_team<squeeze_excite_backward_kernel<T, true>>(division, arguments, device);
-}
+struct SqueezeExciteBackwardKernels : SqueezeExciteKernels<T> {
+    template <class Traits>
+    static cudaError_t launch(const SqueezeExciteBackward& problem, const Cut<Division>& cut, const Device& device) {
+        constexpr auto kernel = &squeeze_excite_backward_kernel<T, Traits::chunks>;
+        return SqueezeExciteKernels<T>::template launch_team<kernel>(problem, cut, device);
+    }
+};
 
 }  // namespace effnet::cuda

@@ -18,6 +18,7 @@ from torch import Tensor
 _TORCH = Path(torch.__file__).parent
 
 _TYPES = {
+    "char": ctypes.c_char,
     "int": ctypes.c_int,
     "bool": ctypes.c_bool,
     "int64_t": ctypes.c_int64,
@@ -39,14 +40,16 @@ def interface() -> tuple[dict[str, type[ctypes.Structure]], dict[str, dict[str, 
         (listed,) = re.findall(rf"#define EFFNET_{name.upper()}S\(X\) (.*)", ACTIVATIONS.read_text())
         enums[name] = {key: value for value, key in enumerate(re.findall(r"X\((\w+)\)", listed))}
     structures: dict[str, type[ctypes.Structure]] = {}
-    for name, body in re.findall(r"struct (\w+) \{([^}]*)\}", text):
-        fields = []
+    for name, base, body in re.findall(r"struct (\w+)(?: : (\w+)<void>)? \{([^}]*)\}", text):
+        fields = list(structures[base]._fields_) if base else []
         for statement in filter(None, (part.strip() for part in body.split(";"))):
             kind, declarators = re.fullmatch(r"(?:const )?(\w+)\b(.*)", statement, re.S).groups()
             for declarator in declarators.split(","):
-                pointer = "*" in declarator
+                field, count = re.fullmatch(r"[*\s]*(\w+)(?:\[(\d+)\])?\s*", declarator).groups()
                 type_ = ctypes.c_int if kind in enums else _TYPES.get(kind) or structures.get(kind)
-                fields.append((declarator.strip("* \n"), ctypes.c_void_p if pointer else type_))
+                if "*" in declarator:
+                    type_ = ctypes.c_char_p if kind == "char" else ctypes.c_void_p
+                fields.append((field, type_ * int(count) if count else type_))
         structures[name] = type(name, (ctypes.Structure,), {"_fields_": fields})
     return structures, enums
 
@@ -93,14 +96,13 @@ class Kernels(Machine):
 
     def why_not(self, name: str, **values: Any) -> str | None:
         """Why no kernel covers this problem, or None."""
-        problem, device = structure(name, values), self._device()
-        reason = self.call(f"why_not_{name}", ctypes.byref(problem), ctypes.byref(device), result=ctypes.c_char_p)
+        reason = self.plan(name, **values).why_not
         return None if reason is None else reason.decode()
 
     def wants_copies(self, name: str, **values: Any) -> bool:
         """Whether contiguous activations of a depthwise problem are better copied to channels_last."""
-        problem, device = structure(name, values), self._device()
-        return self.call(f"wants_copies_{name}", ctypes.byref(problem), ctypes.byref(device), result=ctypes.c_bool)
+        given = (structure(name, values), self.plan(name, **values), self._device())
+        return self.call(f"wants_copies_{name}", *map(ctypes.byref, given), result=ctypes.c_bool)
 
     def plan(self, name: str, **values: Any) -> ctypes.Structure:
         problem, device, found = structure(name, values), self._device(), structure("Plan", {})
@@ -109,9 +111,9 @@ class Kernels(Machine):
         return found
 
     def run(self, name: str, **values: Any) -> None:
-        """Launches; an `EmulationError` is a detector's report."""
-        problem, device = structure(name, values), self._device()
-        error = self.call(f"run_{name}", ctypes.byref(problem), ctypes.byref(device))
+        """Plans and launches; an `EmulationError` is a detector's report."""
+        given = (structure(name, values), self.plan(name, **values), self._device())
+        error = self.call(f"run_{name}", *map(ctypes.byref, given))
         assert error == 0, f"{name} returned the error {error}"
 
 
