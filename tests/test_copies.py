@@ -846,7 +846,7 @@ def tiny() -> nn.Module:
 def whole(optimized: nn.Module) -> list[int]:
     """How many kernels each prepared call of the whole network runs."""
     kept = optimized.__dict__[folded._WHOLE][0]
-    return [] if kept is None or kept.value is None else [len(call) for call in kept.value._calls.values()]
+    return [] if kept is None or kept.value is None else [len(call) for call in kept.value.calls._calls.values()]
 
 
 @torch.no_grad()
@@ -946,3 +946,21 @@ def test_another_activation_runs_at_each_call(activation: type[nn.Module], inpla
     optimized = optimize_for_inference(model)
     for given in (x, -x, x):
         close(optimized(given), model(given))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_network_in_another_dtype_is_one_call(dtype: torch.dtype) -> None:
+    """Hooks cast what goes in and what comes out."""
+    model, x = tiny(), images()
+    optimized = optimize_for_inference(model, dtype=dtype)
+    results = [optimized(x) for _ in range(4)]
+    assert len(whole(optimized)) == 1
+    for y in results:
+        assert y.dtype is torch.float32
+        close(y, results[0], 1e-5 if dtype is torch.float64 else 2e-2)
+    close(results[0], model(x), 1e-4 if dtype is torch.float64 else 0.2)
+    half = optimized(x.to(dtype))
+    assert half.dtype is dtype and len(whole(optimized)) == 1
+    with pytest.raises(TypeError, match="floating-point"):
+        optimized(torch.ones(2, 3, SIZE, SIZE, dtype=torch.uint8))

@@ -27,7 +27,7 @@ from effnet_ops.ops import PreparedCalls, packed
 from effnet_ops.params import ConvNormParams
 from effnet_ops.reference import compute_dtype
 from effnet_ops.surgery.around import NETWORKS
-from effnet_ops.surgery.casting import cast
+from effnet_ops.surgery.casting import cast, cast_input
 from effnet_ops.surgery.folding import Block, BlockSequence, Product, calls, convolution, fold
 from effnet_ops.surgery.fused import (
     CHAINS,
@@ -577,12 +577,22 @@ def _contiguous(value: Any) -> Any:
     return value
 
 
+class _Whole(NamedTuple):
+    """The prepared calls of a network, and what its first layer does to the dtype of an image."""
+
+    calls: PreparedCalls
+    cast: Callable[[Tensor], Tensor] | None
+
+    def run(self, x: Tensor, function: Callable[[Tensor], Any]) -> Any:
+        return self.calls.run(x if self.cast is None else self.cast(x), function)
+
+
 class _Container(Folded):
     """Base of what calls folded parts."""
 
     closed = False
 
-    def whole(self) -> PreparedCalls | None:
+    def whole(self) -> _Whole | None:
         """The prepared calls of a network's forward; None where anything in it is not its library's."""
         cell = self.__dict__.get(_WHOLE)
         if cell is None or "_is_replica" in self.__dict__ or calls.depth:
@@ -593,7 +603,7 @@ class _Container(Folded):
                 cell[0] = Kept(self, list(self.modules()), (), methods, self._whole)
         return cell[0].value
 
-    def _whole(self) -> PreparedCalls | None:
+    def _whole(self) -> _Whole | None:
         libraries = {"torch", "effnet_ops", self.stock.__module__.partition(".")[0]}
         try:
             for name in _functions(self.stock):
@@ -602,12 +612,13 @@ class _Container(Folded):
                     return None
             for name, module in self.named_modules():
                 if module is not self:
-                    check_untouched(name, module)
+                    check_untouched(name, module, cast_input)
                 if stock_class(module).__module__.partition(".")[0] not in libraries or module.training:
                     return None
         except NotFusable:
             return None
-        return PreparedCalls()
+        first = next((m for m in self.modules() if isinstance(m, FoldedConvolution | FoldedMBConv)), None)
+        return _Whole(PreparedCalls(), None if first is None else first.cast)
 
     def read_from(self) -> list[nn.Module]:
         parts = (part.module for chain in chains_of(self) for part in chain if part is not None)

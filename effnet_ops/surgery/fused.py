@@ -460,13 +460,13 @@ def check_class(name: str, cls: type[nn.Module]) -> None:
             raise NotFusable(f"the {method} of {cls.__name__}, {name}, was replaced")
 
 
-def check_untouched(name: str, module: nn.Module) -> None:
-    """Raise `NotFusable` where a child does more than its class says: its forward would not be called."""
+def check_untouched(name: str, module: nn.Module, known: object = None) -> None:
+    """Raise `NotFusable` where a child does more than its class says, but for the ``known`` hook: it is not called."""
     if isinstance(module, torch.jit.ScriptModule):
         raise NotFusable(f"{name} is a TorchScript module")
     state = module.__dict__
     for attribute, kind in HOOKS.items():
-        if state.get(attribute):
+        if any(hook is not known for hook in (state.get(attribute) or {}).values()):
             raise NotFusable(f"{name} has a {kind} hook")
     for method in FORWARDS:
         if method in state:
