@@ -340,7 +340,8 @@ class MBConv(nn.Module):
         conv, norm = project
         h = norm(conv(self.se(h)))
         if drop_path is not None:
-            h = h * drop_path.to(h.dtype)[:, None, None, None]
+            # The factor in bfloat16 would be off by up to 0.4 %, alike for all images.
+            h = (h * drop_path[:, None, None, None]).to(h.dtype)
         return h + x if self.residual else h
 
     def extra_repr(self) -> str:

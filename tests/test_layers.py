@@ -15,7 +15,7 @@ from timm.models._efficientnet_blocks import SqueezeExcite as TimmSqueezeExcite
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from effnet_ops import functional, layers
+from effnet_ops import functional, layers, reference
 
 BLOCKS = {
     "expanding residual": dict(in_channels=16, out_channels=16, kernel_size=3),
@@ -274,6 +274,20 @@ def test_drop_path_drops_whole_images_in_training_only(frozen: bool) -> None:
     assert 0.5 < kept.double().mean() < 0.7  # 0.6 expected, standard deviation 0.024
     if frozen:
         torch.testing.assert_close((y - x)[kept], branch[kept] / 0.6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_drop_path_of_a_block_that_runs_its_children_is_rounded_once(dtype: torch.dtype) -> None:
+    """1 / (1 - 0.0125) is 1.01266, and 1.01563 in bfloat16."""
+    block, seen = layers.MBConv(8, 8, 3, drop_path_rate=0.0125).to(dtype).train(), []
+    block.bn3.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    x = torch.randn(4, 8, 5, 5, dtype=dtype)
+    torch.manual_seed(0)
+    y = block(x)
+    torch.manual_seed(0)
+    scale = reference.drop_path_scale(x, 0.0125)
+    assert scale.max() > 1.012 and scale.dtype == torch.float32
+    assert torch.equal(y, (seen[0] * scale.view(-1, 1, 1, 1)).to(dtype) + x)
 
 
 def test_drop_path_is_ignored_without_a_residual() -> None:
