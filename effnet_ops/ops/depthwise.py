@@ -43,6 +43,8 @@ class DepthwiseCall(NamedTuple):
 
 
 class DepthwiseGradientCall(NamedTuple):
+    """The gradients of x, weight and bias, as far as ``needs`` asks for them."""
+
     grad: Activation
     call: DepthwiseCall
     needs: Flags

@@ -17,7 +17,7 @@ from effnet_ops.params import BatchNormParams, ConvNormParams, SqueezeExcitePara
 
 
 class MBConvCall(NamedTuple):
-    """A block; only the shape of ``drop_path`` (N,) depends on x."""
+    """A block of x (N, Cin, H, W); ``drop_path`` (N,) multiplies each image's branch."""
 
     x: Activation
     expand: ConvNorm | None
@@ -198,6 +198,8 @@ def _is_made(result: Tensor, value: Tensor | None) -> bool:
 
 
 class MBConvGradientCall(NamedTuple):
+    """The gradients of all that has one in the call, as far as ``needs`` asks for them."""
+
     grad: Activation
     call: MBConvCall
     saved: Saved

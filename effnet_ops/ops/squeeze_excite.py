@@ -38,6 +38,8 @@ class SqueezeExciteCall(NamedTuple):
 
 
 class SqueezeExciteGradientCall(NamedTuple):
+    """The gradients of x and the four parameters; ``pooled`` is what the forward call returned."""
+
     grad: Activation
     call: SqueezeExciteCall
     pooled: Constant
