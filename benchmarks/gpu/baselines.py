@@ -204,7 +204,8 @@ def compiled(module: nn.Module, provider: str) -> nn.Module:
 def step_of(module: nn.Module, x: Tensor, mode: str, provider: str, dtype: str) -> Work:
     """One forward pass in evaluation, or one forward and backward pass in training, under autocast."""
     runner = compiled(module, provider)
-    # A dry run tries out the code, and takes seconds for one convolution in half precision on many processors.
+    # A dry run tries out the code: many processors take seconds for one convolution in half precision.
+    x = x if x.is_cuda else x.float()
     autocast = torch.autocast(x.device.type, DTYPES[dtype], enabled=dtype != "fp32" and x.is_cuda)
     if mode == "forward":
 
