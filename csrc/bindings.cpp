@@ -124,7 +124,7 @@ class Parameters {
     const void* operator()(const Tensor& p, int64_t elements, const char* name) {
         STD_TORCH_CHECK(p.numel() == elements, name, " must have ", elements, " elements, got ", p.numel());
         // Asking costs less than a call through the dispatcher, of which a block would make ten.
-        const void* const data = memory_of(p, name);
+        const void* const data = read(p, name);
         if (p.scalar_type() == type_ && p.is_contiguous()) return data;
         kept_.push_back(torch::stable::contiguous(as_dtype(p, type_)));
         return kept_.back().const_data_ptr();
@@ -133,12 +133,19 @@ class Parameters {
         return p.has_value() ? (*this)(*p, elements, name) : nullptr;
     }
 
+    // Where a tensor's values lie, for a kernel that takes them as they are.
+    const void* read(const Tensor& p, const char* name) {
+        if (Recording::current() != nullptr) read_.push_back(p);
+        return memory_of(p, name);
+    }
     // Whether some value is a copy, which lives as long as this.
     bool copied() const { return !kept_.empty(); }
+    // What was read while somebody records: who runs the kernel again needs its memory.
+    const std::vector<Tensor>& all_read() const { return read_; }
 
   private:
     ScalarType type_;
-    std::vector<Tensor> kept_;
+    std::vector<Tensor> kept_, read_;
 };
 
 // Runs a kernel from `input`, which is x or a copy of it, to `y`, and leaves it to who records this thread's calls.
@@ -149,8 +156,9 @@ void run(const Tensor& x, const Tensor& input, const Parameters& parameters, con
     Recording* const recording = Recording::current();
     if (recording == nullptr) return;
     if (parameters.copied() || !direct) return recording->spoil();
-    recording->add({kernel_dtype(x.scalar_type()), std::move(kernel), bytes_of(y)}, input.const_data_ptr(),
-                   y.const_data_ptr(), std::make_shared<Tensor>(y));
+    recording->add({kernel_dtype(x.scalar_type()), std::move(kernel), bytes_of(y),
+                    std::make_shared<std::vector<Tensor>>(parameters.all_read())},
+                   input.const_data_ptr(), y.const_data_ptr(), std::make_shared<Tensor>(y));
 }
 
 // The same for an output in the layout of x.
@@ -558,8 +566,8 @@ struct UnpackedBlock {
 };
 
 // Weights that effnet_ops.packing packed: (panels, terms, 16), or (panels, terms, 16, 2) for bf16.
-const void* panels(const Tensor& packed, const Tensor& x, bool products_in_storage, int64_t depth, int64_t columns,
-                   const char* name) {
+const void* panels(Parameters& parameter, const Tensor& packed, const Tensor& x, bool products_in_storage,
+                   int64_t depth, int64_t columns, const char* name) {
     const bool pairs = products_in_storage && x.scalar_type() == ScalarType::BFloat16;
     const ScalarType type = pairs ? ScalarType::BFloat16 : compute_type(x.scalar_type());
     const int64_t terms = pairs ? (depth + 1) / 2 : depth, count = (columns + 15) / 16;
@@ -567,7 +575,7 @@ const void* panels(const Tensor& packed, const Tensor& x, bool products_in_stora
                         packed.size(0) == count && packed.size(1) == terms && packed.size(2) == 16 &&
                         (!pairs || packed.size(3) == 2),
                     name, " is not packed for ", depth, " by ", columns, " values and the dtype of x");
-    return memory_of(packed, name);
+    return parameter.read(packed, name);
 }
 
 // A convolution with its normalisation folded in; the weight is packed.
@@ -611,7 +619,7 @@ cpu::PackedBlock unpack(const PackedBlockCall& call, Parameters& parameter) {
     block.in = x.size(1), block.out = call.project.bias->numel();
     if (call.expand.weight.has_value()) {
         STD_TORCH_CHECK(call.expand.bias.has_value(), "expand_weight needs expand_bias");
-        block.expand = panels(*call.expand.weight, x, true, block.in, channels, "expand_weight");
+        block.expand = panels(parameter, *call.expand.weight, x, true, block.in, channels, "expand_weight");
         block.expand_bias = parameter(*call.expand.bias, channels, "expand_bias");
     } else {
         STD_TORCH_CHECK(channels == block.in, "depthwise_weight must have ", block.in, " channels, got ", channels);
@@ -622,12 +630,12 @@ cpu::PackedBlock unpack(const PackedBlockCall& call, Parameters& parameter) {
         STD_TORCH_CHECK(call.reduce.bias.has_value() && call.excite.weight.has_value() && call.excite.bias.has_value(),
                         "squeeze-and-excitation takes two weights and two biases");
         block.reduced = call.reduce.bias->numel();
-        block.reduce = panels(*call.reduce.weight, x, false, channels, block.reduced, "reduce_weight");
+        block.reduce = panels(parameter, *call.reduce.weight, x, false, channels, block.reduced, "reduce_weight");
         block.reduce_bias = parameter(*call.reduce.bias, block.reduced, "reduce_bias");
-        block.excite = panels(*call.excite.weight, x, false, block.reduced, channels, "excite_weight");
+        block.excite = panels(parameter, *call.excite.weight, x, false, block.reduced, channels, "excite_weight");
         block.excite_bias = parameter(*call.excite.bias, channels, "excite_bias");
     }
-    block.project = panels(*call.project.weight, x, true, channels, block.out, "project_weight");
+    block.project = panels(parameter, *call.project.weight, x, true, channels, block.out, "project_weight");
     block.project_bias = parameter(*call.project.bias, block.out, "project_bias");
     STD_TORCH_CHECK(!call.residual || (block.in == block.out && s.height == s.out_height && s.width == s.out_width),
                     "residual needs an output of the input's size");
@@ -669,10 +677,10 @@ Results pointwise_packed(Reader& in) {
     const Activation activation = activation_of(in.name());
     STD_TORCH_CHECK(x.dim() == 4, "x must be (N, C, H, W)");
     const cpu::PointwiseShape s{x.size(0), x.size(2) * x.size(3), x.size(1), bias.numel()};
-    const void* const weights = panels(weight, x, true, s.in, s.out, "weight");
+    Parameters parameter(x);
+    const void* const weights = panels(parameter, weight, x, true, s.in, s.out, "weight");
     const Output y(x, {s.batch, s.out, x.size(2), x.size(3)});
     if (s.batch == 0) return {y.finish()};
-    Parameters parameter(x);
     const void* const shift = parameter(bias, s.out, "bias");
     return run(x, nhwc(x), parameter, y, [=](const cpu::Kernels& table, const void* from, void* to) {
         table.pointwise_packed(s, from, weights, shift, nullptr, activation, to);
@@ -689,10 +697,10 @@ Results convolution_packed(Reader& in) {
     STD_TORCH_CHECK(kernel[0] <= 16, "kernels taller than 16 are not packed, got ", kernel[0]);
     const cpu::DepthwiseShape d = depthwise_shape(x, Filter{kernel[0], kernel[1], x.size(1)}, window);
     const cpu::ConvolutionShape s = convolution_shape(d, bias.numel(), !x.is_contiguous());
-    const void* const weights = panels(weight, x, false, s.kernel_h * s.kernel_w * s.in, s.out, "weight");
+    Parameters parameter(x);
+    const void* const weights = panels(parameter, weight, x, false, s.kernel_h * s.kernel_w * s.in, s.out, "weight");
     const Tensor y = empty_nhwc({s.batch, s.out, s.out_height, s.out_width}, x.scalar_type());
     if (s.batch == 0) return {y};
-    Parameters parameter(x);
     const void* const shift = parameter(bias, s.out, "bias");
     memory_of(x, "x");
     run(x, s.channels_last ? nhwc(x) : x, parameter, y, true,
@@ -755,7 +763,7 @@ Results conv_norm_inference(Reader& in) {
     ConvNormCall rest = call;
     if (weight_rows) rest.weight = std::nullopt;
     cpu::ConvNorm norm = rest.params(parameter, weight.numel(), out);
-    if (weight_rows) norm.weight = memory_of(weight, "weight");
+    if (weight_rows) norm.weight = parameter.read(weight, "weight");
     if (pointwise) {
         const cpu::PointwiseShape s{d.batch, d.height * d.width, d.channels, out};
         return run(x, nhwc(x), parameter, y, [=](const cpu::Kernels& table, const void* from, void* to) {

@@ -22,7 +22,8 @@ void cheapen_pages(const void* data, size_t bytes);
 struct Step {
     cpu::DType dtype;
     std::function<void(const cpu::Kernels&, const void* x, void* y)> run;
-    size_t bytes;  // of y
+    size_t bytes;                  // of y
+    std::shared_ptr<void> memory;  // what it reads beside x: whoever made that may let it go
 };
 
 class Recording {

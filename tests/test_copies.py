@@ -964,3 +964,13 @@ def test_a_network_in_another_dtype_is_one_call(dtype: torch.dtype) -> None:
     assert half.dtype is dtype and len(whole(optimized)) == 1
     with pytest.raises(TypeError, match="floating-point"):
         optimized(torch.ones(2, 3, SIZE, SIZE, dtype=torch.uint8))
+
+
+@torch.no_grad()
+def test_integer_images_that_the_network_itself_converts() -> None:
+    model = torchvision.models.mobilenet_v3_small()
+    model.features[0] = nn.Sequential(torchvision.transforms.v2.ToDtype(torch.float32, scale=True), model.features[0])
+    model.eval()
+    optimized, x = optimize_for_inference(model, dtype=torch.bfloat16), torch.randint(0, 256, (2, 3, SIZE, SIZE)).byte()
+    for _ in range(4):
+        close(optimized(x), model(x), 0.2)

@@ -553,3 +553,117 @@ def test_an_empty_batch_counts(name: str) -> None:
             assert value == before[key] + 1
         else:
             assert torch.equal(value, before[key])
+
+
+def tiny() -> nn.Module:
+    return with_statistics(timm.create_model("tinynet_e"), 64).eval()
+
+
+def larger() -> Tensor:
+    return torch.randn(1, 3, 64, 64)
+
+
+def reuse_memory() -> list[Tensor]:
+    """Tensors where others were freed."""
+    gc.collect()
+    return [torch.full((size,), float("nan")) for size in (64, 256, 1024, 4096, 16384) for _ in range(200)]
+
+
+def assert_still_right(optimized: nn.Module, model: nn.Module, x: Tensor) -> None:
+    expected = model(x)
+    for _ in range(3):
+        assert (optimized(x) - expected).norm() < 1e-4 * expected.norm()
+
+
+def listened_to(net: nn.Module, x: Tensor) -> None:
+    handles = [m.register_forward_hook(lambda m, args, y: None) for m in net.blocks.modules() if not m._modules]
+    net.forward_features(x)
+    for handle in handles:
+        handle.remove()
+
+
+def classifier_of_others(net: nn.Module, x: Tensor) -> None:
+    parameters = {name: torch.randn_like(p) for name, p in net.classifier.named_parameters()}
+    functional_call(net.classifier, parameters, torch.randn(1, net.classifier.in_features))
+
+
+def other_eps_for_a_moment(net: nn.Module, x: Tensor) -> None:
+    norm = net.blocks[1][0].bn2
+    eps, norm.eps = norm.eps, 0.5
+    net.blocks(net.bn1(net.conv_stem(x)))
+    norm.eps = eps
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [listened_to, classifier_of_others, other_eps_for_a_moment])
+def test_a_change_for_a_moment_leaves_the_whole_call_its_memory(change: Callable[[nn.Module, Tensor], None]) -> None:
+    """What the parts have packed is made again meanwhile, and what they had before is nobody's but the whole call's."""
+    model, x = tiny(), larger()
+    optimized = optimize_for_inference(model)
+    for _ in range(4):
+        optimized(x)
+    change(optimized, x)
+    kept = reuse_memory()
+    assert_still_right(optimized, model, x)
+    del kept
+
+
+@torch.no_grad()
+def test_threads_that_call_a_fresh_copy_at_once() -> None:
+    model, xs = tiny(), [larger() for _ in range(3)]
+    expected = [model(x) for x in xs]
+
+    def check(optimized: nn.Module) -> list[float]:
+        with torch.no_grad():
+            return [((optimized(x) - y).norm() / y.norm()).item() for x, y in zip(xs, expected, strict=True)]
+
+    for _ in range(6):
+        optimized = optimize_for_inference(model)
+        with ThreadPoolExecutor(6) as pool:
+            errors = [e for found in pool.map(check, [optimized] * 6) for e in found]
+        kept = reuse_memory()
+        assert max(errors + check(optimized)) < 1e-4
+        del kept
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["conv_stem", "blocks.1.0.conv_dw"])
+def test_a_list_of_settings_that_is_written_in_place(name: str) -> None:
+    model, x = tiny(), larger()
+    model.get_submodule(name).stride = [2, 2]
+    optimized = optimize_for_inference(model)
+    for _ in range(4):
+        optimized(x)
+    for net in (model, optimized):
+        net.get_submodule(name).stride[0] = 1
+    assert_still_right(optimized, model, x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["parameter", "assign"])
+def test_weights_in_the_memory_of_numpy(how: str) -> None:
+    model, x = tiny(), larger()
+    optimized = optimize_for_inference(model)
+    array = model.conv_head.weight.numpy().copy()
+    if how == "parameter":
+        optimized.conv_head.weight = nn.Parameter(torch.from_numpy(array), requires_grad=False)
+    else:
+        optimized.load_state_dict({"conv_head.weight": torch.from_numpy(array)}, assign=True, strict=False)
+    for _ in range(4):
+        optimized(x)
+    array *= 2
+    model.conv_head.weight.mul_(2)
+    assert_still_right(optimized, model, x)
+
+
+@torch.no_grad()
+def test_tensors_of_functional_call_that_are_written_through_data() -> None:
+    model, x = tiny(), larger()
+    optimized = optimize_for_inference(model)
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for _ in range(3):
+        functional_call(optimized, weights, x)
+    weights["conv_head.weight"].data.mul_(2)
+    found, expected = functional_call(optimized, weights, x), functional_call(model, weights, x)
+    assert (found - expected).norm() < 1e-4 * expected.norm()
+    assert_still_right(optimized, model, x)

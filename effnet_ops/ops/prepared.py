@@ -93,12 +93,19 @@ def record(x: Tensor, function: Callable[[Tensor], Any], tensors: Sequence[Tenso
     except BaseException:
         recording.finish(0, 0)
         raise
-    if not watch.alone or type(y) is not Tensor or y.numel() * y.element_size() != y.untyped_storage().nbytes():
+    if not watch.alone or not _is_whole(y):
         # Something else ran, or y is a part of what a kernel wrote.
         recording.finish(0, 0)
         return y, None
     kernels = recording.finish(x.data_ptr(), y.data_ptr())
     return y, None if kernels is None else Prepared(kernels, y, tensors)
+
+
+def _is_whole(y: Any) -> bool:
+    """Whether y is a tensor with all of its memory, as a kernel writes it."""
+    if type(y) is not Tensor or y.numel() * y.element_size() != y.untyped_storage().nbytes():
+        return False
+    return y.is_contiguous() or (y.dim() == 4 and y.is_contiguous(memory_format=torch.channels_last))
 
 
 class PreparedCalls:

@@ -578,13 +578,14 @@ def _contiguous(value: Any) -> Any:
 
 
 class _Whole(NamedTuple):
-    """The prepared calls of a network, and what its first layer does to the dtype of an image."""
+    """The prepared calls of a network, and its first layer if that is a folded one, which casts images."""
 
     calls: PreparedCalls
-    cast: Callable[[Tensor], Tensor] | None
+    first: FoldedConvolution | None
 
     def run(self, x: Tensor, function: Callable[[Tensor], Any]) -> Any:
-        return self.calls.run(x if self.cast is None else self.cast(x), function)
+        casts = self.first is not None and x.is_floating_point()
+        return self.calls.run(self.first.cast(x) if casts else x, function)
 
 
 class _Container(Folded):
@@ -613,12 +614,14 @@ class _Container(Folded):
             for name, module in self.named_modules():
                 if module is not self:
                     check_untouched(name, module, cast_input)
-                if stock_class(module).__module__.partition(".")[0] not in libraries or module.training:
+                file = stock_class(module).__module__
+                if file.partition(".")[0] not in libraries or module.training or ".transforms" in file:
                     return None
         except NotFusable:
             return None
-        first = next((m for m in self.modules() if isinstance(m, FoldedConvolution | FoldedMBConv)), None)
-        return _Whole(PreparedCalls(), None if first is None else first.cast)
+        # An image is cast by its first layer: only that one can be asked before.
+        first = next(module for module in self.modules() if not module._modules)
+        return _Whole(PreparedCalls(), first if isinstance(first, FoldedConvolution) else None)
 
     def read_from(self) -> list[nn.Module]:
         parts = (part.module for chain in chains_of(self) for part in chain if part is not None)

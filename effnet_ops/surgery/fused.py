@@ -478,22 +478,15 @@ def check_untouched(name: str, module: nn.Module, known: object = None) -> None:
         raise NotFusable(f"{name} is prepared for quantization")
 
 
-_SETTINGS = ("stride", "padding", "dilation", "output_size")
-"""Which can be lists, as those of efficientnet_pytorch are, in which somebody can write."""
-
-
 class _CachedPlan(Structure):
     """A plan with everything it was read from."""
 
-    __slots__ = ("_fixed", "_kernels", "_lists", "_states", "_without_bias", "plan")
+    __slots__ = ("_kernels", "_states", "_without_bias", "plan")
 
     def __init__(self, layer: FusedLayer) -> None:
         inside = [module for module in layer.modules() if module is not layer]
         super().__init__(layer, inside, layer.attributes, (), ("_modules",))
         self._states = [module.__dict__ for module in inside]
-        settings = [state.get(name) for state in (layer.__dict__, *self._states) for name in _SETTINGS]
-        self._lists = [(value, tuple(value)) for value in settings if isinstance(value, list)]
-        self._fixed = not any(hasattr(value, "__setitem__") for value in settings if not isinstance(value, list))
         convs = [module for module in (layer, *inside) if isinstance(module, nn.Conv2d)]
         # PyTorch's "same" goes by the size of the weight.
         self._kernels = [(m, parameter(m, "weight").shape) for m in convs if isinstance(m.padding, str)]
@@ -509,12 +502,9 @@ class _CachedPlan(Structure):
         for parameters in self._without_bias:
             if parameters.get("bias", parameters) is not None:
                 return False
-        for module, shape in self._kernels:
-            if parameter(module, "weight").shape != shape:
-                return False
-        return not self._lists or all(tuple(value) == content for value, content in self._lists)
+        return not self._kernels or all(parameter(m, "weight").shape == shape for m, shape in self._kernels)
 
     def may_be_kept(self) -> bool:
         """Whether each change would be noticed, and nothing has a graph, as a pruned weight, which is an attribute."""
         values = (value for state in self._states for value in state.values())
-        return self._fixed and all(value.grad_fn is None for value in values if isinstance(value, Tensor))
+        return self.fixed and all(value.grad_fn is None for value in values if isinstance(value, Tensor))

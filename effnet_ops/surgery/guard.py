@@ -101,11 +101,11 @@ class Sources:
 
     __slots__ = ("_asked", "_asked_in_all", "_buffers", "_known", "_parameters", "_places", "_versioned", "_versions")
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, tensors: Sequence[Tensor], known: bool = True) -> None:
         self._parameters = [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
         self._buffers = [tensor for tensor in tensors if not isinstance(tensor, nn.Parameter)]
         plain = all(type(buffer) is Tensor and not buffer.is_inference() for buffer in self._buffers)
-        self._known = plain and all(map(_watch, self._parameters))
+        self._known = known and plain and all(map(_watch, self._parameters))
         if self._known:
             self._asked_in_all, self._asked = _Watch.asked_in_all, self._all_asked()
             # The getter of versions is fast on plain tensors alone, and an alias has the version of its original.
@@ -160,9 +160,9 @@ def _storage(tensor: Tensor) -> torch.UntypedStorage:
 
 
 def _alone(tensor: Tensor) -> bool:
-    """Whether nobody else, in this process or another, has the memory."""
+    """Whether nobody else, in this process or another, has the memory; NumPy's cannot be resized."""
     storage = _storage(tensor)
-    if tensor.device.type == "cpu" and storage.is_shared():
+    if tensor.device.type == "cpu" and (storage.is_shared() or not storage.resizable()):
         return False
     return internals.storage_uses(storage) <= _OWN_USES
 
@@ -171,6 +171,12 @@ def tensors_of(modules: Iterable[nn.Module]) -> list[Tensor]:
     """The floating-point parameters and buffers of the modules themselves, each once."""
     found = (t for m in modules for table in (m._parameters, m._buffers) for t in table.values())
     return list({id(t): t for t in found if t is not None and t.is_floating_point()}.values())
+
+
+def _have_parameters(modules: Iterable[nn.Module]) -> bool:
+    """Whether all that stands for a parameter is one: torch.func.functional_call puts tensors there."""
+    found = (p for module in modules for p in module._parameters.values())
+    return all(p is None or isinstance(p, nn.Parameter) for p in found)
 
 
 class Kept(Structure):
@@ -191,9 +197,9 @@ class Kept(Structure):
     ) -> None:
         super().__init__(owner, modules, settings, methods, ("_modules", "_parameters", "_buffers"))
         # Before they are read, so that what changes meanwhile is noticed.
-        self.sources = Sources(tensors_of([owner, *modules]))
+        self.sources = Sources(tensors_of([owner, *modules]), _have_parameters([owner, *modules]))
         self.value = make()
 
     def holds(self, owner: nn.Module) -> bool:
         """Whether nothing has changed since."""
-        return self.same(owner) and self.sources.hold()
+        return self.fixed and self.same(owner) and self.sources.hold()

@@ -22,6 +22,9 @@ HOOKS = {
 FORWARDS = ("forward", "_conv_forward")
 """What somebody can replace, on a module or on its class, in order to change what the module computes."""
 
+_SETTINGS = ("stride", "padding", "dilation", "output_size")
+"""Which can be lists, as those of efficientnet_pytorch are, in which somebody can write."""
+
 
 def stock_class(module: nn.Module) -> type[nn.Module]:
     """The class of ``module``, or the one it had before it was replaced or folded."""
@@ -37,7 +40,10 @@ class Structure:
     forward of the modules, and ``tables`` are looked into in each module, hooks beside them.
     """
 
-    __slots__ = ("_classes", "_links", "_methods", "_modules", "_names", "_settings", "_snapshot", "_types", "_watched")
+    __slots__ = (
+        *("_links", "_lists", "_methods", "_modules", "_names"),
+        *("_settings", "_snapshot", "_types", "_watched", "fixed"),
+    )
 
     def __init__(
         self,
@@ -53,6 +59,10 @@ class Structure:
         inner = (state[name] for state in states for name in (*tables, *HOOKS) if name in state)
         self._snapshot = Snapshot([*(owner.__dict__[name] for name in tables), *states, *inner])
         self._settings, self._types = self._read(owner), self._types_of(owner)
+        written = [state.get(name) for state in (owner.__dict__, *states) for name in _SETTINGS]
+        self._lists = [(value, tuple(value)) for value in written if isinstance(value, list)]
+        # An array of NumPy is written to without a trace.
+        self.fixed = not any(hasattr(value, "__setitem__") for value in written if not isinstance(value, list))
         classes = {*map(stock_class, (owner, *self._modules)), *self._types}
         watched = {*methods, *((cls, name) for cls in classes for name in FORWARDS if hasattr(cls, name))}
         self._watched = tuple(zip(*watched, strict=True))
@@ -74,4 +84,6 @@ class Structure:
         # Objects, since those of NumPy have no truth of being equal.
         if self._types_of(owner) != self._types or not all(map(is_, self._read(owner), self._settings)):
             return False
-        return self._methods_now() == self._methods
+        if self._methods_now() != self._methods:
+            return False
+        return not self._lists or all(tuple(value) == content for value, content in self._lists)
