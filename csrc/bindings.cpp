@@ -135,7 +135,8 @@ class Parameters {
 
     // Where a tensor's values lie, for a kernel that takes them as they are.
     const void* read(const Tensor& p, const char* name) {
-        if (Recording::current() != nullptr) read_.push_back(p);
+        const Recording* const recording = Recording::current();
+        if (recording != nullptr && recording->keeps()) read_.push_back(p);
         return memory_of(p, name);
     }
     // Whether some value is a copy, which lives as long as this.

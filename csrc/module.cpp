@@ -199,7 +199,7 @@ PYBIND11_MODULE(_C, m) {
              "`entries` has dictionaries, each followed by its keys and values in turn, as when this was made: whether "
              "they still hold these very objects in this order.");
     py::class_<effnet::Recording>(m, "Recording", "Keeps what the operators that this thread calls from now on run.")
-        .def(py::init<>())
+        .def(py::init<bool>(), py::arg("keep"))
         .def("finish", &finish, py::arg("x"), py::arg("y"),
              "End it. The kernels, prepared to run again, or None where they do not lead from the memory x to y by "
              "themselves.");

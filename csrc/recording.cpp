@@ -43,7 +43,9 @@ void cheapen_pages(const void* data, size_t bytes) {
 
 Recording* Recording::current() { return innermost; }
 
-Recording::Recording() : outer_(innermost) { innermost = this; }
+Recording::Recording(bool keep) : outer_(innermost), keeps_(keep || (outer_ != nullptr && outer_->keeps_)) {
+    innermost = this;
+}
 
 Recording::~Recording() {
     if (open_ && innermost == this) innermost = outer_;

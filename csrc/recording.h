@@ -30,7 +30,8 @@ class Recording {
   public:
     // That of this thread, or null. They nest: what an inner one takes, the outer one gets, too.
     static Recording* current();
-    Recording();
+    // `keep`: whether steps keep what they read. Else their caller does, and sees to it that it stays where it is.
+    explicit Recording(bool keep);
     ~Recording();
     Recording(const Recording&) = delete;
     Recording& operator=(const Recording&) = delete;
@@ -40,6 +41,7 @@ class Recording {
     void add(Step step, const void* x, const void* y, std::shared_ptr<void> memory);
     // A call that cannot run again by itself, because it copied one of its tensors.
     void spoil() { spoiled_ = true; }
+    bool keeps() const { return keeps_; }
     // Ends the recording: the steps, or none where they do not lead from x to y, each reading what the last one wrote.
     std::vector<Step> finish(const void* x, const void* y);
 
@@ -52,6 +54,7 @@ class Recording {
     std::vector<Entry> entries_;
     bool spoiled_ = false, open_ = true;
     Recording* outer_;
+    bool keeps_;
 };
 
 // The steps on x and y; what lies between them is scratch memory.

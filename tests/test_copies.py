@@ -25,6 +25,7 @@ from test_optimize import Seen
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, prune
+from torchvision.transforms import v2
 
 import effnet_ops
 from effnet_ops import layers, optimize_for_inference
@@ -969,7 +970,7 @@ def test_a_network_in_another_dtype_is_one_call(dtype: torch.dtype) -> None:
 @torch.no_grad()
 def test_integer_images_that_the_network_itself_converts() -> None:
     model = torchvision.models.mobilenet_v3_small()
-    model.features[0] = nn.Sequential(torchvision.transforms.v2.ToDtype(torch.float32, scale=True), model.features[0])
+    model.features[0] = nn.Sequential(v2.ToDtype(torch.float32, scale=True), model.features[0])
     model.eval()
     optimized, x = optimize_for_inference(model, dtype=torch.bfloat16), torch.randint(0, 256, (2, 3, SIZE, SIZE)).byte()
     for _ in range(4):

@@ -86,7 +86,8 @@ def record(x: Tensor, function: Callable[[Tensor], Any], tensors: Sequence[Tenso
 
     ``tensors`` are those whose memory the kernels read beside x, as long as somebody may change them.
     """
-    recording = _native.module.Recording()
+    # Of others' tensors, no reference may be held where PyTorch counts them, as torch.utils.swap_tensors does.
+    recording = _native.module.Recording(not tensors)
     try:
         with _Watch() as watch:
             y = function(x)
