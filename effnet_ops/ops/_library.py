@@ -157,6 +157,16 @@ class Gradient(NamedTuple):
         return results
 
 
+def reference_of_gradient(gradient: Any) -> tuple[Tensor, ...]:
+    """The `Call.reference` of every gradient's call."""
+    return gradient.of.reference(gradient.grad, gradient.call, gradient.needs)
+
+
+def output_of_gradient(gradient: Any) -> tuple[Tensor, ...]:
+    """The `Call.output` of every gradient's call."""
+    return gradient.of.output(gradient.call, gradient.needs)
+
+
 def empty_gradients(x: Tensor, inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor, ...]:
     """Uninitialised gradients of ``inputs``, the first of which is x; (0,) where one is not needed."""
     return tuple(

@@ -83,9 +83,13 @@ class Signature:
     def __init__(self, call: type) -> None:
         self.call = call
         hints = get_type_hints(call, include_extras=True)
-        self._groups = [_group(hints[name])[0] for name in call._fields]
+        fields = (_inner(hints[name])[0] for name in call._fields)
+        self._groups = [Signature(field) if hasattr(field, "_fields") else None for field in fields]
+        self._grouped = any(self._groups)
         self.arguments = tuple(_arguments(call, "", False))
         self.schema = ", ".join(f"{argument.type} {argument.name}" for argument in self.arguments)
+        self.absent = [argument.absent for argument in self.arguments]
+        """The values of a group that is None."""
         self.cast = self._with(CAST)
         self.differentiable = self._with(GRADIENT)
         """Positions of the arguments whose gradients are computed."""
@@ -97,7 +101,7 @@ class Signature:
 
     def flatten(self, call: Any) -> Sequence[Any]:
         """The values in the order of the schema."""
-        if not any(self._groups):
+        if not self._grouped:
             return call
         flat: list[Any] = []
         for value, group in zip(call, self._groups, strict=True):
@@ -105,14 +109,12 @@ class Signature:
                 flat.append(value)
             else:
                 # torch.compile cannot add a named tuple to a list.
-                flat.extend(
-                    [argument.absent for argument in group.arguments] if value is None else group.flatten(value)
-                )
+                flat.extend(group.absent if value is None else group.flatten(value))
         return flat
 
     def parse(self, flat: Sequence[Any]) -> Any:
         """The call with these values."""
-        if not any(self._groups):
+        if not self._grouped:
             return self.call(*flat)
         values, at = [], 0
         for group in self._groups:
@@ -131,12 +133,6 @@ class Signature:
         for position, value in zip(positions, values, strict=True):
             flat[position] = value
         return self.parse(flat)
-
-
-def _group(hint: Any) -> tuple[Signature | None, bool]:
-    """The signature of a field's group, if it is one, and whether the field may be None."""
-    inner, optional = _inner(hint)
-    return (Signature(inner) if hasattr(inner, "_fields") else None), optional
 
 
 def _inner(hint: Any) -> tuple[Any, bool]:

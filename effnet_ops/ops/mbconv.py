@@ -206,12 +206,7 @@ class MBConvGradientCall(NamedTuple):
     needs: Flags
 
     of = _library.Gradient.of(MBConvCall)
-
-    def reference(self) -> tuple[Tensor, ...]:
-        return self.of.reference(self.grad, self.call, self.needs)
-
-    def output(self) -> tuple[Tensor, ...]:
-        return self.of.output(self.call, self.needs)
+    reference, output = _library.reference_of_gradient, _library.output_of_gradient
 
     def flops(self, out: Any) -> int:
         """The gradients of each product and convolution; what is computed a second time does not count."""

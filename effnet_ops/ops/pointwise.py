@@ -39,12 +39,7 @@ class PointwiseGradientCall(NamedTuple):
     needs: Flags
 
     of = _library.Gradient.of(PointwiseCall)
-
-    def reference(self) -> tuple[Tensor, ...]:
-        return self.of.reference(*self)
-
-    def output(self) -> tuple[Tensor, ...]:
-        return self.of.output(self.call, self.needs)
+    reference, output = _library.reference_of_gradient, _library.output_of_gradient
 
     def flops(self, out: Any) -> int:
         return sum(self.needs[:2]) * _library.convolution_flops(self.grad, self.call.weight)

@@ -46,12 +46,7 @@ class SqueezeExciteGradientCall(NamedTuple):
     needs: Flags
 
     of = _library.Gradient.of(SqueezeExciteCall)
-
-    def reference(self) -> tuple[Tensor, ...]:
-        return self.of.reference(self.grad, self.call, self.needs)
-
-    def output(self) -> tuple[Tensor, ...]:
-        return self.of.output(self.call, self.needs)
+    reference, output = _library.reference_of_gradient, _library.output_of_gradient
 
     def flops(self, out: Any) -> int:
         call = self.call
