@@ -7,24 +7,20 @@
 
 EFFNET_NAMESPACE_BEGIN
 
+#if defined(__AVX512F__)
 // x with its magnitude cut off at 89. NaN becomes a number.
 EFFNET_INLINE Vec<float> within_exp(Vec<float> x) {
-#if defined(__AVX512DQ__)
     constexpr int smaller_magnitude_with_sign_of_first = 2;
     return (Vec<float>)_mm512_range_ps((__m512)x, _mm512_set1_ps(89.0f), smaller_magnitude_with_sign_of_first);
-#else
-    // In integers: those instructions have ports to spare.
-    const U32 bits = bit_cast<U32>(x), magnitude = bits & 0x7fffffffu, most = bit_cast<U32>(broadcast(89.0f));
-    return bit_cast<Vec<float>>((magnitude < most ? magnitude : most) | (bits & 0x80000000u));
-#endif
 }
+#endif
 
 // exp(-x) in fp32, for a sum with 1: -x = n ln 2 + r and 2^n times a polynomial in r. Relative error below 1.5e-7 for
-// |x| < 87.3; infinite or zero (or subnormal) from 89 on.
+// |x| < 87; infinite below -89 and nothing beside 1 above 87.
 EFFNET_INLINE Vec<float> exp_minus(Vec<float> x) {
     constexpr float log2e = 1.44269504f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
-    const Vec<float> t = within_exp(x);
 #if defined(__AVX512F__)
+    const Vec<float> t = within_exp(x);
     // n in sixteenths, whose fractions have a table: a polynomial of degree 3 is enough. 1.5 * 2^19: adding it rounds
     // to sixteenths, and leaves their number in the low mantissa bits.
     alignas(64) static const float fractions[16] = {
@@ -38,20 +34,20 @@ EFFNET_INLINE Vec<float> exp_minus(Vec<float> x) {
         (Vec<float>)_mm512_permutexvar_ps(bit_cast<__m512i>(shifted), _mm512_load_ps(fractions));
     return (Vec<float>)_mm512_scalef_ps((__m512)(fraction * p + fraction), (__m512)n);
 #else
-    // |r| <= ln 2 / 2 and degree 6 (minimax: its own error is 3e-9). 1.5 * 2^23: adding it rounds to an integer in the
-    // low mantissa bits.
-    const Vec<float> magic = broadcast(12582912.0f), shifted = t * -log2e + magic, n = shifted - magic;
+    // |r| <= ln 2 / 2 and degree 6 (minimax: its own error is 3e-9), twice the polynomial and half of 2^n, since 2^128 is
+    // not a float. Adding 1.5 * 2^23 + 126 rounds to an integer, and leaves the exponent field of 2^(n - 1) in the
+    // lowest bits: 0 to 254.
+    const Vec<float> t = at_most(at_least(x, -89.0f), 87.0f);
+    const Vec<float> magic = broadcast(12583038.0f), shifted = t * -log2e + magic, n = shifted - magic;
     const Vec<float> r = n * ln2_low + (n * ln2_high + t);  // with its sign turned
-    Vec<float> p = broadcast(1.381453269e-3f);
-    p = p * r - 8.368745067e-3f;
-    p = p * r + 4.166839094e-2f;
-    p = p * r - 1.666652040e-1f;
-    p = p * r + 4.999999343e-1f;
-    p = p * r - 1.0f;
-    p = p * r + 1.0f;
-    // 2^n in two factors, since 2^128 is not a float.
-    const I32 whole = bit_cast<I32>(shifted) - bit_cast<I32>(magic), half = whole >> 1;
-    return p * bit_cast<Vec<float>>((half + 127) << 23) * bit_cast<Vec<float>>((whole - half + 127) << 23);
+    Vec<float> p = broadcast(2.762906538e-3f);
+    p = p * r - 1.673749013e-2f;
+    p = p * r + 8.333678188e-2f;
+    p = p * r - 3.333304080e-1f;
+    p = p * r + 9.999998686e-1f;
+    p = p * r - 2.0f;
+    p = p * r + 2.0f;
+    return p * bit_cast<Vec<float>>(bit_cast<U32>(shifted) << 23);
 #endif
 }
 
@@ -162,6 +158,19 @@ inline Vec<A> gate_derivative(Vec<A> x, Vec<A> y, Gate kind) {
     if (kind == Gate::sigmoid) return y * (A(1) - y);
     const Vec<A> inside = broadcast(A(1) / A(6));
     return (x > broadcast(A(-3))) & (x < broadcast(A(3))) ? inside : Vec<A>{};
+}
+
+template <class A>
+struct Activated {
+    Vec<A> value, slope;
+};
+
+// activate(x) and its derivative, which share what is expensive.
+template <class A>
+EFFNET_INLINE Activated<A> activate_with_slope(Vec<A> x, Activation kind) {
+    if (kind != Activation::silu) return {activate<A>(x, kind), activate_derivative<A>(x, kind)};
+    const Vec<A> s = sigmoid<A>(x), value = x * s;
+    return {value, s + value * (A(1) - s)};
 }
 
 // body(constant) with the activation as a compile-time constant, constant.value: the loops inside hold no branch.

@@ -136,7 +136,7 @@ void depthwise_backward(const DepthwiseShape& s, const void* grad, const void* x
         widen(pixels * s.channels, static_cast<const T*>(grad), static_cast<A*>(own));
     }
     if (grad_x != nullptr || grad_weight != nullptr)
-        depthwise_gradients(s, g, input, w, static_cast<T*>(grad_x), static_cast<A*>(grad_weight));
+        depthwise_gradients_stored(s, g, input, w, static_cast<T*>(grad_x), static_cast<A*>(grad_weight));
     if (grad_bias != nullptr) column_sums(pixels, s.channels, g, static_cast<A*>(grad_bias));
 }
 

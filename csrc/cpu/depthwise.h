@@ -154,8 +154,14 @@ inline int64_t row_chunks(int64_t images_and_slabs, int64_t rows) {
     return larger(1, smaller(rows / 4, ceil_div(8, larger(images_and_slabs, 1))));
 }
 
+// A row that a kernel has made, among the rows [first, last) of an image that one task makes in order; `part` numbers
+// these ranges in the batch.
+struct MadeRow {
+    int64_t image, row, part, first, last;
+};
+
 // Convolves every (image, slab): stage(image, row, first channel, channels, to) fills [width][slab] values of an input
-// row, finish(image, row, first channel, channels, values) takes [out_width][slab] results.
+// row, finish(made row, first channel, channels, values) takes [out_width][slab] results.
 template <class A, class Stage, class Finish>
 inline void depthwise_rows(const DepthwiseShape& s, const A* weight, const Stage& stage, const Finish& finish) {
     constexpr int S = slab<A>;
@@ -169,8 +175,9 @@ inline void depthwise_rows(const DepthwiseShape& s, const A* weight, const Stage
         for (int64_t task = begin; task < end; ++task) {
             const int64_t image = task / (slabs * chunks), slab_index = task / chunks % slabs, chunk = task % chunks;
             const int64_t c = slab_index * S, n = smaller(S, s.channels - c);
+            const int64_t begin_row = s.out_height * chunk / chunks, end_row = s.out_height * (chunk + 1) / chunks;
             int64_t staged = -1;
-            for (int64_t oy = s.out_height * chunk / chunks; oy < s.out_height * (chunk + 1) / chunks; ++oy) {
+            for (int64_t oy = begin_row; oy < end_row; ++oy) {
                 RowPairs<A> pairs;
                 const int64_t top = oy * s.stride_h - s.pad_top;
                 staged = larger(staged, top - 1);
@@ -187,19 +194,19 @@ inline void depthwise_rows(const DepthwiseShape& s, const A* weight, const Stage
                     pairs.weights[pairs.count++] = packed + (slab_index * s.kernel_h + ky) * s.kernel_w * S;
                 }
                 convolve_row<A>(pairs, {S, n, S, out, S}, s.kernel_w, s.stride_w, s.dilation_w, s.out_width);
-                finish(image, oy, c, n, static_cast<A*>(out));
+                finish(MadeRow{image, oy, image * chunks + chunk, begin_row, end_row}, c, n, static_cast<A*>(out));
             }
         }
     });
 }
 
-// Stages rows of a stored tensor through its prologue.
+// Stages rows of a stored tensor, [images][height][width][channels], through its prologue.
 template <class T>
 struct StageStored {
     const Source<T>& x;
-    const DepthwiseShape& s;
+    int64_t height, width;
     void operator()(int64_t image, int64_t row, int64_t c, int64_t n, Compute<T>* to) const {
-        x.stage((image * s.height + row) * s.width, s.width, c, n, to, slab<Compute<T>>);
+        x.stage((image * height + row) * width, width, c, n, to, slab<Compute<T>>);
     }
 };
 
@@ -238,9 +245,10 @@ inline void depthwise_forward(const DepthwiseShape& s, const Source<T>& x, const
     const bool in_place = x.direct() && s.channels % lanes<A> == 0 && s.dilation_h == 1 &&
                           is_fixed_filter(s.kernel_w, s.stride_w, s.dilation_w);
     if (in_place) return depthwise_in_place(s, reinterpret_cast<const A*>(x.data), weight, epilogue);
-    depthwise_rows<A>(s, weight, StageStored<T>{x, s},
-                      [&](int64_t image, int64_t row, int64_t c, int64_t n, const A* values) {
-                          epilogue((image * s.out_height + row) * s.out_width, s.out_width, c, n, values, slab<A>);
+    depthwise_rows<A>(s, weight, StageStored<T>{x, s.height, s.width},
+                      [&](const MadeRow& made, int64_t c, int64_t n, const A* values) {
+                          epilogue((made.image * s.out_height + made.row) * s.out_width, s.out_width, c, n, values,
+                                   slab<A>);
                       });
 }
 
@@ -310,29 +318,32 @@ inline void input_gradient_row(const DepthwiseShape& s, const GradientRows& geom
     convolve_row<A>(pairs, {slab<A>, slab<A>, slab<A>, out, slab<A>}, s.kernel_w, 1, s.dilation_w, s.width);
 }
 
-// Input and filter gradient in one walk over the rows. `grad` is [batch][out pixels][channels]; either result may be
-// unwanted (null).
-template <class T, class O>
-inline void depthwise_gradients(const DepthwiseShape& s, const Compute<T>* grad, const Source<T>& x,
-                                const Compute<T>* weight, O* grad_x, Compute<T>* grad_weight) {
-    using A = Compute<T>;
+// Parts of the batch whose filter gradients are summed on their own.
+inline int64_t gradient_parts(const DepthwiseShape& s, int64_t slabs) {
+    return smaller(larger(s.batch, 1), ceil_div(16, slabs));
+}
+
+// Input and filter gradient in one walk over the rows. stage_gradient(image, row, c, n, to) fills a row of the output's
+// gradient, stage_input(image, row, c, n, to, slopes) a row of the input; emit(made row, c, n, values, slopes) takes
+// rows of the input's gradient, and what stage_input left in `slopes` for them where Slopes is true. Either result may
+// be unwanted: no `grad_x`, or a null grad_weight.
+template <bool Slopes, class A, class StageGradient, class StageInput, class Emit>
+inline void depthwise_gradients(const DepthwiseShape& s, const A* weight, const StageGradient& stage_gradient,
+                                const StageInput& stage_input, bool grad_x, const Emit& emit, A* grad_weight) {
     constexpr int S = slab<A>;
     const int64_t slabs = ceil_div(s.channels, S), taps = s.kernel_h * s.kernel_w;
-    const int64_t parts = smaller(larger(s.batch, 1), ceil_div(16, slabs));
-    const int64_t span_h = (s.kernel_h - 1) * s.dilation_h + 1;
+    const int64_t parts = gradient_parts(s, slabs), span_h = (s.kernel_h - 1) * s.dilation_h + 1;
     const GradientRows geometry(s);
     const int64_t width = larger(s.pad_left + s.width, (s.out_width - 1) * s.stride_w + geometry.span_w);
     const Buffer<A> mirrored = pack_depthwise(s, weight, true);
     const Buffer<A> partial = zeros<A>(parts * slabs * taps * S);
-    const Source<A> grad_rows({grad}, s.channels, 1);
-    const StageStored<T> stage{x, s};
-    Epilogue<O> epilogue;
-    epilogue.out = grad_x;
-    epilogue.channels = s.channels;
     // The staged row can serve the filter gradient too where its pixels are neighbours and all inside.
     const bool contiguous = s.stride_w == 1 && geometry.offset >= 0 && geometry.offset + s.out_width <= geometry.width;
+    const bool inputs_wanted = Slopes || grad_weight != nullptr;
     parallel(parts * slabs, [&](int64_t begin, int64_t end) {
-        const RowRing<A> inputs(span_h, width), grads((span_h - 1) / s.stride_h + 2, geometry.width);
+        const int64_t kept = larger(span_h, s.stride_h);
+        const RowRing<A> inputs(kept, width), slopes(Slopes ? kept : 0, s.width),
+            grads((span_h - 1) / s.stride_h + 2, geometry.width);
         const Buffer<A> dense(s.out_width * S), out(s.width * S);
         for (int64_t task = begin; task < end; ++task) {
             const int64_t part = task / slabs, slab_index = task % slabs, c = slab_index * S,
@@ -341,33 +352,42 @@ inline void depthwise_gradients(const DepthwiseShape& s, const Compute<T>* grad,
             A* filter = partial + task * taps * S;
             for (int64_t image = s.batch * part / parts; image < s.batch * (part + 1) / parts; ++image) {
                 int64_t staged = -1, emitted = 0;
+                const auto stage_until = [&](int64_t row) {
+                    while (staged < row) {
+                        ++staged;
+                        stage_input(image, staged, c, n, inputs.row(staged) + s.pad_left * S,
+                                    Slopes ? slopes.row(staged) : nullptr);
+                    }
+                };
+                const auto emit_until = [&](int64_t end_row) {
+                    for (; emitted < end_row; ++emitted) {
+                        if (Slopes) stage_until(emitted);
+                        input_gradient_row<A>(s, geometry, grads, mirrored + slab_index * taps * S, emitted, out);
+                        emit(MadeRow{image, emitted, part, 0, s.height}, c, n, static_cast<A*>(out),
+                             Slopes ? slopes.row(emitted) : nullptr);
+                    }
+                };
                 for (int64_t oy = 0; oy < s.out_height; ++oy) {
                     A* const row = grads.row(oy);
                     A* const values = contiguous ? row + geometry.offset * S : static_cast<A*>(dense);
-                    grad_rows.stage((image * s.out_height + oy) * s.out_width, s.out_width, c, n, values, S);
+                    stage_gradient(image, oy, c, n, values);
                     for (int64_t o = 0; o < s.out_width && !contiguous; ++o) {
                         const int64_t at = o * s.stride_w + geometry.offset;
                         if (at >= 0 && at < geometry.width) std::memcpy(row + at * S, values + o * S, S * sizeof(A));
                     }
                     const int64_t top = oy * s.stride_h - s.pad_top;
-                    staged = larger(staged, top - 1);
-                    for (int64_t ky = 0; ky < s.kernel_h && grad_weight != nullptr; ++ky) {
+                    if (!Slopes) staged = larger(staged, top - 1);
+                    for (int64_t ky = 0; ky < s.kernel_h && inputs_wanted; ++ky) {
                         const int64_t iy = top + ky * s.dilation_h;
                         if (iy < 0 || iy >= s.height) continue;
-                        while (staged < iy) {
-                            ++staged;
-                            stage(image, staged, c, n, inputs.row(staged) + s.pad_left * S);
-                        }
-                        filter_row<A>(values, inputs.row(iy), s.kernel_w, s.stride_w, s.dilation_w, s.out_width,
-                                      filter + ky * s.kernel_w * S);
+                        stage_until(iy);
+                        if (grad_weight != nullptr)
+                            filter_row<A>(values, inputs.row(iy), s.kernel_w, s.stride_w, s.dilation_w, s.out_width,
+                                          filter + ky * s.kernel_w * S);
                     }
-                    if (grad_x == nullptr) continue;
+                    if (!grad_x) continue;
                     const bool last = oy + 1 == s.out_height;
-                    const int64_t ready = last ? s.height : smaller(s.height, (oy + 1) * s.stride_h - s.pad_top);
-                    for (; emitted < ready; ++emitted) {
-                        input_gradient_row<A>(s, geometry, grads, mirrored + slab_index * taps * S, emitted, out);
-                        epilogue((image * s.height + emitted) * s.width, s.width, c, n, out, S);
-                    }
+                    emit_until(last ? s.height : smaller(s.height, (oy + 1) * s.stride_h - s.pad_top));
                 }
             }
         }
@@ -379,6 +399,27 @@ inline void depthwise_gradients(const DepthwiseShape& s, const Compute<T>* grad,
             store(partial + i, load(partial + i) + load(partial + part * size + i));
     for (int64_t c = 0; c < s.channels; c += S)
         transpose(taps, smaller(S, s.channels - c), partial + c * taps, S, grad_weight + c * taps, taps);
+}
+
+// The same of stored tensors: `grad` is [batch][out pixels][channels]; either result may be unwanted (null).
+template <class T, class O>
+inline void depthwise_gradients_stored(const DepthwiseShape& s, const Compute<T>* grad, const Source<T>& x,
+                                       const Compute<T>* weight, O* grad_x, Compute<T>* grad_weight) {
+    using A = Compute<T>;
+    const Source<A> grad_rows({grad}, s.channels, 1);
+    const StageStored<A> stage_gradient{grad_rows, s.out_height, s.out_width};
+    const StageStored<T> stage_input{x, s.height, s.width};
+    Epilogue<O> epilogue;
+    epilogue.out = grad_x;
+    epilogue.channels = s.channels;
+    depthwise_gradients<false>(
+        s, weight, stage_gradient,
+        [&](int64_t image, int64_t row, int64_t c, int64_t n, A* to, A*) { stage_input(image, row, c, n, to); },
+        grad_x != nullptr,
+        [&](const MadeRow& made, int64_t c, int64_t n, const A* values, const A*) {
+            epilogue((made.image * s.height + made.row) * s.width, s.width, c, n, values, slab<A>);
+        },
+        grad_weight);
 }
 
 EFFNET_NAMESPACE_END

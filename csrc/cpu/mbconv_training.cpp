@@ -1,0 +1,656 @@
+// The block in training. The steps F1 to F5 and B1 to B5 are those of docs/mbconv.md.
+#include "table.h"
+#include "training.h"
+
+EFFNET_NAMESPACE_BEGIN
+
+namespace {
+
+// A block with its tensors typed.
+template <class T>
+struct Steps {
+    using A = Compute<T>;
+    static constexpr int L = lanes<A>;
+
+    const Block& block;
+    const DepthwiseShape& shape;
+    const BlockSaved& saved;
+    const bool expands, gates;
+    const int64_t channels, image_in, image_out, pixels_in, pixels_out;
+    T *const convolved, *const projected;
+
+    Steps(const Block& block, const BlockSaved& saved)
+        : block(block),
+          shape(block.depthwise_shape),
+          saved(saved),
+          expands(block.expand.weight != nullptr),
+          gates(block.reduced != 0),
+          channels(shape.channels),
+          image_in(shape.height * shape.width),
+          image_out(shape.out_height * shape.out_width),
+          pixels_in(shape.batch * image_in),
+          pixels_out(shape.batch * image_out),
+          convolved(static_cast<T*>(saved.convolved)),
+          projected(static_cast<T*>(saved.projected)) {}
+
+    static const A* weights(const ConvNorm& conv) { return static_cast<const A*>(conv.weight); }
+    static bool is_batch(const BatchStatistics& statistics) { return statistics.mean != nullptr; }
+
+    static NormVectors<A> norm_of(int64_t channels, const ConvNorm& conv, const BatchStatistics& batch) {
+        const bool constant = !is_batch(batch);
+        return NormVectors<A>(channels, conv, constant ? conv.mean : batch.mean, constant ? conv.var : batch.var);
+    }
+
+    SqueezeExciteShape excitation_shape(int64_t images) const { return {images, image_out, channels, block.reduced}; }
+    Source<T> input(const void* x) const { return Source<T>({x}, block.in, image_in); }
+
+    // activation(norm(data)) of an expanded tensor.
+    Source<T> activated(const void* data, const NormVectors<A>& norm, int64_t image_pixels) const {
+        return Source<T>({data, norm.norm(), block.activation}, channels, image_pixels);
+    }
+
+    // F1, and the same again in the backward pass, which knows the statistics (`to` is empty then).
+    void expand(const void* x, T* expanded, const BatchStatistics& to) const {
+        const Weights<A> weights = Weights<A>::rows(this->weights(block.expand), block.in, channels);
+        const Source<T> from = input(x);
+        const Parts parts{pixels_in, larger(1, smaller(64, pixels_in / pixel_block))};
+        const int64_t vectors = weights.vectors(), pairs = ceil_div(vectors, 2);
+        const int64_t groups = smaller(pairs, ceil_div(8, parts.parts));
+        const Moments<A> moments(parts.parts, channels, to);
+        const Finish<T> finish{expanded, channels, channels, Activation::none};
+        parallel_tasks(
+            parts.parts * groups, [&] { return StagedRows<T>(from, pixel_block, false); },
+            [&](int64_t task, const StagedRows<T>& rows) {
+                const int64_t part = task / groups, group = task % groups, start = parts.begin(part);
+                for_each_block(start, parts.begin(part + 1), pixel_block, [&](int64_t first, int64_t count) {
+                    const auto left = Left<A>::rows(rows(first, count), block.in, rows.step());
+                    weights.multiply(left, first, count, 2 * (pairs * group / groups),
+                                     smaller(vectors, 2 * (pairs * (group + 1) / groups)), finish,
+                                     [&](int64_t c, int64_t width) {
+                                         if (moments.wanted)
+                                             moments.add(part, first - start, count, expanded + first * channels + c,
+                                                         channels, c, width);
+                                     });
+                });
+            });
+        moments.merge([&](int64_t part) { return parts.size(part); });
+    }
+
+    // F2
+    void convolve(const Source<T>& from) const {
+        const int64_t slabs = ceil_div(channels, slab<A>), chunks = row_chunks(shape.batch * slabs, shape.out_height);
+        const int64_t rows_at_once = ceil_div(pixel_block, shape.out_width), width = shape.out_width;
+        const Moments<A> moments(shape.batch * chunks, channels, saved.depthwise);
+        Epilogue<T> epilogue;
+        epilogue.out = convolved;
+        epilogue.channels = channels;
+        depthwise_rows<A>(shape, weights(block.depthwise), StageStored<T>{from, shape.height, shape.width},
+                          [&](const MadeRow& made, int64_t c, int64_t n, const A* values) {
+                              const int64_t row = made.image * shape.out_height + made.row, done = made.row - made.first;
+                              epilogue(row * width, width, c, n, values, slab<A>);
+                              if (!moments.wanted || ((done + 1) % rows_at_once != 0 && made.row + 1 != made.last))
+                                  return;
+                              const int64_t rows = done % rows_at_once + 1, first = row + 1 - rows;
+                              moments.add(made.part, (done + 1 - rows) * width, rows * width,
+                                          convolved + first * width * channels + c, channels, c, n);
+                          });
+        moments.merge([&](int64_t part) {
+            const int64_t chunk = part % chunks;
+            return (shape.out_height * (chunk + 1) / chunks - shape.out_height * chunk / chunks) * width;
+        });
+    }
+};
+
+// F3 and F4. With a gate an image is activated and summed, and waits in cache for its gate and the product.
+template <class T>
+class Project {
+    using A = Compute<T>;
+    static constexpr int L = lanes<A>;
+
+  public:
+    Project(const Steps<T>& steps, const NormVectors<A>& norm)
+        : steps_(steps),
+          norm_(norm),
+          channels_(steps.channels),
+          step_(round_up(channels_, L)),
+          out_(steps.block.out),
+          image_{steps.image_out, ceil_div(steps.image_out, pixel_block)},
+          weights_(Weights<A>::rows(steps.weights(steps.block.project), channels_, out_)),
+          moments_(steps.shape.batch * image_.parts, out_, steps.saved.project) {}
+
+    void operator()() const {
+        const int64_t batch = steps_.shape.batch;
+        if (!steps_.gates) {
+            without_gate(batch);
+        } else {
+            // Whole images to the threads as far as they go round; the rest is shared.
+            const int64_t threads = thread_count(), alone = batch / threads * threads;
+            parallel_tasks(
+                alone, [] { return 0; }, [&](int64_t image, int) { with_gate(image); });
+            for (int64_t image = alone; image < batch; ++image) with_gate(image);
+        }
+        moments_.merge([&](int64_t part) { return image_.size(part % image_.parts); });
+    }
+
+  private:
+    // Rows [first, first + count) of an image, the operands of the product `step_` apart, to memory and to the sums.
+    void multiply(int64_t image, int64_t part, const A* rows) const {
+        const int64_t first = image * steps_.image_out + image_.begin(part), count = image_.size(part);
+        T* const to = steps_.projected;
+        const auto left = Left<A>::rows(rows, channels_, step_);
+        weights_.multiply(left, first, count, 0, weights_.vectors(), Finish<T>{to, out_, out_, Activation::none},
+                          [&](int64_t c, int64_t width) {
+                              if (moments_.wanted)
+                                  moments_.add(image * image_.parts + part, 0, count, to + first * out_ + c, out_, c,
+                                               width);
+                          });
+    }
+
+    void without_gate(int64_t batch) const {
+        const Source<T> from = steps_.activated(steps_.convolved, norm_, steps_.image_out);
+        parallel_tasks(
+            batch * image_.parts, [&] { return Scratch<A>(pixel_block * step_); },
+            [&](int64_t task, A* rows) {
+                const int64_t image = task / image_.parts, part = task % image_.parts;
+                from.stage(image * steps_.image_out + image_.begin(part), image_.size(part), 0, channels_, rows, step_);
+                multiply(image, part, rows);
+            });
+    }
+
+    void with_gate(int64_t image) const {
+        const int64_t parts = image_.parts;
+        const Scratch<A> activated(steps_.image_out * step_), sums(parts * step_);
+        parallel_tasks(
+            parts, [] { return 0; },
+            [&](int64_t part, int) {
+                activate(image, part, activated + image_.begin(part) * step_, sums + part * step_);
+            });
+        A* const pooled = static_cast<A*>(steps_.saved.pooled) + image * channels_;
+        for (int64_t c = 0; c < channels_; ++c) {
+            double sum = 0;
+            for (int64_t part = 0; part < parts; ++part) sum += double(sums[part * step_ + c]);
+            pooled[c] = A(sum / double(steps_.image_out));
+        }
+        const Excitation<A> excitation(steps_.excitation_shape(1), steps_.block.squeeze_excite, pooled);
+        const A* const gate = excitation.gate;
+        parallel_tasks(
+            parts, [] { return 0; },
+            [&](int64_t part, int) {
+                A* const rows = activated + image_.begin(part) * step_;
+                for (int64_t p = 0; p < image_.size(part); ++p)
+                    for (int64_t c = 0; c < channels_; c += L)
+                        store(rows + p * step_ + c,
+                              load(rows + p * step_ + c) * load(gate + c, int(smaller(L, channels_ - c))));
+                multiply(image, part, rows);
+            });
+    }
+
+    // A part of an image through its normalisation and activation, and the sum of each channel.
+    void activate(int64_t image, int64_t part, A* to, A* sums) const {
+        const int64_t first = image * steps_.image_out + image_.begin(part), count = image_.size(part);
+        with_activation(steps_.block.activation, [&](auto kind) {
+            for (int64_t c = 0; c < channels_; c += L) {
+                const int n = int(smaller(L, channels_ - c));
+                const NormColumn<A> column(norm_, c, n);
+                const T* const from = steps_.convolved + first * channels_ + c;
+                Vec<A> sum = {};
+                for (int64_t p = 0; p < count; ++p) {
+                    const Vec<A> v = effnet::cpu::EFFNET_ISA::activate<A>(column(load(from + p * channels_, n)),
+                                                                          kind.value);
+                    sum += v;
+                    store(to + p * step_ + c, v);
+                }
+                store(sums + c, sum);
+            }
+        });
+    }
+
+    const Steps<T>& steps_;
+    const NormVectors<A>& norm_;
+    const int64_t channels_, step_, out_;
+    const Parts image_;
+    const Weights<A> weights_;
+    const Moments<A> moments_;
+};
+
+// F5
+template <class T>
+void finish_block(const Steps<T>& steps, const NormVectors<Compute<T>>& norm, const T* x, T* y) {
+    using A = Compute<T>;
+    constexpr int L = lanes<A>;
+    const int64_t out = steps.block.out;
+    const A* const image_scale = static_cast<const A*>(steps.block.drop_path);
+    const T* const residual = steps.block.residual ? x : nullptr;
+    Reduction(steps.pixels_out).blocks([&](int64_t, int64_t first, int64_t count) {
+        for (int64_t p = first; p < first + count; ++p) {
+            const A factor = image_scale == nullptr ? A(1) : image_scale[p / steps.image_out];
+            for (int64_t c = 0; c < out; c += L) {
+                const int n = int(smaller(L, out - c));
+                const int64_t at = p * out + c;
+                Vec<A> v = NormColumn<A>(norm, c, n)(load(steps.projected + at, n)) * factor;
+                if (residual != nullptr) v += load(residual + at, n);
+                store(y + at, v, n);
+            }
+        }
+    });
+}
+
+// B1 to B3: from the block's gradient to z̄, the gradient after the gate, and all that the normalisation behind the
+// depthwise convolution needs to know of it.
+template <class T>
+class ProjectBackward {
+    using A = Compute<T>;
+    static constexpr int L = lanes<A>, S = slab<A>;
+    // Sums of an image's pixels, by their numbers in docs/mbconv.md; those that a block without a gate needs come first.
+    enum Sum { slope, slope_hat, gate, slope_alone, slope_hat_alone, sums };
+
+  public:
+    ProjectBackward(const Steps<T>& steps, const T* grad, const NormVectors<A>& norm2, const A* gates,
+                    const BlockGrads& grads)
+        : steps_(steps),
+          grad_(grad),
+          grads_(grads),
+          norm2_(norm2),
+          norm3_(steps.norm_of(steps.block.out, steps.block.project, steps.saved.project)),
+          sums3_(steps.block.out, grads.project),
+          gates_(gates),
+          channels_(steps.channels),
+          out_(steps.block.out),
+          out_step_(round_up(out_, L)),
+          image_{steps.image_out,
+                 larger(ceil_div(steps.image_out, 2048),
+                        larger(1, smaller(ceil_div(8, larger(1, steps.shape.batch)), steps.image_out / 64)))},
+          pieces_(Parts::for_sums(steps.shape.batch * image_.parts, steps.pixels_out,
+                                  out_ * round_up(channels_, S))),
+          totals_(steps.shape.batch * image_.parts, channels_) {
+        sum_projected();
+    }
+
+    // Fills `wide`, [pixels][channels], with z̄.
+    void operator()(A* wide) const {
+        const NormGradient<A> norm_gradient(norm3_, steps_.is_batch(steps_.saved.project), steps_.pixels_out, sums3_);
+        const Weights<A> weights = Weights<A>::columns(steps_.weights(steps_.block.project), out_, channels_);
+        A* const weight_gradient = static_cast<A*>(grads_.project.weight);
+        const WeightSums<A> weight_sums(weight_gradient == nullptr ? 0 : pieces_.parts, out_, channels_);
+        const int64_t vectors = weights.vectors(), pairs = ceil_div(vectors, 2);
+        const int64_t groups = smaller(pairs, ceil_div(8, pieces_.parts));
+        parallel_tasks(
+            pieces_.parts * groups, [&] { return Scratch<A>(pixel_block * (out_step_ + S)); },
+            [&](int64_t task, A* memory) {
+                const int64_t part = task / groups, group = task % groups;
+                const int64_t begin = 2 * (pairs * group / groups), end = 2 * (pairs * (group + 1) / groups);
+                A *const rows = memory, *const gated = memory + pixel_block * out_step_;
+                if (weight_gradient != nullptr) weight_sums.clear(part, begin * L, (end - begin) * L);
+                for (int64_t piece = pieces_.begin(part); piece < pieces_.begin(part + 1); ++piece) {
+                    const int64_t image = piece / image_.parts, start = image * steps_.image_out, within = piece % image_.parts;
+                    for_each_block(
+                        start + image_.begin(within), start + image_.begin(within + 1), pixel_block,
+                        [&](int64_t first, int64_t count) {
+                            stage(norm_gradient, first, count, rows);
+                            weights.multiply(Left<A>::rows(rows, out_, out_step_), first, count, begin,
+                                             smaller(end, vectors),
+                                             Finish<A>{wide, channels_, channels_, Activation::none},
+                                             [&](int64_t c, int64_t width) {
+                                                 walk(piece, image, first, count, c, width, wide, gated);
+                                                 if (weight_gradient != nullptr)
+                                                     weight_sums.add(part, count, rows, out_step_, gated, S, c, width);
+                                             });
+                        });
+                }
+            });
+        if (weight_gradient != nullptr) weight_sums.total(weight_gradient);
+    }
+
+    // ḡ, [images][channels].
+    void gate_gradient(A* to) const {
+        for_each_channel([&](int64_t image, int64_t c) { to[image * channels_ + c] = A(total(image, gate, c)); });
+    }
+
+    // β̄2 and γ̄2, with p̄ / T, [images][channels], where there is a gate.
+    void norm_sums(const A* pool_gradient, const NormSums<A>& to) const {
+        const Buffer<double> shift = zeros<double>(channels_), scale = zeros<double>(channels_);
+        for_each_channel([&](int64_t image, int64_t c) {
+            const int64_t at = image * channels_ + c;
+            const double g = gates_ == nullptr ? 1 : double(gates_[at]);
+            shift[c] += g * total(image, slope, c);
+            scale[c] += g * total(image, slope_hat, c);
+            if (gates_ == nullptr) return;
+            shift[c] += double(pool_gradient[at]) * total(image, slope_alone, c);
+            scale[c] += double(pool_gradient[at]) * total(image, slope_hat_alone, c);
+        });
+        for (int64_t c = 0; c < channels_; ++c) to.shift[c] = A(shift[c]), to.scale[c] = A(scale[c]);
+    }
+
+  private:
+    template <class Body>
+    void for_each_channel(const Body& body) const {
+        for (int64_t image = 0; image < steps_.shape.batch; ++image)
+            for (int64_t c = 0; c < channels_; ++c) body(image, c);
+    }
+    double total(int64_t image, Sum which, int64_t c) const {
+        double sum = 0;
+        for (int64_t part = 0; part < image_.parts; ++part)
+            sum += double(totals_.of(image * image_.parts + part, which)[c]);
+        return sum;
+    }
+
+    A drop_path(int64_t pixel) const {
+        return steps_.block.drop_path == nullptr
+                   ? A(1)
+                   : static_cast<const A*>(steps_.block.drop_path)[pixel / steps_.image_out];
+    }
+
+    // β̄3 and γ̄3.
+    void sum_projected() const {
+        const Reduction reduction(steps_.pixels_out);
+        const PartialSums<A, 2> partial(reduction.parts, out_);
+        reduction.blocks([&](int64_t part, int64_t first, int64_t count) {
+            for (int64_t c = 0; c < out_; c += L) {
+                const int n = int(smaller(L, out_ - c));
+                const NormColumn<A> column(norm3_, c, n);
+                Vec<A> shift = {}, scale = {};
+                for (int64_t p = first; p < first + count; ++p) {
+                    const Vec<A> t = load(grad_ + p * out_ + c, n) * drop_path(p);
+                    shift += t;
+                    scale += t * ((load(steps_.projected + p * out_ + c, n) - column.mean) * column.rstd);
+                }
+                partial.add(part, 0, c, n, shift);
+                partial.add(part, 1, c, n, scale);
+            }
+        });
+        partial.total(0, sums3_.shift);
+        partial.total(1, sums3_.scale);
+    }
+
+    // ā3 of a block of pixels.
+    void stage(const NormGradient<A>& norm_gradient, int64_t first, int64_t count, A* to) const {
+        for (int64_t c = 0; c < out_; c += L) {
+            const int n = int(smaller(L, out_ - c));
+            const auto column = norm_gradient.column(c, n);
+            for (int64_t p = 0; p < count; ++p) {
+                const int64_t at = (first + p) * out_ + c;
+                store(to + p * out_step_ + c,
+                      column(load(grad_ + at, n) * drop_path(first + p), load(steps_.projected + at, n)));
+            }
+        }
+    }
+
+    // z of a few channels of a block, and its sums with z̄.
+    void walk(int64_t piece, int64_t image, int64_t first, int64_t count, int64_t c, int64_t width, const A* wide,
+              A* gated) const {
+        with_activation(steps_.block.activation, [&](auto kind) {
+            for (int64_t i = 0; i < width; i += L) {
+                const int n = int(smaller(L, width - i));
+                if (gates_ == nullptr)
+                    walk_vector<kind.value, false>(piece, image, first, count, c + i, n, wide, gated + i);
+                else
+                    walk_vector<kind.value, true>(piece, image, first, count, c + i, n, wide, gated + i);
+            }
+        });
+    }
+
+    template <Activation KIND, bool GATED>
+    void walk_vector(int64_t piece, int64_t image, int64_t first, int64_t count, int64_t c, int n, const A* wide,
+                     A* gated) const {
+        const NormColumn<A> column(norm2_, c, n);
+        const Vec<A> g = GATED ? load(gates_ + image * channels_ + c, n) : Vec<A>{};
+        const T* from = steps_.convolved + first * channels_ + c;
+        const A* z = wide + first * channels_ + c;
+        const int64_t step = channels_;
+        Vec<A> sum[sums] = {};
+        for (int64_t p = 0; p < count; ++p, from += step, z += step, gated += S) {
+            const Vec<A> a = load(from, n), hat = (a - column.mean) * column.rstd, t = load(z, n);
+            const Activated<A> u = activate_with_slope<A>(column(a), KIND);
+            sum[slope] += t * u.slope;
+            sum[slope_hat] += t * u.slope * hat;
+            if constexpr (GATED) {
+                sum[gate] += t * u.value;
+                sum[slope_alone] += u.slope;
+                sum[slope_hat_alone] += u.slope * hat;
+                store(gated, u.value * g);
+            } else {
+                store(gated, u.value);
+            }
+        }
+        for (int which = 0; which < (GATED ? int(sums) : int(gate)); ++which)
+            totals_.add(piece, which, c, n, sum[which]);
+    }
+
+    const Steps<T>& steps_;
+    const T* const grad_;
+    const BlockGrads& grads_;
+    const NormVectors<A>& norm2_;
+    const NormVectors<A> norm3_;
+    const NormSums<A> sums3_;
+    const A* const gates_;
+    const int64_t channels_, out_, out_step_;
+    const Parts image_;   // the pixels of an image in pieces
+    const Parts pieces_;  // the pieces of all images in parts
+    const PartialSums<A, sums> totals_;
+};
+
+// B4's prologue: ā2 from z̄ and a2.
+template <class T>
+struct StageConvolvedGradient {
+    using A = Compute<T>;
+    const Steps<T>& steps;
+    const NormVectors<A>& norm;
+    const NormGradient<A>& norm_gradient;
+    const A *wide, *gates, *pool_gradient;
+
+    void operator()(int64_t image, int64_t row, int64_t c, int64_t n, A* to) const {
+        with_activation(steps.block.activation, [&](auto kind) {
+            for (int64_t i = 0; i < n; i += lanes<A>)
+                vector<kind.value>(image, row, c + i, int(smaller(lanes<A>, n - i)), to + i);
+        });
+    }
+
+  private:
+    template <Activation KIND>
+    void vector(int64_t image, int64_t row, int64_t c, int n, A* to) const {
+        const NormColumn<A> column(norm, c, n);
+        const auto gradient = norm_gradient.column(c, n);
+        const int64_t step = steps.channels, width = steps.shape.out_width;
+        const int64_t at = (image * steps.image_out + row * width) * step + c;
+        const Vec<A> g = gates == nullptr ? broadcast(A(1)) : load(gates + image * step + c, n),
+                     pool = gates == nullptr ? Vec<A>{} : load(pool_gradient + image * step + c, n);
+        const T* from = steps.convolved + at;
+        const A* z = wide + at;
+        for (int64_t p = 0; p < width; ++p, from += step, z += step, to += slab<A>) {
+            const Vec<A> a = load(from, n);
+            const Activated<A> u = activate_with_slope<A>(column(a), KIND);
+            store(to, gradient((load(z, n) * g + pool) * u.slope, a));
+        }
+    }
+};
+
+// B4 of a block that expands: n̄1 from ā2, with its sums.
+template <class T, class StageGradient>
+void expanded_gradient(const Steps<T>& steps, const StageGradient& stage_gradient, const T* expanded,
+                       const NormVectors<Compute<T>>& norm, const NormSums<Compute<T>>& sums,
+                       Compute<T>* filter_gradient, Compute<T>* to) {
+    using A = Compute<T>;
+    constexpr int L = lanes<A>, S = slab<A>;
+    const DepthwiseShape& s = steps.shape;
+    const int64_t channels = steps.channels, width = s.width;
+    const PartialSums<double, 2> partial(gradient_parts(s, ceil_div(channels, S)), channels);
+    const auto pixel = [&](int64_t image, int64_t row) { return (image * s.height + row) * width; };
+    const auto stage_input = [&](int64_t image, int64_t row, int64_t c, int64_t n, A* values, A* slopes) {
+        with_activation(steps.block.activation, [&](auto kind) {
+            for (int64_t i = 0; i < n; i += L) {
+                const int valid = int(smaller(L, n - i));
+                const NormColumn<A> column(norm, c + i, valid);
+                const T* from = expanded + pixel(image, row) * channels + c + i;
+                for (int64_t p = 0; p < width; ++p, from += channels) {
+                    const Activated<A> u = activate_with_slope<A>(column(load(from, valid)), kind.value);
+                    store(values + p * S + i, u.value);
+                    store(slopes + p * S + i, u.slope);
+                }
+            }
+        });
+    };
+    const auto emit = [&](const MadeRow& made, int64_t c, int64_t n, const A* values, const A* slopes) {
+        for (int64_t i = 0; i < n; i += L) {
+            const int valid = int(smaller(L, n - i));
+            const NormColumn<A> column(norm, c + i, valid);
+            const int64_t at = pixel(made.image, made.row) * channels + c + i;
+            Vec<A> shift = {}, scale = {};
+            for (int64_t p = 0; p < width; ++p) {
+                const Vec<A> t = load(values + p * S + i) * load(slopes + p * S + i);
+                shift += t;
+                scale += t * ((load(expanded + at + p * channels, valid) - column.mean) * column.rstd);
+                store(to + at + p * channels, t, valid);
+            }
+            A row_shift[L], row_scale[L];
+            store(row_shift, shift);
+            store(row_scale, scale);
+            for (int j = 0; j < valid; ++j) {
+                partial.of(made.part, 0)[c + i + j] += double(row_shift[j]);
+                partial.of(made.part, 1)[c + i + j] += double(row_scale[j]);
+            }
+        }
+    };
+    depthwise_gradients<true>(s, steps.weights(steps.block.depthwise), stage_gradient, stage_input, true, emit,
+                              filter_gradient);
+    const Buffer<double> totals(channels);
+    for (int which = 0; which < 2; ++which) {
+        partial.total(which, totals);
+        for (int64_t c = 0; c < channels; ++c) (which == 0 ? sums.shift : sums.scale)[c] = A(totals[c]);
+    }
+}
+
+// B5: both products read ā1 where it is made.
+template <class T>
+void expand_backward(const Steps<T>& steps, const void* grad, const void* x, const T* expanded,
+                     const Compute<T>* activated_gradient, const NormGradient<Compute<T>>& norm_gradient,
+                     const BlockGrads& grads) {
+    using A = Compute<T>;
+    constexpr int L = lanes<A>, S = slab<A>;
+    const int64_t channels = steps.channels, step = round_up(channels, L), in = steps.block.in;
+    const Weights<A> weights = Weights<A>::columns(steps.weights(steps.block.expand), channels, in);
+    const Source<T> from = steps.input(x);
+    A* const weight_gradient = static_cast<A*>(grads.expand.weight);
+    T* const grad_x = static_cast<T*>(grads.x);
+    const Parts parts = Parts::for_sums(steps.pixels_in, steps.pixels_in, channels * round_up(in, S));
+    const WeightSums<A> weight_sums(weight_gradient == nullptr ? 0 : parts.parts, channels, in);
+    Finish<T> finish{grad_x, in, in, Activation::none};
+    if (steps.block.residual) finish.residual = static_cast<const T*>(grad);
+    // A block of ā1 takes half of L2.
+    const int64_t rows = larger(12, smaller(pixel_block, (192 << 10) / (step * int64_t(sizeof(A))) / 12 * 12));
+    struct Memory {
+        Scratch<A> gradient;
+        StagedRows<T> input;
+    };
+    parallel_tasks(
+        parts.parts, [&] { return Memory{Scratch<A>(rows * step), StagedRows<T>(from, rows, true)}; },
+        [&](int64_t part, const Memory& own) {
+            if (weight_gradient != nullptr) weight_sums.clear(part, 0, round_up(in, S));
+            for_each_block(parts.begin(part), parts.begin(part + 1), rows, [&](int64_t first, int64_t count) {
+                for (int64_t c = 0; c < channels; c += L) {
+                    const int n = int(smaller(L, channels - c));
+                    const auto column = norm_gradient.column(c, n);
+                    for (int64_t p = 0; p < count; ++p) {
+                        const int64_t at = (first + p) * channels + c;
+                        store(own.gradient + p * step + c,
+                              column(load(activated_gradient + at, n), load(expanded + at, n)));
+                    }
+                }
+                if (grad_x != nullptr)
+                    weights.multiply(Left<A>::rows(own.gradient, channels, step), first, count, finish);
+                if (weight_gradient == nullptr) return;
+                const A* const right = own.input(first, count);
+                for (int64_t c = 0; c < in; c += S)
+                    weight_sums.add(part, count, own.gradient, step, right + c, own.input.step(), c,
+                                    smaller(S, in - c));
+            });
+        });
+    if (weight_gradient != nullptr) weight_sums.total(weight_gradient);
+}
+
+}  // namespace
+
+template <class T>
+void mbconv_training(const Block& block, const void* x, void* y, const BlockSaved& saved) {
+    using A = Compute<T>;
+    const Steps<T> steps(block, saved);
+    // The expanded tensor lives until the depthwise convolution has read it, or longer where it is saved.
+    if (steps.expands) {
+        Buffer<T> own(saved.expanded == nullptr ? steps.pixels_in * steps.channels : 0);
+        T* const expanded = saved.expanded == nullptr ? static_cast<T*>(own) : static_cast<T*>(saved.expanded);
+        steps.expand(x, expanded, saved.expand);
+        const NormVectors<A> norm = steps.norm_of(steps.channels, block.expand, saved.expand);
+        steps.convolve(steps.activated(expanded, norm, steps.image_in));
+    } else {
+        steps.convolve(steps.input(x));
+    }
+    const NormVectors<A> norm2 = steps.norm_of(steps.channels, block.depthwise, saved.depthwise);
+    Project<T>(steps, norm2)();
+    const NormVectors<A> norm3 = steps.norm_of(block.out, block.project, saved.project);
+    finish_block(steps, norm3, static_cast<const T*>(x), static_cast<T*>(y));
+}
+
+template <class T>
+void mbconv_backward(const Block& block, const void* grad, const void* x, const BlockSaved& saved,
+                     const BlockGrads& grads) {
+    using A = Compute<T>;
+    const Steps<T> steps(block, saved);
+    const int64_t channels = steps.channels, gate_values = steps.gates ? steps.shape.batch * channels : 0;
+    const SqueezeExciteShape excitation_shape = steps.excitation_shape(steps.gates ? steps.shape.batch : 0);
+    const A* const pooled = static_cast<const A*>(saved.pooled);
+    const Excitation<A> excitation(excitation_shape, block.squeeze_excite, pooled);
+    const A* const gates = steps.gates ? static_cast<const A*>(excitation.gate) : nullptr;
+
+    // B1 to B3
+    const NormVectors<A> norm2 = steps.norm_of(channels, block.depthwise, saved.depthwise);
+    const ProjectBackward<T> project(steps, static_cast<const T*>(grad), norm2, gates, grads);
+    const Buffer<A> wide(steps.pixels_out * channels), gate_gradient(gate_values), pool_gradient(gate_values);
+    project(wide);
+    if (steps.gates) {
+        project.gate_gradient(gate_gradient);
+        excitation_backward<A>(excitation_shape, block.squeeze_excite, pooled, excitation, gate_gradient, pool_gradient,
+                               grads.squeeze_excite);
+    }
+    const NormSums<A> sums2(channels, grads.depthwise);
+    project.norm_sums(pool_gradient, sums2);
+
+    // B4
+    const NormGradient<A> gradient2(norm2, steps.is_batch(saved.depthwise), steps.pixels_out, sums2);
+    const StageConvolvedGradient<T> stage_gradient{steps, norm2, gradient2, wide, gates, pool_gradient};
+    A* const filter_gradient = static_cast<A*>(grads.depthwise.weight);
+    if (!steps.expands) {
+        const StageStored<T> stage_input{steps.input(x), steps.shape.height, steps.shape.width};
+        Epilogue<T> epilogue;
+        epilogue.out = static_cast<T*>(grads.x);
+        epilogue.channels = channels;
+        if (block.residual) epilogue.residual = static_cast<const T*>(grad);
+        depthwise_gradients<false>(
+            steps.shape, steps.weights(block.depthwise), stage_gradient,
+            [&](int64_t image, int64_t row, int64_t c, int64_t n, A* to, A*) { stage_input(image, row, c, n, to); },
+            grads.x != nullptr,
+            [&](const MadeRow& made, int64_t c, int64_t n, const A* values, const A*) {
+                epilogue((made.image * steps.shape.height + made.row) * steps.shape.width, steps.shape.width, c, n,
+                         values, slab<A>);
+            },
+            filter_gradient);
+        return;
+    }
+    Buffer<T> own(saved.expanded == nullptr ? steps.pixels_in * channels : 0);
+    T* const expanded = saved.expanded == nullptr ? static_cast<T*>(own) : static_cast<T*>(saved.expanded);
+    if (saved.expanded == nullptr) steps.expand(x, expanded, {});
+    const NormVectors<A> norm1 = steps.norm_of(channels, block.expand, saved.expand);
+    const NormSums<A> sums1(channels, grads.expand);
+    const Buffer<A> activated_gradient(steps.pixels_in * channels);
+    expanded_gradient(steps, stage_gradient, static_cast<const T*>(expanded), norm1, sums1, filter_gradient,
+                      static_cast<A*>(activated_gradient));
+
+    // B5
+    const NormGradient<A> gradient1(norm1, steps.is_batch(saved.expand), steps.pixels_in, sums1);
+    if (grads.expand.weight != nullptr || grads.x != nullptr)
+        expand_backward(steps, grad, x, static_cast<const T*>(expanded), static_cast<const A*>(activated_gradient),
+                        gradient1, grads);
+}
+
+EFFNET_INSTANTIATE(mbconv_training)
+EFFNET_INSTANTIATE(mbconv_backward)
+
+EFFNET_NAMESPACE_END

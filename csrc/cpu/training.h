@@ -1,0 +1,305 @@
+// What the steps of a block's training share: sums over the batch where values are made, normalisation and its gradient
+// where they are read. Ranges of pixels depend on the shape alone, and each is summed by one thread, so that results do
+// not depend on the number of threads.
+#pragma once
+
+#include "batch_norm.h"
+#include "packed.h"
+#include "product.h"
+
+EFFNET_NAMESPACE_BEGIN
+
+// Pixels that pass from one product to the next while they are in cache.
+constexpr int64_t pixel_block = 96;
+
+// `count` things cut into parts of about equal size.
+struct Parts {
+    int64_t count, parts;
+    int64_t begin(int64_t part) const { return count * part / parts; }
+    int64_t size(int64_t part) const { return begin(part + 1) - begin(part); }
+
+    // Parts whose threads each sum a matrix of `values` numbers of their own, over `pixels` pixels in all.
+    static Parts for_sums(int64_t count, int64_t pixels, int64_t values) {
+        constexpr int64_t most_values = 4 << 20;
+        const int64_t most = smaller(smaller(64, count), smaller(pixels / pixel_block, most_values / values));
+        return {count, larger(1, most)};
+    }
+};
+
+// body(first, count) over [begin, end) in blocks of at most `most`.
+template <class Body>
+inline void for_each_block(int64_t begin, int64_t end, int64_t most, const Body& body) {
+    for (int64_t first = begin; first < end; first += most) body(first, smaller(most, end - first));
+}
+
+// Mean and biased variance of each channel, from parts of the pixels: mean and squared deviations of each block, merged
+// in fp64 by Chan's formula, which neither cancels for |mean| >> deviation nor loses the small terms of a long sum.
+template <class A>
+class Moments {
+  public:
+    Moments(int64_t parts, int64_t channels, const BatchStatistics& to)
+        : wanted(to.mean != nullptr),
+          parts_(parts),
+          channels_(channels),
+          to_(to),
+          means_(zeros<double>(wanted ? parts * channels : 0)),
+          squares_(zeros<double>(wanted ? parts * channels : 0)) {}
+
+    // `count` pixels of the channels [c, c + width), `step` values apart, join the `before` that the part has already.
+    template <class T>
+    void add(int64_t part, int64_t before, int64_t count, const T* values, int64_t step, int64_t c,
+             int64_t width) const {
+        constexpr int L = lanes<A>;
+        const double total = double(before + count), weight = double(count) / total, cross = double(before) * weight;
+        for (int64_t i = 0; i < width; i += L) {
+            const int n = int(smaller(L, width - i));
+            Vec<A> sum = {}, square = {};
+            for (int64_t p = 0; p < count; ++p) sum += load(values + p * step + i, n);
+            const Vec<A> mean = sum / A(count);
+            for (int64_t p = 0; p < count; ++p) {
+                const Vec<A> d = load(values + p * step + i, n) - mean;
+                square += d * d;
+            }
+            A block_mean[L], block_square[L];
+            store(block_mean, mean);
+            store(block_square, square);
+            double *const m = means_ + part * channels_ + c + i, *const q = squares_ + part * channels_ + c + i;
+            for (int j = 0; j < n; ++j) {
+                const double delta = double(block_mean[j]) - m[j];
+                m[j] += delta * weight;
+                q[j] += double(block_square[j]) + delta * delta * cross;
+            }
+        }
+    }
+
+    // size_of(part): how many pixels it has.
+    template <class SizeOf>
+    void merge(const SizeOf& size_of) const {
+        if (!wanted) return;
+        parallel(ceil_div(channels_, block_), [&](int64_t begin, int64_t end) {
+            for (int64_t block = begin; block < end; ++block) merge_channels(block * block_, size_of);
+        });
+    }
+
+    const bool wanted;
+
+  private:
+    static constexpr int64_t block_ = 64;
+
+    template <class SizeOf>
+    void merge_channels(int64_t first, const SizeOf& size_of) const {
+        const int64_t count = smaller(block_, channels_ - first);
+        double m[block_] = {}, q[block_] = {}, before = 0;
+        for (int64_t part = 0; part < parts_; ++part) {
+            const double size = double(size_of(part));
+            if (size == 0) continue;
+            const double total = before + size, weight = size / total, cross = before * weight;
+            const double *const part_mean = means_ + part * channels_ + first,
+                                *const part_square = squares_ + part * channels_ + first;
+            for (int64_t c = 0; c < count; ++c) {
+                const double delta = part_mean[c] - m[c];
+                m[c] += delta * weight;
+                q[c] += part_square[c] + delta * delta * cross;
+            }
+            before = total;
+        }
+        for (int64_t c = 0; c < count; ++c) {
+            static_cast<A*>(to_.mean)[first + c] = A(m[c]);
+            static_cast<A*>(to_.var)[first + c] = A(q[c] / before);
+        }
+    }
+
+    int64_t parts_, channels_;
+    BatchStatistics to_;
+    Buffer<double> means_, squares_;
+};
+
+// Sums of each channel that parts of the pixels form on their own: [parts][K][channels], added up in fp64.
+template <class A, int K>
+class PartialSums {
+  public:
+    PartialSums(int64_t parts, int64_t channels)
+        : parts_(parts), channels_(channels), sums_(zeros<A>(parts * K * channels)) {}
+
+    A* of(int64_t part, int which) const { return sums_ + (part * K + which) * channels_; }
+    void add(int64_t part, int which, int64_t c, int n, Vec<A> sum) const {
+        A* const to = of(part, which) + c;
+        store(to, load(to, n) + sum, n);
+    }
+    void total(int which, A* to) const {
+        const Buffer<double> sums = zeros<double>(channels_);
+        for (int64_t part = 0; part < parts_; ++part)
+            for (int64_t c = 0; c < channels_; ++c) sums[c] += double(of(part, which)[c]);
+        for (int64_t c = 0; c < channels_; ++c) to[c] = A(sums[c]);
+    }
+
+  private:
+    int64_t parts_, channels_;
+    Buffer<A> sums_;
+};
+
+// Where the gradients of a normalisation's parameters go: to the caller, or to memory of their own.
+template <class A>
+struct NormSums {
+    Buffer<A> own_shift, own_scale;
+    A *shift, *scale;  // sum of t, and of t * (a - mean) * rstd
+    NormSums(int64_t channels, const ConvNormGrads& grads)
+        : own_shift(channels),
+          own_scale(channels),
+          shift(grads.beta == nullptr ? static_cast<A*>(own_shift) : static_cast<A*>(grads.beta)),
+          scale(grads.gamma == nullptr ? static_cast<A*>(own_scale) : static_cast<A*>(grads.gamma)) {}
+};
+
+// Equation (2) of docs/mbconv.md: dL/da from t = dL/dn and a. With constant statistics it is t * scale alone.
+template <class A>
+class NormGradient {
+  public:
+    NormGradient(const NormVectors<A>& norm, bool batch_statistics, int64_t pixels, const NormSums<A>& sums)
+        : norm_(norm), mean_t_(zeros<A>(norm.channels)), slope_(zeros<A>(norm.channels)) {
+        if (!norm.normalises || !batch_statistics) return;
+        for (int64_t c = 0; c < norm.channels; ++c) {
+            mean_t_[c] = sums.shift[c] / A(pixels);
+            slope_[c] = norm.rstd()[c] * sums.scale[c] / A(pixels);
+        }
+    }
+
+    // One vector of channels.
+    struct Column {
+        Vec<A> mean, scale, mean_t, slope;
+        EFFNET_INLINE Vec<A> operator()(Vec<A> t, Vec<A> a) const { return (t - mean_t - (a - mean) * slope) * scale; }
+    };
+    Column column(int64_t c, int n) const {
+        return {load(norm_.mean() + c, n), load(norm_.scale() + c, n), load(mean_t_ + c, n), load(slope_ + c, n)};
+    }
+
+  private:
+    const NormVectors<A>& norm_;
+    Buffer<A> mean_t_, slope_;
+};
+
+// A normalisation and what follows it, for one vector of channels.
+template <class A>
+struct NormColumn {
+    Vec<A> mean, rstd, scale, shift;
+    NormColumn(const NormVectors<A>& norm, int64_t c, int n)
+        : mean(load(norm.mean() + c, n)),
+          rstd(load(norm.rstd() + c, n)),
+          scale(load(norm.scale() + c, n)),
+          shift(load(norm.shift() + c, n)) {}
+    EFFNET_INLINE Vec<A> operator()(Vec<A> a) const { return (a - mean) * scale + shift; }
+};
+
+// Rows of a tensor as an operand of a product: memory itself where it can be read as it is, else a staged copy.
+template <class T>
+class StagedRows {
+    using A = Compute<T>;
+
+  public:
+    // `whole`: pixels must begin `step()` values apart, and be followed by values up to whole vectors.
+    StagedRows(const Source<T>& x, int64_t most, bool whole)
+        : x_(x),
+          direct_(x.direct() && (!whole || x.channels % lanes<A> == 0)),
+          step_(direct_ ? x.channels : round_up(x.channels, lanes<A>)),
+          own_(direct_ ? 0 : most * step_) {}
+
+    const A* operator()(int64_t first, int64_t count) const {
+        if (direct_) return reinterpret_cast<const A*>(x_.data) + first * x_.channels;
+        x_.stage(first, count, 0, x_.channels, own_, step_);
+        return own_;
+    }
+    int64_t step() const { return step_; }
+
+  private:
+    const Source<T>& x_;
+    bool direct_;
+    int64_t step_;
+    Scratch<A> own_;
+};
+
+// Weights of a product in panels, with zeros for its bias.
+template <class A>
+class Weights {
+  public:
+    // [columns][depth] in memory.
+    static Weights rows(const A* weight, int64_t depth, int64_t columns) {
+        Weights made(depth, columns);
+        pack_panels<A, A>(weight, depth, columns, nullptr, made.data_);
+        return made;
+    }
+    // [depth][columns] in memory.
+    static Weights columns(const A* weight, int64_t depth, int64_t columns) {
+        Weights made(depth, columns);
+        A* const to = made.data_;
+        parallel_tasks(
+            ceil_div(columns, panel_columns), [] { return 0; },
+            [=](int64_t panel, int) {
+                const int64_t c = panel * panel_columns, valid = smaller(panel_columns, columns - c);
+                A* const at = to + c * depth;
+                if (valid < panel_columns) std::memset(at, 0, size_t(depth) * panel_columns * sizeof(A));
+                for (int64_t k = 0; k < depth; ++k)
+                    std::memcpy(at + k * panel_columns, weight + k * columns + c, size_t(valid) * sizeof(A));
+            });
+        return made;
+    }
+
+    // finish(...) of `count` pixels times the vectors [begin, end) of columns, then done(first column, columns): a few
+    // columns at a time, so that what they have become is still in cache. `left` counts rows from `first`.
+    template <class O, class Done>
+    void multiply(const Left<A>& left, int64_t first, int64_t count, int64_t begin, int64_t end,
+                  const Finish<O>& finish, const Done& done) const {
+        for (int64_t v = begin; v < end; v += 2) {
+            const int64_t last = smaller(end, v + 2), c = v * lanes<A>;
+            multiply_rows(left, first, count, panels_, v, last, static_cast<const A*>(zeros_), finish);
+            done(c, smaller(last * lanes<A>, panels_.columns) - c);
+        }
+    }
+    template <class O>
+    void multiply(const Left<A>& left, int64_t first, int64_t count, const Finish<O>& finish) const {
+        multiply_rows(left, first, count, panels_, 0, vectors(), static_cast<const A*>(zeros_), finish);
+    }
+    int64_t vectors() const { return panels_.vectors(); }
+
+  private:
+    Weights(int64_t depth, int64_t columns)
+        : data_(Panels<A>::size(depth, columns)),
+          zeros_(zeros<A>(round_up(columns, panel_columns))),
+          panels_{data_, depth, columns} {}
+    Buffer<A> data_, zeros_;
+    Panels<A> panels_;
+};
+
+// The gradient of a product's weights, [rows][columns]: each part of the pixels has sums of its own.
+template <class A>
+class WeightSums {
+  public:
+    WeightSums(int64_t parts, int64_t rows, int64_t columns)
+        : parts_(parts), rows_(rows), columns_(columns), step_(round_up(columns, slab<A>)), sums_(parts * rows * step_) {}
+
+    // The columns [c, c + width) of a part begin at zero.
+    void clear(int64_t part, int64_t c, int64_t width) const {
+        for (int64_t r = 0; r < rows_; ++r)
+            std::memset(sums_ + (part * rows_ + r) * step_ + c, 0, size_t(smaller(width, step_ - c)) * sizeof(A));
+    }
+    // += left[pixel][rows] times right[pixel][c, c + width), width at most a slab.
+    void add(int64_t part, int64_t count, const A* left, int64_t left_step, const A* right, int64_t right_step,
+             int64_t c, int64_t width) const {
+        panel<true>(rows_, width, count, left, 1, left_step, right, right_step, sums_ + part * rows_ * step_ + c,
+                    step_);
+    }
+    void total(A* to) const {
+        parallel(rows_, [&](int64_t begin, int64_t end) {
+            for (int64_t r = begin; r < end; ++r)
+                for (int64_t c = 0; c < columns_; c += lanes<A>) {
+                    Vec<A> sum = {};
+                    for (int64_t part = 0; part < parts_; ++part) sum += load(sums_ + (part * rows_ + r) * step_ + c);
+                    store(to + r * columns_ + c, sum, int(smaller(lanes<A>, columns_ - c)));
+                }
+        });
+    }
+
+  private:
+    int64_t parts_, rows_, columns_, step_;
+    Buffer<A> sums_;
+};
+
+EFFNET_NAMESPACE_END
