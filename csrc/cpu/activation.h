@@ -34,8 +34,8 @@ EFFNET_INLINE Vec<float> exp_minus(Vec<float> x) {
         (Vec<float>)_mm512_permutexvar_ps(bit_cast<__m512i>(shifted), _mm512_load_ps(fractions));
     return (Vec<float>)_mm512_scalef_ps((__m512)(fraction * p + fraction), (__m512)n);
 #else
-    // |r| <= ln 2 / 2 and degree 6 (minimax: its own error is 3e-9), twice the polynomial and half of 2^n, since 2^128 is
-    // not a float. Adding 1.5 * 2^23 + 126 rounds to an integer, and leaves the exponent field of 2^(n - 1) in the
+    // |r| <= ln 2 / 2 and degree 6 (minimax: its own error is 3e-9), twice the polynomial and half of 2^n, since 2^128
+    // is not a float. Adding 1.5 * 2^23 + 126 rounds to an integer, and leaves the exponent field of 2^(n - 1) in the
     // lowest bits: 0 to 254.
     const Vec<float> t = at_most(at_least(x, -89.0f), 87.0f);
     const Vec<float> magic = broadcast(12583038.0f), shifted = t * -log2e + magic, n = shifted - magic;
@@ -62,7 +62,11 @@ EFFNET_INLINE Vec<double> exp_minus(Vec<double> x) {
 template <class A>
 EFFNET_INLINE Vec<A> sigmoid(Vec<A> x) {
     const Vec<A> y = A(1) / (exp_minus(x) + A(1));
+#if defined(__AVX512F__)
     return x == x ? y : x;
+#else
+    return y;
+#endif
 }
 
 // The same bounds. Minus infinity gives NaN, as in PyTorch.

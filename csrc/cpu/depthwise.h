@@ -325,9 +325,9 @@ inline int64_t gradient_parts(const DepthwiseShape& s, int64_t slabs) {
 
 // Input and filter gradient in one walk over the rows. stage_gradient(image, row, c, n, to) fills a row of the output's
 // gradient, stage_input(image, row, c, n, to, slopes) a row of the input; emit(made row, c, n, values, slopes) takes
-// rows of the input's gradient, and what stage_input left in `slopes` for them where Slopes is true. Either result may
-// be unwanted: no `grad_x`, or a null grad_weight.
-template <bool Slopes, class A, class StageGradient, class StageInput, class Emit>
+// rows of the input's gradient, and what stage_input left in `slopes` for them, Slopes values for each pixel and
+// channel of a row (zero: nothing is kept). Either result may be unwanted: no `grad_x`, or a null grad_weight.
+template <int Slopes, class A, class StageGradient, class StageInput, class Emit>
 inline void depthwise_gradients(const DepthwiseShape& s, const A* weight, const StageGradient& stage_gradient,
                                 const StageInput& stage_input, bool grad_x, const Emit& emit, A* grad_weight) {
     constexpr int S = slab<A>;
@@ -339,10 +339,10 @@ inline void depthwise_gradients(const DepthwiseShape& s, const A* weight, const 
     const Buffer<A> partial = zeros<A>(parts * slabs * taps * S);
     // The staged row can serve the filter gradient too where its pixels are neighbours and all inside.
     const bool contiguous = s.stride_w == 1 && geometry.offset >= 0 && geometry.offset + s.out_width <= geometry.width;
-    const bool inputs_wanted = Slopes || grad_weight != nullptr;
+    const bool inputs_wanted = Slopes > 0 || grad_weight != nullptr;
     parallel(parts * slabs, [&](int64_t begin, int64_t end) {
         const int64_t kept = larger(span_h, s.stride_h);
-        const RowRing<A> inputs(kept, width), slopes(Slopes ? kept : 0, s.width),
+        const RowRing<A> inputs(kept, width), slopes(Slopes > 0 ? kept : 0, Slopes * s.width),
             grads((span_h - 1) / s.stride_h + 2, geometry.width);
         const Buffer<A> dense(s.out_width * S), out(s.width * S);
         for (int64_t task = begin; task < end; ++task) {
@@ -356,15 +356,15 @@ inline void depthwise_gradients(const DepthwiseShape& s, const A* weight, const 
                     while (staged < row) {
                         ++staged;
                         stage_input(image, staged, c, n, inputs.row(staged) + s.pad_left * S,
-                                    Slopes ? slopes.row(staged) : nullptr);
+                                    Slopes > 0 ? slopes.row(staged) : nullptr);
                     }
                 };
                 const auto emit_until = [&](int64_t end_row) {
                     for (; emitted < end_row; ++emitted) {
-                        if (Slopes) stage_until(emitted);
+                        if (Slopes > 0) stage_until(emitted);
                         input_gradient_row<A>(s, geometry, grads, mirrored + slab_index * taps * S, emitted, out);
                         emit(MadeRow{image, emitted, part, 0, s.height}, c, n, static_cast<A*>(out),
-                             Slopes ? slopes.row(emitted) : nullptr);
+                             Slopes > 0 ? slopes.row(emitted) : nullptr);
                     }
                 };
                 for (int64_t oy = 0; oy < s.out_height; ++oy) {
@@ -376,7 +376,7 @@ inline void depthwise_gradients(const DepthwiseShape& s, const A* weight, const 
                         if (at >= 0 && at < geometry.width) std::memcpy(row + at * S, values + o * S, S * sizeof(A));
                     }
                     const int64_t top = oy * s.stride_h - s.pad_top;
-                    if (!Slopes) staged = larger(staged, top - 1);
+                    if (Slopes == 0) staged = larger(staged, top - 1);
                     for (int64_t ky = 0; ky < s.kernel_h && inputs_wanted; ++ky) {
                         const int64_t iy = top + ky * s.dilation_h;
                         if (iy < 0 || iy >= s.height) continue;
@@ -412,7 +412,7 @@ inline void depthwise_gradients_stored(const DepthwiseShape& s, const Compute<T>
     Epilogue<O> epilogue;
     epilogue.out = grad_x;
     epilogue.channels = s.channels;
-    depthwise_gradients<false>(
+    depthwise_gradients<0>(
         s, weight, stage_gradient,
         [&](int64_t image, int64_t row, int64_t c, int64_t n, A* to, A*) { stage_input(image, row, c, n, to); },
         grad_x != nullptr,

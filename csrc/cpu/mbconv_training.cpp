@@ -11,6 +11,9 @@ template <class T>
 struct Steps {
     using A = Compute<T>;
     static constexpr int L = lanes<A>;
+    // Values are stored as they are computed. Others are rounded, which near the corner of an activation decides on
+    // which side they are: the expanded tensor is stored then, for as long as it is needed.
+    static constexpr bool exact = sizeof(T) == sizeof(A);
 
     const Block& block;
     const DepthwiseShape& shape;
@@ -41,6 +44,12 @@ struct Steps {
         return NormVectors<A>(channels, conv, constant ? conv.mean : batch.mean, constant ? conv.var : batch.var);
     }
 
+    // The expanded tensor: saved, or for as long as `own` lives, or null where it is made a few rows at a time.
+    int64_t own_expanded() const { return exact || saved.expanded != nullptr ? 0 : pixels_in * channels; }
+    T* expanded(const Buffer<T>& own) const {
+        return saved.expanded != nullptr ? static_cast<T*>(saved.expanded) : static_cast<T*>(own);
+    }
+
     SqueezeExciteShape excitation_shape(int64_t images) const { return {images, image_out, channels, block.reduced}; }
     Source<T> input(const void* x) const { return Source<T>({x}, block.in, image_in); }
 
@@ -49,54 +58,129 @@ struct Steps {
         return Source<T>({data, norm.norm(), block.activation}, channels, image_pixels);
     }
 
-    // F1, and the same again in the backward pass, which knows the statistics (`to` is empty then).
-    void expand(const void* x, T* expanded, const BatchStatistics& to) const {
+    // F1: the expanded tensor, where `expanded` is not null, and its statistics.
+    void expand(const void* x, T* expanded) const {
+        // Of few channels, x is less work than what it expands to. Which way is taken must not depend on what is saved.
+        constexpr int64_t few = 64;
+        const bool from_input = exact && block.in <= few;
+        if (from_input && is_batch(saved.expand))
+            InputMoments<T>(input(x), pixels_in).statistics(weights(block.expand), channels, saved.expand);
+        const BatchStatistics to = from_input ? BatchStatistics{} : saved.expand;
+        if (expanded != nullptr || is_batch(to)) multiply_input(x, expanded, to);
+    }
+
+    void multiply_input(const void* x, T* expanded, const BatchStatistics& to) const {
         const Weights<A> weights = Weights<A>::rows(this->weights(block.expand), block.in, channels);
         const Source<T> from = input(x);
         const Parts parts{pixels_in, larger(1, smaller(64, pixels_in / pixel_block))};
-        const int64_t vectors = weights.vectors(), pairs = ceil_div(vectors, 2);
-        const int64_t groups = smaller(pairs, ceil_div(8, parts.parts));
+        const int64_t slabs = ceil_div(channels, slab<A>), groups = smaller(slabs, ceil_div(8, parts.parts));
         const Moments<A> moments(parts.parts, channels, to);
-        const Finish<T> finish{expanded, channels, channels, Activation::none};
+        struct Memory {
+            StagedRows<T> rows;
+            Scratch<A> values;
+        };
         parallel_tasks(
-            parts.parts * groups, [&] { return StagedRows<T>(from, pixel_block, false); },
-            [&](int64_t task, const StagedRows<T>& rows) {
+            parts.parts * groups,
+            [&] { return Memory{StagedRows<T>(from, pixel_block, false), Scratch<A>(pixel_block * slab<A>)}; },
+            [&](int64_t task, const Memory& own) {
                 const int64_t part = task / groups, group = task % groups, start = parts.begin(part);
                 for_each_block(start, parts.begin(part + 1), pixel_block, [&](int64_t first, int64_t count) {
-                    const auto left = Left<A>::rows(rows(first, count), block.in, rows.step());
-                    weights.multiply(left, first, count, 2 * (pairs * group / groups),
-                                     smaller(vectors, 2 * (pairs * (group + 1) / groups)), finish,
-                                     [&](int64_t c, int64_t width) {
-                                         if (moments.wanted)
-                                             moments.add(part, first - start, count, expanded + first * channels + c,
-                                                         channels, c, width);
-                                     });
+                    const auto left = Left<A>::rows(own.rows(first, count), block.in, own.rows.step());
+                    for (int64_t i = slabs * group / groups; i < slabs * (group + 1) / groups; ++i) {
+                        const int64_t c = i * slab<A>, width = smaller(slab<A>, channels - c);
+                        weights.multiply_slab(left, count, c, width, own.values);
+                        T* const at = expanded + first * channels + c;
+                        if (expanded != nullptr) store_rows(own.values, count, width, at);
+                        if (!moments.wanted) continue;
+                        if (exact)
+                            moments.add(part, first - start, count, static_cast<const A*>(own.values), slab<A>, c,
+                                        width);
+                        else
+                            moments.add(part, first - start, count, static_cast<const T*>(at), channels, c, width);
+                    }
                 });
             });
         moments.merge([&](int64_t part) { return parts.size(part); });
     }
 
+  private:
+    void store_rows(const A* values, int64_t count, int64_t width, T* to) const {
+        for (int64_t p = 0; p < count; ++p)
+            for (int64_t i = 0; i < width; i += L)
+                store(to + p * channels + i, load(values + p * slab<A> + i), int(smaller(L, width - i)));
+    }
+
+  public:
     // F2
-    void convolve(const Source<T>& from) const {
+    template <class Stage>
+    void convolve(const Stage& stage) const {
         const int64_t slabs = ceil_div(channels, slab<A>), chunks = row_chunks(shape.batch * slabs, shape.out_height);
         const int64_t rows_at_once = ceil_div(pixel_block, shape.out_width), width = shape.out_width;
         const Moments<A> moments(shape.batch * chunks, channels, saved.depthwise);
         Epilogue<T> epilogue;
         epilogue.out = convolved;
         epilogue.channels = channels;
-        depthwise_rows<A>(shape, weights(block.depthwise), StageStored<T>{from, shape.height, shape.width},
-                          [&](const MadeRow& made, int64_t c, int64_t n, const A* values) {
-                              const int64_t row = made.image * shape.out_height + made.row, done = made.row - made.first;
-                              epilogue(row * width, width, c, n, values, slab<A>);
-                              if (!moments.wanted || ((done + 1) % rows_at_once != 0 && made.row + 1 != made.last))
-                                  return;
-                              const int64_t rows = done % rows_at_once + 1, first = row + 1 - rows;
-                              moments.add(made.part, (done + 1 - rows) * width, rows * width,
-                                          convolved + first * width * channels + c, channels, c, n);
-                          });
+        depthwise_rows<A>(
+            shape, weights(block.depthwise), stage, [&](const MadeRow& made, int64_t c, int64_t n, const A* values) {
+                const int64_t row = made.image * shape.out_height + made.row, done = made.row - made.first;
+                epilogue(row * width, width, c, n, values, slab<A>);
+                if (!moments.wanted || ((done + 1) % rows_at_once != 0 && made.row + 1 != made.last)) return;
+                const int64_t rows = done % rows_at_once + 1, first = row + 1 - rows;
+                moments.add(made.part, (done + 1 - rows) * width, rows * width,
+                            convolved + first * width * channels + c, channels, c, n);
+            });
         moments.merge([&](int64_t part) {
             const int64_t chunk = part % chunks;
             return (shape.out_height * (chunk + 1) / chunks - shape.out_height * chunk / chunks) * width;
+        });
+    }
+};
+
+// Rows of the expanded tensor, a slab of channels at a time, made from x where they are read: it is never in memory.
+template <class T>
+class MadeRows {
+    using A = Compute<T>;
+
+  public:
+    MadeRows(const Steps<T>& steps, const void* x)
+        : steps_(steps),
+          x_(steps.input(x)),
+          weights_(Weights<A>::rows(steps.weights(steps.block.expand), steps.block.in, steps.channels)) {}
+
+    void operator()(int64_t image, int64_t row, int64_t c, int64_t n, A* to) const {
+        const int64_t width = steps_.shape.width;
+        const StagedRows<T> rows(x_, width, false);
+        const A* const from = rows((image * steps_.shape.height + row) * width, width);
+        weights_.multiply_slab(Left<A>::rows(from, steps_.block.in, rows.step()), width, c, n, to);
+    }
+
+  private:
+    const Steps<T>& steps_;
+    const Source<T> x_;
+    const Weights<A> weights_;
+};
+
+// The same through their normalisation and activation.
+template <class T>
+struct StageMade {
+    using A = Compute<T>;
+    const Steps<T>& steps;
+    const MadeRows<T>& rows;
+    const NormVectors<A>& norm;
+
+    void operator()(int64_t image, int64_t row, int64_t c, int64_t n, A* to) const {
+        constexpr int L = lanes<A>, S = slab<A>;
+        rows(image, row, c, n, to);
+        with_activation(steps.block.activation, [&](auto kind) {
+            for_each_vectors<A>(n, [&](auto size, int64_t i, int valid) {
+                constexpr int N = decltype(size)::value;
+                const NormColumns<A, N> columns(norm.mean(), norm.scale(), norm.shift(), c + i, valid);
+                A* at = to + i;
+                for (int64_t p = 0; p < steps.shape.width; ++p, at += S)
+#pragma GCC unroll 2
+                    for (int j = 0; j < N; ++j)
+                        store(at + j * L, activate<A>(columns(j, load(at + j * L)), kind.value));
+            });
         });
     }
 };
@@ -125,8 +209,7 @@ class Project {
         } else {
             // Whole images to the threads as far as they go round; the rest is shared.
             const int64_t threads = thread_count(), alone = batch / threads * threads;
-            parallel_tasks(
-                alone, [] { return 0; }, [&](int64_t image, int) { with_gate(image); });
+            parallel_tasks(alone, [] { return 0; }, [&](int64_t image, int) { with_gate(image); });
             for (int64_t image = alone; image < batch; ++image) with_gate(image);
         }
         moments_.merge([&](int64_t part) { return image_.size(part % image_.parts); });
@@ -189,19 +272,21 @@ class Project {
     void activate(int64_t image, int64_t part, A* to, A* sums) const {
         const int64_t first = image * steps_.image_out + image_.begin(part), count = image_.size(part);
         with_activation(steps_.block.activation, [&](auto kind) {
-            for (int64_t c = 0; c < channels_; c += L) {
-                const int n = int(smaller(L, channels_ - c));
-                const NormColumn<A> column(norm_, c, n);
-                const T* const from = steps_.convolved + first * channels_ + c;
-                Vec<A> sum = {};
-                for (int64_t p = 0; p < count; ++p) {
-                    const Vec<A> v = effnet::cpu::EFFNET_ISA::activate<A>(column(load(from + p * channels_, n)),
-                                                                          kind.value);
-                    sum += v;
-                    store(to + p * step_ + c, v);
-                }
-                store(sums + c, sum);
-            }
+            for_each_vectors<A>(channels_, [&](auto size, int64_t c, int n) {
+                constexpr int N = decltype(size)::value;
+                const HatColumns<A, N> norm(norm_, c, n);
+                const T* from = steps_.convolved + first * channels_ + c;
+                A* at = to + c;
+                Vec<A> sum[N] = {};
+                for (int64_t p = 0; p < count; ++p, from += channels_, at += step_)
+#pragma GCC unroll 2
+                    for (int i = 0; i < N; ++i) {
+                        const Vec<A> v = activate_as<A>(norm(i, load(from + i * L, n)), kind.value);
+                        sum[i] += v;
+                        store(at + i * L, v);
+                    }
+                for (int i = 0; i < N; ++i) store(sums + c + i * L, sum[i]);
+            });
         });
     }
 
@@ -227,7 +312,7 @@ void finish_block(const Steps<T>& steps, const NormVectors<Compute<T>>& norm, co
             for (int64_t c = 0; c < out; c += L) {
                 const int n = int(smaller(L, out - c));
                 const int64_t at = p * out + c;
-                Vec<A> v = NormColumn<A>(norm, c, n)(load(steps.projected + at, n)) * factor;
+                Vec<A> v = HatColumns<A, 1>(norm, c, n)(0, load(steps.projected + at, n)) * factor;
                 if (residual != nullptr) v += load(residual + at, n);
                 store(y + at, v, n);
             }
@@ -241,7 +326,8 @@ template <class T>
 class ProjectBackward {
     using A = Compute<T>;
     static constexpr int L = lanes<A>, S = slab<A>;
-    // Sums of an image's pixels, by their numbers in docs/mbconv.md; those that a block without a gate needs come first.
+    // Sums of an image's pixels, by their numbers in docs/mbconv.md; those that a block without a gate needs come
+    // first.
     enum Sum { slope, slope_hat, gate, slope_alone, slope_hat_alone, sums };
 
   public:
@@ -260,8 +346,7 @@ class ProjectBackward {
           image_{steps.image_out,
                  larger(ceil_div(steps.image_out, 2048),
                         larger(1, smaller(ceil_div(8, larger(1, steps.shape.batch)), steps.image_out / 64)))},
-          pieces_(Parts::for_sums(steps.shape.batch * image_.parts, steps.pixels_out,
-                                  out_ * round_up(channels_, S))),
+          pieces_(Parts::for_sums(steps.shape.batch * image_.parts, steps.pixels_out, out_ * round_up(channels_, S))),
           totals_(steps.shape.batch * image_.parts, channels_) {
         sum_projected();
     }
@@ -282,19 +367,19 @@ class ProjectBackward {
                 A *const rows = memory, *const gated = memory + pixel_block * out_step_;
                 if (weight_gradient != nullptr) weight_sums.clear(part, begin * L, (end - begin) * L);
                 for (int64_t piece = pieces_.begin(part); piece < pieces_.begin(part + 1); ++piece) {
-                    const int64_t image = piece / image_.parts, start = image * steps_.image_out, within = piece % image_.parts;
+                    const int64_t image = piece / image_.parts, start = image * steps_.image_out,
+                                  within = piece % image_.parts;
                     for_each_block(
                         start + image_.begin(within), start + image_.begin(within + 1), pixel_block,
                         [&](int64_t first, int64_t count) {
                             stage(norm_gradient, first, count, rows);
-                            weights.multiply(Left<A>::rows(rows, out_, out_step_), first, count, begin,
-                                             smaller(end, vectors),
-                                             Finish<A>{wide, channels_, channels_, Activation::none},
-                                             [&](int64_t c, int64_t width) {
-                                                 walk(piece, image, first, count, c, width, wide, gated);
-                                                 if (weight_gradient != nullptr)
-                                                     weight_sums.add(part, count, rows, out_step_, gated, S, c, width);
-                                             });
+                            weights.multiply(
+                                Left<A>::rows(rows, out_, out_step_), first, count, begin, smaller(end, vectors),
+                                Finish<A>{wide, channels_, channels_, Activation::none}, [&](int64_t c, int64_t width) {
+                                    walk(piece, image, first, count, c, width, wide, gated);
+                                    if (weight_gradient != nullptr)
+                                        weight_sums.add(part, count, rows, out_step_, gated, S, c, width);
+                                });
                         });
                 }
             });
@@ -345,18 +430,23 @@ class ProjectBackward {
         const Reduction reduction(steps_.pixels_out);
         const PartialSums<A, 2> partial(reduction.parts, out_);
         reduction.blocks([&](int64_t part, int64_t first, int64_t count) {
-            for (int64_t c = 0; c < out_; c += L) {
-                const int n = int(smaller(L, out_ - c));
-                const NormColumn<A> column(norm3_, c, n);
-                Vec<A> shift = {}, scale = {};
-                for (int64_t p = first; p < first + count; ++p) {
-                    const Vec<A> t = load(grad_ + p * out_ + c, n) * drop_path(p);
-                    shift += t;
-                    scale += t * ((load(steps_.projected + p * out_ + c, n) - column.mean) * column.rstd);
+            for_each_vectors<A>(out_, [&](auto size, int64_t c, int n) {
+                constexpr int N = decltype(size)::value;
+                const HatColumns<A, N> norm(norm3_, c, n);
+                Vec<A> shift[N] = {}, scale[N] = {};
+                for (int64_t p = first; p < first + count; ++p)
+#pragma GCC unroll 2
+                    for (int i = 0; i < N; ++i) {
+                        const int64_t at = p * out_ + c + i * L;
+                        const Vec<A> t = load(grad_ + at, n) * drop_path(p);
+                        shift[i] += t;
+                        scale[i] += t * norm.hat(i, load(steps_.projected + at, n));
+                    }
+                for (int i = 0; i < N; ++i) {
+                    partial.add(part, 0, c + i * L, n, shift[i]);
+                    partial.add(part, 1, c + i * L, n, scale[i]);
                 }
-                partial.add(part, 0, c, n, shift);
-                partial.add(part, 1, c, n, scale);
-            }
+            });
         });
         partial.total(0, sums3_.shift);
         partial.total(1, sums3_.scale);
@@ -364,56 +454,61 @@ class ProjectBackward {
 
     // ā3 of a block of pixels.
     void stage(const NormGradient<A>& norm_gradient, int64_t first, int64_t count, A* to) const {
-        for (int64_t c = 0; c < out_; c += L) {
-            const int n = int(smaller(L, out_ - c));
-            const auto column = norm_gradient.column(c, n);
-            for (int64_t p = 0; p < count; ++p) {
-                const int64_t at = (first + p) * out_ + c;
-                store(to + p * out_step_ + c,
-                      column(load(grad_ + at, n) * drop_path(first + p), load(steps_.projected + at, n)));
-            }
-        }
+        for_each_vectors<A>(out_, [&](auto size, int64_t c, int n) {
+            constexpr int N = decltype(size)::value;
+            const auto gradient = norm_gradient.template columns<N>(c, n);
+            for (int64_t p = 0; p < count; ++p)
+#pragma GCC unroll 2
+                for (int i = 0; i < N; ++i) {
+                    const int64_t at = (first + p) * out_ + c + i * L;
+                    store(to + p * out_step_ + c + i * L,
+                          gradient(i, load(grad_ + at, n) * drop_path(first + p), load(steps_.projected + at, n)));
+                }
+        });
     }
 
     // z of a few channels of a block, and its sums with z̄.
     void walk(int64_t piece, int64_t image, int64_t first, int64_t count, int64_t c, int64_t width, const A* wide,
               A* gated) const {
         with_activation(steps_.block.activation, [&](auto kind) {
-            for (int64_t i = 0; i < width; i += L) {
-                const int n = int(smaller(L, width - i));
+            for_each_vectors<A>(width, [&](auto size, int64_t i, int n) {
                 if (gates_ == nullptr)
-                    walk_vector<kind.value, false>(piece, image, first, count, c + i, n, wide, gated + i);
+                    walk_vectors<size.value, kind.value, false>(piece, image, first, count, c + i, n, wide, gated + i);
                 else
-                    walk_vector<kind.value, true>(piece, image, first, count, c + i, n, wide, gated + i);
-            }
+                    walk_vectors<size.value, kind.value, true>(piece, image, first, count, c + i, n, wide, gated + i);
+            });
         });
     }
 
-    template <Activation KIND, bool GATED>
-    void walk_vector(int64_t piece, int64_t image, int64_t first, int64_t count, int64_t c, int n, const A* wide,
-                     A* gated) const {
-        const NormColumn<A> column(norm2_, c, n);
-        const Vec<A> g = GATED ? load(gates_ + image * channels_ + c, n) : Vec<A>{};
+    template <int N, Activation KIND, bool GATED>
+    void walk_vectors(int64_t piece, int64_t image, int64_t first, int64_t count, int64_t c, int n, const A* wide,
+                      A* gated) const {
+        const HatColumns<A, N> norm(norm2_, c, n);
         const T* from = steps_.convolved + first * channels_ + c;
         const A* z = wide + first * channels_ + c;
         const int64_t step = channels_;
-        Vec<A> sum[sums] = {};
-        for (int64_t p = 0; p < count; ++p, from += step, z += step, gated += S) {
-            const Vec<A> a = load(from, n), hat = (a - column.mean) * column.rstd, t = load(z, n);
-            const Activated<A> u = activate_with_slope<A>(column(a), KIND);
-            sum[slope] += t * u.slope;
-            sum[slope_hat] += t * u.slope * hat;
-            if constexpr (GATED) {
-                sum[gate] += t * u.value;
-                sum[slope_alone] += u.slope;
-                sum[slope_hat_alone] += u.slope * hat;
-                store(gated, u.value * g);
-            } else {
-                store(gated, u.value);
+        Vec<A> g[N], sum[N][sums] = {};
+        for (int i = 0; i < N; ++i) g[i] = GATED ? load(gates_ + image * channels_ + c + i * L, n) : Vec<A>{};
+        for (int64_t p = 0; p < count; ++p, from += step, z += step, gated += S)
+#pragma GCC unroll 2
+            for (int i = 0; i < N; ++i) {
+                const Vec<A> a = load(from + i * L, n), hat = norm.hat(i, a), t = load(z + i * L, n);
+                const Activated<A> u = activate_with_slope<A>(norm(i, a), KIND);
+                const Vec<A> ts = t * u.slope;
+                sum[i][slope] += ts;
+                sum[i][slope_hat] += ts * hat;
+                if constexpr (GATED) {
+                    sum[i][gate] += t * u.value;
+                    sum[i][slope_alone] += u.slope;
+                    sum[i][slope_hat_alone] += u.slope * hat;
+                    store(gated + i * L, u.value * g[i]);
+                } else {
+                    store(gated + i * L, u.value);
+                }
             }
-        }
-        for (int which = 0; which < (GATED ? int(sums) : int(gate)); ++which)
-            totals_.add(piece, which, c, n, sum[which]);
+        for (int i = 0; i < N; ++i)
+            for (int which = 0; which < (GATED ? int(sums) : int(gate)); ++which)
+                totals_.add(piece, which, c + i * L, n, sum[i][which]);
     }
 
     const Steps<T>& steps_;
@@ -440,33 +535,53 @@ struct StageConvolvedGradient {
 
     void operator()(int64_t image, int64_t row, int64_t c, int64_t n, A* to) const {
         with_activation(steps.block.activation, [&](auto kind) {
-            for (int64_t i = 0; i < n; i += lanes<A>)
-                vector<kind.value>(image, row, c + i, int(smaller(lanes<A>, n - i)), to + i);
+            for_each_vectors<A>(n, [&](auto size, int64_t i, int valid) {
+                vectors<size.value, kind.value>(image, row, c + i, valid, to + i);
+            });
         });
     }
 
   private:
-    template <Activation KIND>
-    void vector(int64_t image, int64_t row, int64_t c, int n, A* to) const {
-        const NormColumn<A> column(norm, c, n);
-        const auto gradient = norm_gradient.column(c, n);
+    template <int N, Activation KIND>
+    void vectors(int64_t image, int64_t row, int64_t c, int n, A* to) const {
+        constexpr int L = lanes<A>;
+        const HatColumns<A, N> columns(norm, c, n);
+        const auto gradient = norm_gradient.template columns<N>(c, n);
         const int64_t step = steps.channels, width = steps.shape.out_width;
         const int64_t at = (image * steps.image_out + row * width) * step + c;
-        const Vec<A> g = gates == nullptr ? broadcast(A(1)) : load(gates + image * step + c, n),
-                     pool = gates == nullptr ? Vec<A>{} : load(pool_gradient + image * step + c, n);
+        Vec<A> g[N], pool[N];
+        for (int i = 0; i < N; ++i) {
+            const int64_t gate = image * step + c + i * L;
+            g[i] = gates == nullptr ? broadcast(A(1)) : load(gates + gate, n);
+            pool[i] = gates == nullptr ? Vec<A>{} : load(pool_gradient + gate, n);
+        }
         const T* from = steps.convolved + at;
         const A* z = wide + at;
+        const int64_t ahead = width * step;
         for (int64_t p = 0; p < width; ++p, from += step, z += step, to += slab<A>) {
-            const Vec<A> a = load(from, n);
-            const Activated<A> u = activate_with_slope<A>(column(a), KIND);
-            store(to, gradient((load(z, n) * g + pool) * u.slope, a));
+            __builtin_prefetch(from + ahead);
+            __builtin_prefetch(z + ahead);
+#pragma GCC unroll 2
+            for (int i = 0; i < N; ++i) {
+                const Vec<A> a = load(from + i * L, n);
+                const Activated<A> u = activate_with_slope<A>(columns(i, a), KIND);
+                store(to + i * L, gradient(i, (load(z + i * L, n) * g[i] + pool[i]) * u.slope, a));
+            }
         }
     }
 };
 
-// B4 of a block that expands: n̄1 from ā2, with its sums.
+template <class A>
+void add_to(double* to, Vec<A> v, int n) {
+    A values[lanes<A>];
+    store(values, v);
+    for (int i = 0; i < n; ++i) to[i] += double(values[i]);
+}
+
+// B4 of a block that expands: n̄1 from ā2, with its sums. The expanded tensor is read, or, where `expanded` is null,
+// made again.
 template <class T, class StageGradient>
-void expanded_gradient(const Steps<T>& steps, const StageGradient& stage_gradient, const T* expanded,
+void expanded_gradient(const Steps<T>& steps, const StageGradient& stage_gradient, const void* x, const T* expanded,
                        const NormVectors<Compute<T>>& norm, const NormSums<Compute<T>>& sums,
                        Compute<T>* filter_gradient, Compute<T>* to) {
     using A = Compute<T>;
@@ -474,44 +589,60 @@ void expanded_gradient(const Steps<T>& steps, const StageGradient& stage_gradien
     const DepthwiseShape& s = steps.shape;
     const int64_t channels = steps.channels, width = s.width;
     const PartialSums<double, 2> partial(gradient_parts(s, ceil_div(channels, S)), channels);
+    const MadeRows<T> rows(steps, x);
     const auto pixel = [&](int64_t image, int64_t row) { return (image * s.height + row) * width; };
-    const auto stage_input = [&](int64_t image, int64_t row, int64_t c, int64_t n, A* values, A* slopes) {
+    // Values [pixels][step] become their activations, slopes and normalised values.
+    const auto activate_row = [&](const auto* from, int64_t step, int64_t c, int64_t n, A* values, A* slopes) {
         with_activation(steps.block.activation, [&](auto kind) {
-            for (int64_t i = 0; i < n; i += L) {
-                const int valid = int(smaller(L, n - i));
-                const NormColumn<A> column(norm, c + i, valid);
-                const T* from = expanded + pixel(image, row) * channels + c + i;
-                for (int64_t p = 0; p < width; ++p, from += channels) {
-                    const Activated<A> u = activate_with_slope<A>(column(load(from, valid)), kind.value);
-                    store(values + p * S + i, u.value);
-                    store(slopes + p * S + i, u.slope);
+            for_each_vectors<A>(n, [&](auto size, int64_t i, int valid) {
+                constexpr int N = decltype(size)::value;
+                const HatColumns<A, N> columns(norm, c + i, valid);
+                const auto* at = from + i;
+                A *value = values + i, *slope = slopes + i, *hat = slope + width * S;
+                for (int64_t p = 0; p < width; ++p, at += step, value += S, slope += S, hat += S) {
+                    // The next row: pixels are further apart than the processor looks ahead.
+                    __builtin_prefetch(at + width * step);
+#pragma GCC unroll 2
+                    for (int j = 0; j < N; ++j) {
+                        const Vec<A> a = load(at + j * L, valid);
+                        const Activated<A> u = activate_with_slope<A>(columns(j, a), kind.value);
+                        store(value + j * L, u.value);
+                        store(slope + j * L, u.slope);
+                        store(hat + j * L, columns.hat(j, a));
+                    }
                 }
+            });
+        });
+    };
+    const auto stage_input = [&](int64_t image, int64_t row, int64_t c, int64_t n, A* values, A* slopes) {
+        if (expanded != nullptr)
+            return activate_row(expanded + pixel(image, row) * channels + c, channels, c, n, values, slopes);
+        rows(image, row, c, n, values);
+        activate_row(static_cast<const A*>(values), S, c, n, values, slopes);
+    };
+    const auto emit = [&](const MadeRow& made, int64_t c, int64_t n, const A* values, const A* slopes) {
+        const A* const hats = slopes + width * S;
+        for_each_vectors<A>(n, [&](auto size, int64_t i, int valid) {
+            constexpr int N = decltype(size)::value;
+            const int64_t at = pixel(made.image, made.row) * channels + c + i;
+            Vec<A> shift[N] = {}, scale[N] = {};
+            for (int64_t p = 0; p < width; ++p)
+#pragma GCC unroll 2
+                for (int j = 0; j < N; ++j) {
+                    const int64_t from = p * S + i + j * L;
+                    const Vec<A> t = load(values + from) * load(slopes + from);
+                    shift[j] += t;
+                    scale[j] += t * load(hats + from);
+                    store(to + at + p * channels + j * L, t, valid);
+                }
+            for (int j = 0; j < N; ++j) {
+                add_to<A>(partial.of(made.part, 0) + c + i + j * L, shift[j], valid);
+                add_to<A>(partial.of(made.part, 1) + c + i + j * L, scale[j], valid);
             }
         });
     };
-    const auto emit = [&](const MadeRow& made, int64_t c, int64_t n, const A* values, const A* slopes) {
-        for (int64_t i = 0; i < n; i += L) {
-            const int valid = int(smaller(L, n - i));
-            const NormColumn<A> column(norm, c + i, valid);
-            const int64_t at = pixel(made.image, made.row) * channels + c + i;
-            Vec<A> shift = {}, scale = {};
-            for (int64_t p = 0; p < width; ++p) {
-                const Vec<A> t = load(values + p * S + i) * load(slopes + p * S + i);
-                shift += t;
-                scale += t * ((load(expanded + at + p * channels, valid) - column.mean) * column.rstd);
-                store(to + at + p * channels, t, valid);
-            }
-            A row_shift[L], row_scale[L];
-            store(row_shift, shift);
-            store(row_scale, scale);
-            for (int j = 0; j < valid; ++j) {
-                partial.of(made.part, 0)[c + i + j] += double(row_shift[j]);
-                partial.of(made.part, 1)[c + i + j] += double(row_scale[j]);
-            }
-        }
-    };
-    depthwise_gradients<true>(s, steps.weights(steps.block.depthwise), stage_gradient, stage_input, true, emit,
-                              filter_gradient);
+    depthwise_gradients<2>(s, steps.weights(steps.block.depthwise), stage_gradient, stage_input, true, emit,
+                           filter_gradient);
     const Buffer<double> totals(channels);
     for (int which = 0; which < 2; ++which) {
         partial.total(which, totals);
@@ -519,11 +650,11 @@ void expanded_gradient(const Steps<T>& steps, const StageGradient& stage_gradien
     }
 }
 
-// B5: both products read ā1 where it is made.
+// B5 of a saved tensor: both products read ā1 where it is made.
 template <class T>
-void expand_backward(const Steps<T>& steps, const void* grad, const void* x, const T* expanded,
-                     const Compute<T>* activated_gradient, const NormGradient<Compute<T>>& norm_gradient,
-                     const BlockGrads& grads) {
+void expand_backward_stored(const Steps<T>& steps, const void* grad, const void* x, const T* expanded,
+                            const Compute<T>* activated_gradient, const NormGradient<Compute<T>>& norm_gradient,
+                            const BlockGrads& grads) {
     using A = Compute<T>;
     constexpr int L = lanes<A>, S = slab<A>;
     const int64_t channels = steps.channels, step = round_up(channels, L), in = steps.block.in;
@@ -546,15 +677,17 @@ void expand_backward(const Steps<T>& steps, const void* grad, const void* x, con
         [&](int64_t part, const Memory& own) {
             if (weight_gradient != nullptr) weight_sums.clear(part, 0, round_up(in, S));
             for_each_block(parts.begin(part), parts.begin(part + 1), rows, [&](int64_t first, int64_t count) {
-                for (int64_t c = 0; c < channels; c += L) {
-                    const int n = int(smaller(L, channels - c));
-                    const auto column = norm_gradient.column(c, n);
-                    for (int64_t p = 0; p < count; ++p) {
-                        const int64_t at = (first + p) * channels + c;
-                        store(own.gradient + p * step + c,
-                              column(load(activated_gradient + at, n), load(expanded + at, n)));
-                    }
-                }
+                for_each_vectors<A>(channels, [&](auto size, int64_t c, int n) {
+                    constexpr int N = decltype(size)::value;
+                    const auto gradient = norm_gradient.template columns<N>(c, n);
+                    for (int64_t p = 0; p < count; ++p)
+#pragma GCC unroll 2
+                        for (int i = 0; i < N; ++i) {
+                            const int64_t at = (first + p) * channels + c + i * L;
+                            store(own.gradient + p * step + c + i * L,
+                                  gradient(i, load(activated_gradient + at, n), load(expanded + at, n)));
+                        }
+                });
                 if (grad_x != nullptr)
                     weights.multiply(Left<A>::rows(own.gradient, channels, step), first, count, finish);
                 if (weight_gradient == nullptr) return;
@@ -567,21 +700,153 @@ void expand_backward(const Steps<T>& steps, const void* grad, const void* x, con
     if (weight_gradient != nullptr) weight_sums.total(weight_gradient);
 }
 
+// B5 without the expanded tensor. ā1 is linear in n̄1 and x, so that both products of n̄1 and two of x are enough:
+//   x̄ = (n̄1 - mean_t) W̃ - (x - mean) M,       W̃ = scale W1,  M = W1ᵀ (slope W̃)
+//   W̄1 = scale (Σ n̄1 xᵀ - mean_t Σ xᵀ - slope W1 Σ (x - mean) (x - mean)ᵀ)
+template <class T>
+class MadeExpandBackward {
+    using A = Compute<T>;
+    static constexpr int L = lanes<A>, S = slab<A>;
+
+  public:
+    MadeExpandBackward(const Steps<T>& steps, const void* x, const NormVectors<A>& norm, const NormSums<A>& sums)
+        : channels_(steps.channels),
+          in_(steps.block.in),
+          steps_(steps),
+          x_(steps.input(x)),
+          moments_(x_, steps.pixels_in),
+          weight_(steps.weights(steps.block.expand)),
+          scaled_(channels_ * in_),
+          mean_t_(zeros<double>(channels_)),
+          slope_(zeros<double>(channels_)),
+          scale_(norm.scale()) {
+        const bool batch = norm.normalises && steps.is_batch(steps.saved.expand);
+        for (int64_t c = 0; c < channels_; ++c) {
+            if (batch) {
+                mean_t_[c] = double(sums.shift[c]) / double(steps.pixels_in);
+                slope_[c] = double(norm.rstd()[c]) * double(sums.scale[c]) / double(steps.pixels_in);
+            }
+            for (int64_t j = 0; j < in_; ++j) scaled_[c * in_ + j] = scale_[c] * weight_[c * in_ + j];
+        }
+    }
+
+    // `gradient` is n̄1; `residual`, the gradient of the block, joins x̄ where there is a residual.
+    void operator()(const A* gradient, const T* residual, T* grad_x, A* weight_gradient) const {
+        const Weights<A> scaled = Weights<A>::columns(scaled_, channels_, in_), correction = correction_of_x();
+        const Parts parts = Parts::for_sums(steps_.pixels_in, steps_.pixels_in, channels_ * round_up(in_, S));
+        const WeightSums<A> weight_sums(weight_gradient == nullptr ? 0 : parts.parts, channels_, in_);
+        struct Memory {
+            StagedRows<T> input;
+            Scratch<A> sums;
+        };
+        parallel_tasks(
+            parts.parts, [&] { return Memory{StagedRows<T>(x_, pixel_block, true), Scratch<A>(pixel_block * in_)}; },
+            [&](int64_t part, const Memory& own) {
+                if (weight_gradient != nullptr) weight_sums.clear(part, 0, round_up(in_, S));
+                for_each_block(
+                    parts.begin(part), parts.begin(part + 1), pixel_block, [&](int64_t first, int64_t count) {
+                        const A *const rows = own.input(first, count), *const left = gradient + first * channels_;
+                        if (grad_x != nullptr) {
+                            Finish<A> finish{own.sums, in_, in_, Activation::none};
+                            correction.multiply(Left<A>::rows(rows, in_, own.input.step()), 0, count, finish);
+                            finish.residual = own.sums;
+                            scaled.multiply(Left<A>::rows(left, channels_, channels_), 0, count, finish);
+                            const int64_t at = first * in_;
+                            store_sum(count * in_, own.sums, residual == nullptr ? nullptr : residual + at,
+                                      grad_x + at);
+                        }
+                        for (int64_t c = 0; c < in_ && weight_gradient != nullptr; c += S)
+                            weight_sums.add(part, count, left, channels_, rows + c, own.input.step(), c,
+                                            smaller(S, in_ - c));
+                    });
+            });
+        if (weight_gradient == nullptr) return;
+        weight_sums.total(weight_gradient);
+        correct(weight_gradient);
+    }
+
+  private:
+    // -M, with a bias that takes the means in.
+    Weights<A> correction_of_x() const {
+        const Buffer<A> matrix(in_ * in_);
+        const Buffer<double> rows = zeros<double>(in_ * in_), bias = zeros<double>(in_);
+        parallel(in_, [&](int64_t begin, int64_t end) {
+            for (int64_t k = begin; k < end; ++k) {
+                double* const row = rows + k * in_;
+                for (int64_t c = 0; c < channels_; ++c) {
+                    const double factor = double(weight_[c * in_ + k]) * slope_[c];
+                    for (int64_t j = 0; j < in_; ++j) row[j] += factor * double(scaled_[c * in_ + j]);
+                }
+                for (int64_t j = 0; j < in_; ++j) matrix[k * in_ + j] = A(-row[j]);
+            }
+        });
+        for (int64_t k = 0; k < in_; ++k)
+            for (int64_t j = 0; j < in_; ++j) bias[j] += moments_.mean()[k] * rows[k * in_ + j];
+        for (int64_t c = 0; c < channels_; ++c)
+            for (int64_t j = 0; j < in_; ++j) bias[j] -= mean_t_[c] * double(scaled_[c * in_ + j]);
+        Weights<A> made = Weights<A>::columns(matrix, in_, in_);
+        for (int64_t j = 0; j < in_; ++j) made.bias()[j] = A(bias[j]);
+        return made;
+    }
+
+    void correct(A* weight_gradient) const {
+        parallel(channels_, [&](int64_t begin, int64_t end) {
+            const Buffer<double> deviations(in_);
+            for (int64_t c = begin; c < end; ++c) {
+                for (int64_t j = 0; j < in_; ++j) deviations[j] = 0;
+                for (int64_t k = 0; k < in_; ++k)
+                    for (int64_t j = 0; j < in_; ++j)
+                        deviations[j] += double(weight_[c * in_ + k]) * moments_.products(k)[j];
+                for (int64_t j = 0; j < in_; ++j) {
+                    const double sum = mean_t_[c] * moments_.mean()[j] * double(steps_.pixels_in);
+                    A& at = weight_gradient[c * in_ + j];
+                    at = A(double(scale_[c]) * (double(at) - sum - slope_[c] * deviations[j]));
+                }
+            }
+        });
+    }
+
+    // to = sums (+ residual).
+    static void store_sum(int64_t count, const A* sums, const T* residual, T* to) {
+        for (int64_t i = 0; i < count; i += L) {
+            const int n = int(smaller(L, count - i));
+            Vec<A> v = load(sums + i, n);
+            if (residual != nullptr) v += load(residual + i, n);
+            store(to + i, v, n);
+        }
+    }
+
+    const int64_t channels_, in_;
+    const Steps<T>& steps_;
+    const Source<T> x_;
+    const InputMoments<T> moments_;
+    const A* const weight_;
+    const Buffer<A> scaled_;
+    const Buffer<double> mean_t_, slope_;
+    const A* const scale_;
+};
+
 }  // namespace
 
 template <class T>
 void mbconv_training(const Block& block, const void* x, void* y, const BlockSaved& saved) {
     using A = Compute<T>;
     const Steps<T> steps(block, saved);
-    // The expanded tensor lives until the depthwise convolution has read it, or longer where it is saved.
-    if (steps.expands) {
-        Buffer<T> own(saved.expanded == nullptr ? steps.pixels_in * steps.channels : 0);
-        T* const expanded = saved.expanded == nullptr ? static_cast<T*>(own) : static_cast<T*>(saved.expanded);
-        steps.expand(x, expanded, saved.expand);
-        const NormVectors<A> norm = steps.norm_of(steps.channels, block.expand, saved.expand);
-        steps.convolve(steps.activated(expanded, norm, steps.image_in));
+    if (!steps.expands) {
+        const Source<T> from = steps.input(x);
+        steps.convolve(StageStored<T>{from, steps.shape.height, steps.shape.width});
     } else {
-        steps.convolve(steps.input(x));
+        const Buffer<T> own(steps.own_expanded());
+        T* const expanded = steps.expanded(own);
+        steps.expand(x, expanded);
+        const NormVectors<A> norm1 = steps.norm_of(steps.channels, block.expand, saved.expand);
+        if (expanded == nullptr) {
+            const MadeRows<T> rows(steps, x);
+            steps.convolve(StageMade<T>{steps, rows, norm1});
+        } else {
+            const Source<T> from = steps.activated(expanded, norm1, steps.image_in);
+            steps.convolve(StageStored<T>{from, steps.shape.height, steps.shape.width});
+        }
     }
     const NormVectors<A> norm2 = steps.norm_of(steps.channels, block.depthwise, saved.depthwise);
     Project<T>(steps, norm2)();
@@ -618,12 +883,13 @@ void mbconv_backward(const Block& block, const void* grad, const void* x, const 
     const StageConvolvedGradient<T> stage_gradient{steps, norm2, gradient2, wide, gates, pool_gradient};
     A* const filter_gradient = static_cast<A*>(grads.depthwise.weight);
     if (!steps.expands) {
-        const StageStored<T> stage_input{steps.input(x), steps.shape.height, steps.shape.width};
+        const Source<T> input = steps.input(x);
+        const StageStored<T> stage_input{input, steps.shape.height, steps.shape.width};
         Epilogue<T> epilogue;
         epilogue.out = static_cast<T*>(grads.x);
         epilogue.channels = channels;
         if (block.residual) epilogue.residual = static_cast<const T*>(grad);
-        depthwise_gradients<false>(
+        depthwise_gradients<0>(
             steps.shape, steps.weights(block.depthwise), stage_gradient,
             [&](int64_t image, int64_t row, int64_t c, int64_t n, A* to, A*) { stage_input(image, row, c, n, to); },
             grads.x != nullptr,
@@ -634,20 +900,24 @@ void mbconv_backward(const Block& block, const void* grad, const void* x, const 
             filter_gradient);
         return;
     }
-    Buffer<T> own(saved.expanded == nullptr ? steps.pixels_in * channels : 0);
-    T* const expanded = saved.expanded == nullptr ? static_cast<T*>(own) : static_cast<T*>(saved.expanded);
-    if (saved.expanded == nullptr) steps.expand(x, expanded, {});
+    const Buffer<T> own(steps.own_expanded());
+    T* const expanded = steps.expanded(own);
+    if (expanded != nullptr && saved.expanded == nullptr) steps.multiply_input(x, expanded, {});
     const NormVectors<A> norm1 = steps.norm_of(channels, block.expand, saved.expand);
     const NormSums<A> sums1(channels, grads.expand);
     const Buffer<A> activated_gradient(steps.pixels_in * channels);
-    expanded_gradient(steps, stage_gradient, static_cast<const T*>(expanded), norm1, sums1, filter_gradient,
+    expanded_gradient(steps, stage_gradient, x, static_cast<const T*>(expanded), norm1, sums1, filter_gradient,
                       static_cast<A*>(activated_gradient));
 
     // B5
+    if (grads.expand.weight == nullptr && grads.x == nullptr) return;
+    if (expanded == nullptr)
+        return MadeExpandBackward<T>(steps, x, norm1, sums1)(
+            activated_gradient, block.residual ? static_cast<const T*>(grad) : nullptr, static_cast<T*>(grads.x),
+            static_cast<A*>(grads.expand.weight));
     const NormGradient<A> gradient1(norm1, steps.is_batch(saved.expand), steps.pixels_in, sums1);
-    if (grads.expand.weight != nullptr || grads.x != nullptr)
-        expand_backward(steps, grad, x, static_cast<const T*>(expanded), static_cast<const A*>(activated_gradient),
-                        gradient1, grads);
+    expand_backward_stored(steps, grad, x, static_cast<const T*>(expanded), static_cast<const A*>(activated_gradient),
+                           gradient1, grads);
 }
 
 EFFNET_INSTANTIATE(mbconv_training)

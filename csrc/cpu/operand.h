@@ -10,6 +10,32 @@ EFFNET_NAMESPACE_BEGIN
 template <class A>
 constexpr int slab = 2 * lanes<A>;
 
+// body(Size<N>, first, n) over `width` channels: two whole vectors at a time, which are a line of the cache and keep
+// the processor busy with one while the other waits, then single ones of n values.
+template <class A, class Body>
+EFFNET_INLINE void for_each_vectors(int64_t width, const Body& body) {
+    constexpr int L = lanes<A>;
+    int64_t c = 0;
+    for (; c + 2 * L <= width; c += 2 * L) body(Size<2>{}, c, L);
+    for (; c < width; c += L) body(Size<1>{}, c, int(smaller(L, width - c)));
+}
+
+// A normalisation for N vectors of channels from c on, the identity where `mean` is null; only the first n values of
+// each exist.
+template <class A, int N>
+struct NormColumns {
+    Vec<A> mean[N] = {}, scale[N], shift[N] = {};
+    EFFNET_INLINE NormColumns(const A* means, const A* scales, const A* shifts, int64_t c, int n) {
+        for (int i = 0; i < N; ++i, c += lanes<A>) {
+            scale[i] = means == nullptr ? broadcast(A(1)) : load(scales + c, n);
+            if (means == nullptr) continue;
+            mean[i] = load(means + c, n);
+            shift[i] = load(shifts + c, n);
+        }
+    }
+    EFFNET_INLINE Vec<A> operator()(int i, Vec<A> a) const { return (a - mean[i]) * scale[i] + shift[i]; }
+};
+
 // A range of pixels cut at image boundaries: body(image, first pixel, count).
 template <class Body>
 inline void for_each_image(int64_t first, int64_t count, int64_t image_pixels, const Body& body) {
@@ -57,45 +83,42 @@ struct Source {
             return;
         }
         for_each_image(first, count, image_pixels, [&](int64_t image, int64_t begin, int64_t pixels) {
-            for (int64_t i = 0; i < n; i += L)
-                stage_vector(begin, pixels, c + i, int(smaller(n - i, L)),
-                             gate == nullptr ? nullptr : gate + image * channels, to + (begin - first) * step + i,
-                             step);
+            for_each_vectors<A>(n, [&](auto size, int64_t i, int valid) {
+                stage_vectors<size.value>(begin, pixels, c + i, valid,
+                                          gate == nullptr ? nullptr : gate + image * channels,
+                                          to + (begin - first) * step + i, step);
+            });
         });
     }
 
     // sum over `count` pixels of activation(norm(data)) * other(pixel), one vector of channels, without the gate.
     template <class Other>
     Vec<A> activated_sum(int64_t first, int64_t count, int64_t c, int n, const Other& other) const {
-        const Column column(*this, c, n);
+        const NormColumns<A, 1> norm(mean, scale, shift, c, n);
         Vec<A> sum = {};
         with_activation(activation, [&](auto kind) {
             for (int64_t p = first; p < first + count; ++p)
-                sum += activate<A>(column(data + p * channels + c, n), kind.value) * other(p);
+                sum += activate<A>(norm(0, load(data + p * channels + c, n)), kind.value) * other(p);
         });
         return sum;
     }
 
   private:
-    // The normalisation of one vector of channels.
-    struct Column {
-        Vec<A> mean = {}, scale = broadcast(A(1)), shift = {};
-        Column(const Source& x, int64_t c, int n) {
-            if (x.mean == nullptr) return;
-            mean = load(x.mean + c, n);
-            scale = load(x.scale + c, n);
-            shift = load(x.shift + c, n);
-        }
-        EFFNET_INLINE Vec<A> operator()(const T* from, int n) const { return (load(from, n) - mean) * scale + shift; }
-    };
-
-    void stage_vector(int64_t first, int64_t count, int64_t c, int n, const A* image_gate, A* to, int64_t step) const {
-        const Column column(*this, c, n);
-        const Vec<A> g = image_gate == nullptr ? broadcast(A(1)) : load(image_gate + c, n);
+    template <int N>
+    void stage_vectors(int64_t first, int64_t count, int64_t c, int n, const A* image_gate, A* to, int64_t step) const {
+        constexpr int L = lanes<A>;
+        const NormColumns<A, N> norm(mean, scale, shift, c, n);
+        Vec<A> g[N];
+        for (int i = 0; i < N; ++i) g[i] = image_gate == nullptr ? broadcast(A(1)) : load(image_gate + c + i * L, n);
         const T* from = data + first * channels + c;
+        const int64_t from_step = channels;
         with_activation(activation, [&](auto kind) {
-            for (int64_t p = 0; p < count; ++p)
-                store(to + p * step, activate<A>(column(from + p * channels, n), kind.value) * g);
+            for (int64_t p = 0; p < count; ++p, from += from_step, to += step) {
+                __builtin_prefetch(from + count * from_step);
+#pragma GCC unroll 2
+                for (int i = 0; i < N; ++i)
+                    store(to + i * L, activate<A>(norm(i, load(from + i * L, n)), kind.value) * g[i]);
+            }
         });
     }
 };

@@ -94,8 +94,8 @@ class Moments {
             const double size = double(size_of(part));
             if (size == 0) continue;
             const double total = before + size, weight = size / total, cross = before * weight;
-            const double *const part_mean = means_ + part * channels_ + first,
-                                *const part_square = squares_ + part * channels_ + first;
+            const double *const part_mean = means_ + part * channels_ + first, *const part_square =
+                                                                                   squares_ + part * channels_ + first;
             for (int64_t c = 0; c < count; ++c) {
                 const double delta = part_mean[c] - m[c];
                 m[c] += delta * weight;
@@ -163,13 +163,24 @@ class NormGradient {
         }
     }
 
-    // One vector of channels.
-    struct Column {
-        Vec<A> mean, scale, mean_t, slope;
-        EFFNET_INLINE Vec<A> operator()(Vec<A> t, Vec<A> a) const { return (t - mean_t - (a - mean) * slope) * scale; }
+    template <int N>
+    struct Columns {
+        Vec<A> mean[N], scale[N], mean_t[N], slope[N];
+        EFFNET_INLINE Vec<A> operator()(int i, Vec<A> t, Vec<A> a) const {
+            return (t - mean_t[i] - (a - mean[i]) * slope[i]) * scale[i];
+        }
     };
-    Column column(int64_t c, int n) const {
-        return {load(norm_.mean() + c, n), load(norm_.scale() + c, n), load(mean_t_ + c, n), load(slope_ + c, n)};
+    // N vectors of channels from c on; only the first n values of each exist.
+    template <int N>
+    EFFNET_INLINE Columns<N> columns(int64_t c, int n) const {
+        Columns<N> made;
+        for (int i = 0; i < N; ++i, c += lanes<A>) {
+            made.mean[i] = load(norm_.mean() + c, n);
+            made.scale[i] = load(norm_.scale() + c, n);
+            made.mean_t[i] = load(mean_t_ + c, n);
+            made.slope[i] = load(slope_ + c, n);
+        }
+        return made;
     }
 
   private:
@@ -177,16 +188,15 @@ class NormGradient {
     Buffer<A> mean_t_, slope_;
 };
 
-// A normalisation and what follows it, for one vector of channels.
-template <class A>
-struct NormColumn {
-    Vec<A> mean, rstd, scale, shift;
-    NormColumn(const NormVectors<A>& norm, int64_t c, int n)
-        : mean(load(norm.mean() + c, n)),
-          rstd(load(norm.rstd() + c, n)),
-          scale(load(norm.scale() + c, n)),
-          shift(load(norm.shift() + c, n)) {}
-    EFFNET_INLINE Vec<A> operator()(Vec<A> a) const { return (a - mean) * scale + shift; }
+// With the normalised value before gamma and beta, too.
+template <class A, int N>
+struct HatColumns : NormColumns<A, N> {
+    Vec<A> rstd[N];
+    EFFNET_INLINE HatColumns(const NormVectors<A>& norm, int64_t c, int n)
+        : NormColumns<A, N>(norm.mean(), norm.scale(), norm.shift(), c, n) {
+        for (int i = 0; i < N; ++i) rstd[i] = load(norm.rstd() + c + i * lanes<A>, n);
+    }
+    EFFNET_INLINE Vec<A> hat(int i, Vec<A> a) const { return (a - this->mean[i]) * rstd[i]; }
 };
 
 // Rows of a tensor as an operand of a product: memory itself where it can be read as it is, else a staged copy.
@@ -216,7 +226,7 @@ class StagedRows {
     Scratch<A> own_;
 };
 
-// Weights of a product in panels, with zeros for its bias.
+// Weights of a product in panels, and its bias, zeros unless one is set.
 template <class A>
 class Weights {
   public:
@@ -249,22 +259,31 @@ class Weights {
                   const Finish<O>& finish, const Done& done) const {
         for (int64_t v = begin; v < end; v += 2) {
             const int64_t last = smaller(end, v + 2), c = v * lanes<A>;
-            multiply_rows(left, first, count, panels_, v, last, static_cast<const A*>(zeros_), finish);
+            multiply_rows(left, first, count, panels_, v, last, static_cast<const A*>(bias_), finish);
             done(c, smaller(last * lanes<A>, panels_.columns) - c);
         }
     }
     template <class O>
     void multiply(const Left<A>& left, int64_t first, int64_t count, const Finish<O>& finish) const {
-        multiply_rows(left, first, count, panels_, 0, vectors(), static_cast<const A*>(zeros_), finish);
+        multiply_rows(left, first, count, panels_, 0, vectors(), static_cast<const A*>(bias_), finish);
+    }
+    // `count` rows times the columns [c, c + width), at most a slab and from a whole vector on, to [count][slab].
+    void multiply_slab(const Left<A>& left, int64_t count, int64_t c, int64_t width, A* to) const {
+        const A* const bias = bias_;
+        if (width > lanes<A>)
+            Multiply<2, A, A>(left, panels_, c / lanes<A>, bias)(0, count, to, slab<A>);
+        else
+            Multiply<1, A, A>(left, panels_, c / lanes<A>, bias)(0, count, to, slab<A>);
     }
     int64_t vectors() const { return panels_.vectors(); }
+    A* bias() const { return bias_; }
 
   private:
     Weights(int64_t depth, int64_t columns)
         : data_(Panels<A>::size(depth, columns)),
-          zeros_(zeros<A>(round_up(columns, panel_columns))),
+          bias_(zeros<A>(round_up(columns, panel_columns))),
           panels_{data_, depth, columns} {}
-    Buffer<A> data_, zeros_;
+    Buffer<A> data_, bias_;
     Panels<A> panels_;
 };
 
@@ -273,7 +292,11 @@ template <class A>
 class WeightSums {
   public:
     WeightSums(int64_t parts, int64_t rows, int64_t columns)
-        : parts_(parts), rows_(rows), columns_(columns), step_(round_up(columns, slab<A>)), sums_(parts * rows * step_) {}
+        : parts_(parts),
+          rows_(rows),
+          columns_(columns),
+          step_(round_up(columns, slab<A>)),
+          sums_(parts * rows * step_) {}
 
     // The columns [c, c + width) of a part begin at zero.
     void clear(int64_t part, int64_t c, int64_t width) const {
@@ -300,6 +323,92 @@ class WeightSums {
   private:
     int64_t parts_, rows_, columns_, step_;
     Buffer<A> sums_;
+};
+
+// Mean of each channel and sums of products of deviations from it, in fp64: what the statistics of any linear map of x
+// follow from, however close it comes to cancelling x.
+template <class T>
+class InputMoments {
+    using A = Compute<T>;
+
+  public:
+    InputMoments(const Source<T>& x, int64_t pixels)
+        : pixels_(pixels), channels_(x.channels), mean_(x.channels), products_(x.channels * x.channels) {
+        // Deviations from a pivot, and a one whose products are their sums.
+        const Buffer<double> pivot = first_mean(x);
+        const int64_t columns = channels_ + 1, step = round_up(columns, slab<double>);
+        const Parts parts = Parts::for_sums(pixels, pixels, columns * step);
+        const WeightSums<double> sums(parts.parts, columns, columns);
+        struct Memory {
+            StagedRows<T> rows;
+            Scratch<double> deviations;
+        };
+        parallel_tasks(
+            parts.parts,
+            [&] { return Memory{StagedRows<T>(x, pixel_block, false), Scratch<double>(pixel_block * step)}; },
+            [&](int64_t part, const Memory& own) {
+                double* const deviations = own.deviations;
+                std::memset(deviations, 0, size_t(pixel_block * step) * sizeof(double));
+                sums.clear(part, 0, step);
+                for_each_block(parts.begin(part), parts.begin(part + 1), pixel_block,
+                               [&](int64_t first, int64_t count) {
+                                   const A* const rows = own.rows(first, count);
+                                   for (int64_t p = 0; p < count; ++p) {
+                                       double* const to = deviations + p * step;
+                                       const A* const from = rows + p * own.rows.step();
+                                       for (int64_t c = 0; c < channels_; ++c) to[c] = double(from[c]) - pivot[c];
+                                       to[channels_] = 1;
+                                   }
+                                   for (int64_t c = 0; c < columns; c += slab<double>)
+                                       sums.add(part, count, deviations, step, deviations + c, step, c,
+                                                smaller(slab<double>, columns - c));
+                               });
+            });
+        const Buffer<double> totals(columns * columns);
+        sums.total(totals);
+        const double* const deviation = totals + channels_ * columns;
+        for (int64_t j = 0; j < channels_; ++j) mean_[j] = pivot[j] + deviation[j] / double(pixels);
+        for (int64_t k = 0; k < channels_; ++k)
+            for (int64_t j = 0; j < channels_; ++j)
+                products_[k * channels_ + j] = totals[k * columns + j] - deviation[k] * deviation[j] / double(pixels);
+    }
+
+    const double* mean() const { return mean_; }
+    // Sum over the pixels of (x[k] - mean[k]) * (x[j] - mean[j]), for all j.
+    const double* products(int64_t k) const { return products_ + k * channels_; }
+
+    // Mean and biased variance of each row of weight [rows][channels] times x.
+    void statistics(const A* weight, int64_t rows, const BatchStatistics& to) const {
+        parallel(rows, [&](int64_t begin, int64_t end) {
+            for (int64_t r = begin; r < end; ++r) {
+                const A* const w = weight + r * channels_;
+                double mean = 0, square = 0;
+                for (int64_t k = 0; k < channels_; ++k) {
+                    double inner = 0;
+                    for (int64_t j = 0; j < channels_; ++j) inner += double(w[j]) * products(k)[j];
+                    mean += double(w[k]) * mean_[k];
+                    square += double(w[k]) * inner;
+                }
+                static_cast<A*>(to.mean)[r] = A(mean);
+                static_cast<A*>(to.var)[r] = A((square > 0 ? square : 0) / double(pixels_));
+            }
+        });
+    }
+
+  private:
+    // Of the first few pixels: near enough to every value for fp64.
+    static Buffer<double> first_mean(const Source<T>& x) {
+        const int64_t count = smaller(16, x.image_pixels);
+        const StagedRows<T> rows(x, count, false);
+        const A* const from = rows(0, count);
+        Buffer<double> mean = zeros<double>(x.channels);
+        for (int64_t p = 0; p < count; ++p)
+            for (int64_t c = 0; c < x.channels; ++c) mean[c] += double(from[p * rows.step() + c]) / double(count);
+        return mean;
+    }
+
+    int64_t pixels_, channels_;
+    Buffer<double> mean_, products_;
 };
 
 EFFNET_NAMESPACE_END
