@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from cases import MBCONV, MBConvCase
@@ -136,6 +139,40 @@ def test_equals_stock_modules(stride: int, kernel: int, training: bool, backend:
         assert relative_error(p.grad, q.grad) <= 1e-11, name
     for (name, p), q in zip(ours.named_buffers(), stock.buffers(), strict=True):
         assert torch.allclose(p, q, rtol=1e-12, atol=1e-14), name
+
+
+@pytest.mark.parametrize("recompute", ["always", "never"])
+@pytest.mark.parametrize("input", ["far from zero", "cancelled"])
+def test_statistics_that_cancel(input: str, recompute: str) -> None:
+    """No further from fp64 than twice the stock modules, where mean >> deviation, or the expansion nearly cancels x.
+
+    The statistics of a narrow block's expansion come from the covariance of x, in which such a sum loses digits.
+    """
+    blocks = [StockBlock(1, 3).train() for _ in range(3)]
+    x = torch.randn(4, 8, 12, 12)
+    with torch.no_grad():
+        if input == "far from zero":
+            x += 300
+        else:
+            x = x[:, :1] + 1e-3 * x
+            blocks[0].expand.weight -= blocks[0].expand.weight.mean(1, keepdim=True)
+    for block in blocks[1:]:
+        block.load_state_dict(blocks[0].state_dict())
+    stock, ours, exact = blocks[0], blocks[1], blocks[2].double()
+    grad = torch.randn_like(stock(x))
+
+    def results(block: StockBlock, function: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        leaf = x.to(block.expand.weight.dtype).requires_grad_()
+        with effnet_ops.set_recompute(recompute):
+            out = function(leaf)
+        found = torch.autograd.grad(out, [leaf, *block.parameters()], grad.to(leaf.dtype))
+        return [out.detach(), *found]
+
+    true = results(exact, exact)
+    median = sorted(value.norm().item() for value in true[1:])[len(true) // 2]
+    for of_stock, of_ours, value in zip(results(stock, stock), results(ours, partial(fused, ours)), true, strict=True):
+        floor = 1e-3 * median
+        assert relative_error(of_ours, value, floor) <= 2 * relative_error(of_stock, value, floor) + 1e-6
 
 
 def test_drop_path_rate_is_drawn_per_image(backend: str) -> None:

@@ -123,22 +123,20 @@ struct Source {
     }
 };
 
-// What happens to a convolution's result on its way to memory: activation((v - mean) * scale + shift), times the
-// image's scale, plus a residual. Null pointers leave their step out.
+// What happens to a convolution's result on its way to memory: activation(v + shift), plus a residual. Null pointers
+// leave their step out.
 template <class O>
 struct Epilogue {
     using A = Compute<O>;
     O* out = nullptr;
-    int64_t channels = 0, image_pixels = 1;
-    const A *mean = nullptr, *scale = nullptr, *shift = nullptr;
+    int64_t channels = 0;
+    const A* shift = nullptr;
     Activation activation = Activation::none;
-    const A* image_scale = nullptr;
     const O* residual = nullptr;
 
     // Nothing to apply and nothing to convert: results may be written to memory as they are.
     bool direct() const {
-        return sizeof(O) == sizeof(A) && mean == nullptr && shift == nullptr && activation == Activation::none &&
-               image_scale == nullptr && residual == nullptr;
+        return sizeof(O) == sizeof(A) && shift == nullptr && activation == Activation::none && residual == nullptr;
     }
 
     // Channels [c, c + n) of `count` pixels from values [count][step].
@@ -146,66 +144,14 @@ struct Epilogue {
         with_activation(activation, [&](auto kind) {
             for (int64_t i = 0; i < n; i += lanes<A>) {
                 const int valid = int(smaller(n - i, lanes<A>));
-                const Affine<kind.value> affine(*this, c + i, valid);
-                if (image_scale != nullptr || residual != nullptr) {
-                    scale_and_add(affine, first, count, c + i, valid, values + i, step);
-                    continue;
+                const Vec<A> shifted = shift == nullptr ? Vec<A>{} : load(shift + c + i, valid);
+                const int64_t from = first * channels + c + i;
+                for (int64_t p = 0; p < count; ++p) {
+                    const int64_t at = from + p * channels;
+                    Vec<A> v = activate<A>(load(values + p * step + i) + shifted, kind.value);
+                    if (residual != nullptr) v = v + load(residual + at, valid);
+                    store(out + at, v, valid);
                 }
-                for (int64_t p = 0; p < count; ++p)
-                    store(out + (first + p) * channels + c + i, affine(load(values + p * step + i)), valid);
-            }
-        });
-    }
-
-    // All channels of `count` pixels from stored values [count][channels], pixel by pixel.
-    template <class From>
-    void stored(int64_t first, int64_t count, const From* values) const {
-        constexpr int64_t chunk = 8 * lanes<A>;
-        A wide[chunk];
-        for (int64_t p = 0; p < count; ++p)
-            for (int64_t c = 0; c < channels; c += chunk) {
-                const int64_t n = smaller(chunk, channels - c);
-                for (int64_t i = 0; i < n; i += lanes<A>)
-                    store(wide + i, load(values + p * channels + c + i, int(smaller(n - i, lanes<A>))));
-                (*this)(first + p, 1, c, n, wide, chunk);
-            }
-    }
-
-    // The same without leaving the compute type: values [count][step] are replaced.
-    void in_place(int64_t count, int64_t c, int64_t n, A* values, int64_t step) const {
-        with_activation(activation, [&](auto kind) {
-            for (int64_t i = 0; i < n; i += lanes<A>) {
-                const Affine<kind.value> affine(*this, c + i, int(smaller(n - i, lanes<A>)));
-                for (int64_t p = 0; p < count; ++p) store(values + p * step + i, affine(load(values + p * step + i)));
-            }
-        });
-    }
-
-  private:
-    // Normalisation and activation of one vector of channels.
-    template <Activation KIND>
-    struct Affine {
-        Vec<A> mean = {}, scale = broadcast(A(1)), shift = {};
-        Affine(const Epilogue& e, int64_t c, int n) {
-            if (e.mean != nullptr) {
-                mean = load(e.mean + c, n);
-                scale = load(e.scale + c, n);
-            }
-            if (e.shift != nullptr) shift = load(e.shift + c, n);
-        }
-        EFFNET_INLINE Vec<A> operator()(Vec<A> v) const { return activate<A>((v - mean) * scale + shift, KIND); }
-    };
-
-    template <class Column>
-    void scale_and_add(const Column& affine, int64_t first, int64_t count, int64_t c, int n, const A* values,
-                       int64_t step) const {
-        for_each_image(first, count, image_pixels, [&](int64_t image, int64_t begin, int64_t pixels) {
-            const A factor = image_scale == nullptr ? A(1) : image_scale[image];
-            for (int64_t p = begin; p < begin + pixels; ++p) {
-                const int64_t at = p * channels + c;
-                Vec<A> v = affine(load(values + (p - first) * step)) * factor;
-                if (residual != nullptr) v = v + load(residual + at, n);
-                store(out + at, v, n);
             }
         });
     }
@@ -229,18 +175,6 @@ inline void widen(int64_t count, const T* from, Compute<T>* to) {
         for (int64_t i = begin; i < end; i += L) {
             const int n = int(smaller(L, end - i));
             store(to + i, load(from + i, n), n);
-        }
-    });
-}
-
-// to += from.
-template <class T>
-inline void add(int64_t count, const T* from, T* to) {
-    constexpr int L = lanes<Compute<T>>;
-    parallel_elements(count, [=](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; i += L) {
-            const int n = int(smaller(L, end - i));
-            store(to + i, load(to + i, n) + load(from + i, n), n);
         }
     });
 }
