@@ -26,6 +26,7 @@ from effnet_ops.benchmark.layers import FUNCTION, NETWORK, Layers
 from effnet_ops.benchmark.providers import PROVIDERS, SQUEEZES, Job, export_onnx, with_squeeze
 from effnet_ops.benchmark.rows import Results, Row, environment
 from effnet_ops.benchmark.timing import percentiles, ratio
+from effnet_ops.benchmark.training import VARIANTS, Variant, compare_training
 from effnet_ops.benchmark.worker import receive, send, serve
 from effnet_ops.cli import MOST_THREADS, app, bench
 from effnet_ops.cli.console import console
@@ -310,6 +311,19 @@ def test_optional_peer_is_right(name: str) -> None:
         assert "AVX-512" in measured.problem
     else:
         assert measured.problem is None and measured.error < 1e-4
+
+
+def test_training_steps_are_measured_side_by_side() -> None:
+    """Ours beside eager PyTorch, right, with less memory; a variant that cannot be built has its reason."""
+    broken = Variant("broken", "no_such_layout")
+    settings = Settings("test_efficientnet", 2, "float32", 1, 32, rounds=1, seconds=0)
+    stock, ours, failed = compare_training(
+        settings, [VARIANTS["eager_channels_last"], VARIANTS["effnet_ops_replace"], broken]
+    )
+    for row in (stock, ours):
+        assert row.problem is None and row.mode == "step" and row.p50 > 0 and row.error < 1e-4
+    assert 0 < ours.saved_bytes < stock.saved_bytes
+    assert failed.p50 is None and "no_such_layout" in failed.problem
 
 
 def test_the_command_measures_keeps_and_does_not_repeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

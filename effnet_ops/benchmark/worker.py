@@ -7,6 +7,7 @@ import ctypes
 import pickle
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -88,39 +89,59 @@ class Measured:
         """Call for about ``seconds``, at least `LEAST` times, each time on the next input."""
         cpu, wall = time.process_time(), time.perf_counter()
         idle_load = (cpu - self._mark[0]) / max(wall - self._mark[1], 1e-9)
-        for _ in range(WARM_UP):
-            self._call()
-        times: list[float] = []
-        end = time.perf_counter() + seconds
-        while len(times) < LEAST or time.perf_counter() < end:
-            times.append(self._call())
+        times = measured_round(self._call, seconds, WARM_UP, LEAST)
         self._rest()
         return Round(times, idle_load)
 
     def peak_memory(self) -> int | None:
         """Bytes by which one inference raises the process's resident memory at its peak; None where it is not Linux."""
-        status = Path("/proc/self/status")
-        try:
-            # Memory that the heap keeps from earlier calls would hide what this one needs.
-            ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far: proc(5)
-            before = _resident(status, "VmRSS")
-        except (OSError, AttributeError):
-            return None
-        self._call()
-        return max(_resident(status, "VmHWM") - before, 0)
+        with PeakMemory() as memory:
+            self._call()
+        return memory.bytes
 
-    def _call(self) -> float:
+    def _call(self) -> None:
         self._next = (self._next + 1) % len(self._prepared)
-        x = self._prepared[self._next]
-        start = time.perf_counter()
-        self._runner.run(x)
-        return time.perf_counter() - start
+        self._runner.run(self._prepared[self._next])
 
     def _rest(self) -> None:
         """Idle time counts from a little later, when the threads of the last call have gone to sleep."""
         time.sleep(0.02)
         self._mark = time.process_time(), time.perf_counter()
+
+
+def measured_round(call: Callable[[], object], seconds: float, warm_up: int, least: int) -> list[float]:
+    """Seconds of each call, for about ``seconds`` and at least ``least`` calls, after some that do not count."""
+    for _ in range(warm_up):
+        call()
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < least or time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+class PeakMemory:
+    """A context: ``bytes`` by which it raised the process's resident memory at its peak, None where it is not Linux."""
+
+    _STATUS = Path("/proc/self/status")
+
+    def __init__(self) -> None:
+        self.bytes: int | None = None
+        self._before: int | None = None
+
+    def __enter__(self) -> PeakMemory:
+        with contextlib.suppress(OSError, AttributeError):
+            # Memory that the heap keeps from earlier calls would hide what this one needs.
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far: proc(5)
+            self._before = _resident(self._STATUS, "VmRSS")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            self.bytes = max(_resident(self._STATUS, "VmHWM") - self._before, 0)
 
 
 def _resident(status: Path, field: str) -> int:
