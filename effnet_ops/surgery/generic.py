@@ -13,7 +13,6 @@ from effnet_ops.surgery.fused import (
     FusedLayer,
     NotFusable,
     Part,
-    SqueezeExcitePlan,
     convolution_padding,
     convolution_pair,
     fuses,
@@ -59,17 +58,6 @@ class FusedDepthwise(FusedLayer):
         """The convolution of x, or None where only the stock forward is right."""
         plan = self.plan(x)
         return None if plan is None else functional.depthwise_conv2d(x, self.weight, self.bias, **plan._asdict())
-
-
-class FusedSqueezeExcite(FusedLayer):
-    """Base of the squeeze-and-excitation layers."""
-
-    kind = "squeeze_excite"
-
-    def run(self, x: Tensor) -> Tensor | None:
-        """The layer's output for x, or None where only the stock forward is right."""
-        plan: SqueezeExcitePlan | None = self.plan(x)
-        return None if plan is None else plan.run(x)
 
 
 CONVOLUTIONS[nn.Conv2d] = conv2d_padding
