@@ -328,3 +328,22 @@ def test_blocks_of_other_libraries(name: str) -> None:
         assert_same_results(block, other, image, *((0.3,) if name == "smp" else ()))
     restore_layers(model)
     assert [type(m) for m in model.modules()] == [type(m) for m in stock.modules()]
+
+
+class Small(nn.Module):
+    """A network with one block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block, self.act = nn.Conv2d(3, CHANNELS, 3), OwnBlock(), nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.block(self.stem(x)))
+
+
+def test_a_block_and_not_what_is_around_it() -> None:
+    model = Small()
+    assert replace_layers(model).replaced == ["block"]
+    sequence = nn.Sequential(*OwnBlock().children(), nn.GELU())
+    assert "" not in replace_layers(sequence).replaced
+    assert replace_layers(nn.Sequential(nn.Sequential(nn.ReLU(), OwnBlock()))).replaced == ["0.1"]

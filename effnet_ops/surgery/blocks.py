@@ -39,6 +39,7 @@ from effnet_ops.surgery.recognise import (
     Rate,
     Step,
     form_of,
+    is_sequence,
     submodule,
     takes_rate,
 )
@@ -259,6 +260,23 @@ def described_block(module: nn.Module) -> BlockPlan:
     if not isinstance(match, Block):
         raise NotFusable("it is no block")
     return block_plan(module, match)
+
+
+def has_more(module: nn.Module) -> bool:
+    """Whether a module is more than a block, which is a part of it or which nothing but a sequence holds together."""
+    match = match_of(module)
+    if not isinstance(match, Block) or block_plan(module, match).steps is None:
+        return False
+    if is_sequence(module):
+        return True
+    convs = [stage[0].path.partition(".") for stage in (match.expand, match.depthwise, match.project) if stage]
+    first = convs[0][0]
+    if any(name != first or not rest for name, _, rest in convs):
+        return False
+    try:
+        return not has_more(module._modules[first])
+    except NotFusable:
+        return False
 
 
 class Recognised(FusedLayer):

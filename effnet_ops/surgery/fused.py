@@ -423,8 +423,8 @@ def check_norm(norm: Part, activation: Part | None = None) -> str:
     parts_of = known(NORMS, module)
     if isinstance(module, nn.SyncBatchNorm):
         raise NotFusable(
-            f"{name} is {type(module).__name__}. Note that torch's convert_sync_batchnorm dropped the activation of timm's "
-            "BatchNormAct2d, which timm.layers.convert_sync_batchnorm keeps"
+            f"{name} is {type(module).__name__}. Note that torch's convert_sync_batchnorm dropped the activation of "
+            "timm's BatchNormAct2d, which timm.layers.convert_sync_batchnorm keeps"
         )
     if parts_of is None:
         raise NotFusable(f"{name} is {type(module).__name__}, not a BatchNorm2d that is fused")

@@ -725,14 +725,14 @@ def _not_a_projection(module: nn.Module, rest: list[Op]) -> str:
 def likely_kind(module: nn.Module) -> str:
     """What a module may be, by the convolutions inside it: "block", "squeeze_excite", or "" for neither."""
     convs = _convolutions(module)
-    if _is_sequence(module) and any(len(_convolutions(child)) == len(convs) for child in module.children()):
+    if is_sequence(module) and any(len(_convolutions(child)) == len(convs) for child in module.children()):
         # The child is what is looked for.
         return ""
     pointwise = [conv for conv in convs if conv.groups == 1 and _is_small(conv)]
     if len(convs) == 2 == len(pointwise):
         reduce, expand = pointwise
         matching = (reduce.in_channels, reduce.out_channels) == (expand.out_channels, expand.in_channels)
-        return "squeeze_excite" if matching and not _is_sequence(module) else ""
+        return "squeeze_excite" if matching and not is_sequence(module) else ""
     depthwise = sum(map(_is_nearly_depthwise, convs))
     return "block" if 0 < depthwise <= 3 and pointwise and len(convs) <= _MOST_CONVOLUTIONS else ""
 
@@ -747,14 +747,14 @@ def looks_like_block(module: nn.Module) -> bool:
     convs = _convolutions(module)
     pointwise = [i for i, conv in enumerate(convs) if conv.groups == 1 and _is_small(conv)]
     between = convs[pointwise[0] : pointwise[-1]] if pointwise else []
-    return not _is_sequence(module) and any(map(_is_nearly_depthwise, between))
+    return not is_sequence(module) and any(map(_is_nearly_depthwise, between))
 
 
 def _convolutions(module: nn.Module) -> list[nn.Conv2d]:
     return [inner for inner in module.modules() if isinstance(inner, nn.Conv2d)]
 
 
-def _is_sequence(module: nn.Module) -> bool:
+def is_sequence(module: nn.Module) -> bool:
     return isinstance(module, _CONTAINERS) and stock_class(module).forward in _SEQUENCE_FORWARDS
 
 

@@ -22,7 +22,7 @@ from effnet_ops.surgery import (
     generic,  # noqa: F401  (registers the layers of PyTorch itself)
 )
 from effnet_ops.surgery.around import AROUND, NETWORK_POOLS, NETWORKS, AroundLayer
-from effnet_ops.surgery.blocks import FusedBlock, FusedSqueezeExcite
+from effnet_ops.surgery.blocks import FusedBlock, FusedSqueezeExcite, has_more
 from effnet_ops.surgery.folded import Folded
 from effnet_ops.surgery.fused import (
     LAYERS,
@@ -278,7 +278,7 @@ def _recognised(module: nn.Module) -> tuple[str, type[FusedLayer] | str] | None:
         layer = fused_class(FusedBlock if kind == "block" else FusedSqueezeExcite, stock, form)
         reason = _why_not(module, layer)
         if not reason:
-            return kind, layer
+            return None if kind == "block" and has_more(module) else (kind, layer)
     matched = form is not None and not form.reason and kind == form.kind
     if matched or (looks_like_block(module) if kind == "block" else _SQUEEZES.search(stock.__name__)):
         return kind, "; ".join(filter(None, (reason, *errors)))
