@@ -127,7 +127,10 @@ def load_weights(model: nn.Module, path: Path) -> None:
     """Load a state dict, without running code that the file may hold."""
     with bad_input():
         if path.suffix == ".safetensors":
-            state = need("safetensors.torch", extra="try").load_file(path)
+            try:
+                state = importlib.import_module("safetensors.torch").load_file(path)
+            except ImportError:
+                fail("this needs the package safetensors: pip install safetensors")
         else:
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True)

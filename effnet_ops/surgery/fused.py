@@ -110,9 +110,10 @@ class BlockPlan(NamedTuple):
     def mixed(self) -> bool:
         """Whether some normalisations train and others do not; `effnet_ops.mbconv` has one flag for all."""
         training = trains(self.depthwise[1])
-        return any(
-            norm is not None and trains(norm) is not training for _, norm in (self.project, self.expand or (0, None))
-        )
+        for stage in (self.project, self.expand):
+            if stage is not None and stage[1] is not None and trains(stage[1]) is not training:
+                return True
+        return False
 
     def run(self, x: Tensor, rate: float | None = None) -> Tensor:
         """The block's output for x; ``rate`` is the drop rate of this call, where the block takes one."""

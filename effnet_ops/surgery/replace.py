@@ -1,8 +1,8 @@
 """replace_layers and restore_layers: they change the class of modules, and nothing else.
 
-Swapping ``module.__class__`` for an importable subclass of it survives copy.deepcopy, pickle and torch.save; parameters
-keep their identity, so optimizers, state dicts and hooks on the modules themselves notice nothing. Only exact classes
-are replaced: a subclass that somebody else wrote may compute something else, so it is skipped, with that reason.
+Swapping ``module.__class__`` for a subclass of it survives copy.deepcopy, pickle and torch.save; parameters keep
+their identity, so optimizers, state dicts and hooks on the modules themselves notice nothing. What a module is, is
+told by its class and, for blocks, by a trace of its forward (`surgery.recognise`).
 """
 
 from __future__ import annotations
@@ -86,10 +86,11 @@ def reason_lines(verb: str, reasons: dict[str, str]) -> list[str]:
 def replace_layers(model: nn.Module) -> ReplacementReport:
     """Let MBConv blocks, depthwise convolutions and squeeze-and-excitation layers run the fused operators, in place.
 
-    Knows the blocks of timm, torchvision, efficientnet_pytorch and geffnet, and nn.Conv2d. A block that is not exactly
-    MBConv is skipped, and what is inside it is replaced layer by layer. Around the blocks of these libraries' networks,
-    the first and last convolutions, their normalisations and the pool are replaced, too: fused in evaluation without
-    gradients, and the stock forward otherwise. Modules, parameters, buffers and their names stay; a module's stock
+    A block of any library, or of your own, is recognised by what its forward computes. One that is not exactly MBConv
+    is skipped, with the reason, and what is inside it is replaced layer by layer. Around the blocks of the networks of
+    timm, torchvision, efficientnet_pytorch and geffnet, the first and last convolutions, their normalisations and the
+    pool are replaced, too: fused in evaluation without gradients, and the stock forward otherwise. Modules, parameters,
+    buffers and their names stay; a module's stock
     forward runs whenever something changes later that the fused one would miss (a hook on a child, a child of another
     class, a class with another forward, BatchNorm modes that differ within a block, tracing). Hooks on a replaced
     module itself work; one that is registered for all modules at once sees the block and not its children. Calling it
