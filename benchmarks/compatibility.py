@@ -141,11 +141,12 @@ def write(rows: dict[tuple[str, str], dict[str, Any]]) -> None:
 
 HEAD = """# Compatibility
 
-Written by `make compatibility` from `benchmarks/results/compatibility.jsonl`; do not edit. Networks with random weights,
-small images, two threads of a CPU. Blocks, depthwise convolutions and squeeze-and-excitation layers (those that are in no
-replaced block): replaced of found. fp64: the largest difference of the replaced from the stock network, both in fp64, of
-evaluation, training, its gradients and statistics, and of the optimized copy. fp32: our error in evaluation and of the
-gradients as a multiple of the stock network's own, against fp64. In the remarks, why layers were left.
+Written by `make compatibility` from `benchmarks/results/compatibility.jsonl`; do not edit. Networks with random
+weights, small images, two threads of a CPU. Blocks, depthwise convolutions and squeeze-and-excitation layers (those
+that are in no replaced block): replaced of found. fp64: the largest difference of the replaced from the stock network,
+both in fp64, of evaluation, training, its gradients and statistics, and of the optimized copy. fp32: our error in
+evaluation and of the gradients as a multiple of the stock network's own, against fp64. In the remarks, why layers were
+left.
 """
 
 

@@ -27,7 +27,6 @@ from surgery_models import (
     lukemelas_block,
     timm_block,
     timm_inverted,
-    timm_separable,
     torchvision_block,
 )
 from timm.layers import BatchNormAct2d, BlurPool2d, DropPath, FrozenBatchNormAct2d, GroupNormAct, SEModule
@@ -158,7 +157,6 @@ MISFITS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "edge residual": (lambda: timm_blocks.EdgeResidual(CHANNELS, CHANNELS, exp_ratio=4), "FusedMBConv"),
     "activation": (lambda: timm_inverted(act_layer=nn.GELU), "bn2.act is GELU"),
     "activations that differ": (lambda: changed(lambda b: setattr(b.bn1, "act", nn.ReLU())), "activations differ"),
-    "activation before the residual": (lambda: timm_separable(pw_act=True), "between the projection and the residual"),
     "gate": (lambda: timm_block(se_layer=se_with(gate_layer=nn.Tanh)), "se.gate is Tanh"),
     "activation of squeeze-and-excitation": (
         lambda: timm_block(se_layer=se_with(force_act_layer=nn.Mish)),

@@ -160,12 +160,11 @@ class BlockPlan(NamedTuple):
             if stage is None:
                 continue
             conv, norm = stage
-            state.append(parameter(conv, "weight"))
             if norm is None:
-                state.append(parameter(conv, "bias"))
+                state += parameter(conv, "weight"), parameter(conv, "bias")
                 continue
             buffers = norm._buffers
-            state += parameter(norm, "weight"), parameter(norm, "bias")
+            state += parameter(conv, "weight"), parameter(norm, "weight"), parameter(norm, "bias")
             state += buffers["running_mean"], buffers["running_var"], norm.eps
         if self.squeeze_excite is not None:
             for conv in self.squeeze_excite[:2]:

@@ -8,10 +8,10 @@ from geffnet.conv2d_layers import Conv2dSame
 from geffnet.gen_efficientnet import GenEfficientNet
 from geffnet.mobilenetv3 import MobileNetV3
 
-from effnet_ops.surgery.around import AROUND, NETWORKS, AroundConvolution
+from effnet_ops.surgery.around import NETWORKS
 from effnet_ops.surgery.folded import METHODS
-from effnet_ops.surgery.fused import ACTIVATIONS, CHAINS, CONVOLUTIONS, UNSUPPORTED, fuses
-from effnet_ops.surgery.generic import FusedDepthwise
+from effnet_ops.surgery.fused import ACTIVATIONS, CHAINS, UNSUPPORTED
+from effnet_ops.surgery.generic import register_convolution
 from effnet_ops.surgery.recognise import DROP_PATHS, GATE_FUNCTIONS
 
 ACTIVATIONS.update(
@@ -24,7 +24,7 @@ ACTIVATIONS.update(
         activations_jit.HardSwishJit: "hardswish",
     }
 )
-CONVOLUTIONS[Conv2dSame] = lambda conv: "same"
+register_convolution(Conv2dSame, lambda conv: "same")
 CHAINS.update(
     {
         blocks.ConvBnAct: (("conv", "bn1", "act1"),),
@@ -51,13 +51,3 @@ UNSUPPORTED.update(
         blocks.CondConvResidual: "CondConvResidual chooses its weights for each image",
     }
 )
-
-
-@fuses(Conv2dSame)
-class FusedConv2dSame(FusedDepthwise, Conv2dSame):
-    """A depthwise convolution with TensorFlow's SAME padding."""
-
-
-@fuses(Conv2dSame, AROUND)
-class AroundConv2dSame(AroundConvolution, Conv2dSame):
-    """A dense convolution with TensorFlow's SAME padding."""

@@ -11,20 +11,20 @@ from timm.models import _efficientnet_blocks as blocks
 from timm.models import efficientnet, mobilenetv3
 from torch import nn
 
-from effnet_ops.surgery.around import AROUND, NETWORK_POOLS, NETWORKS, AroundConvolution, AroundNorm, AroundPool
+from effnet_ops.surgery.around import AROUND, NETWORK_POOLS, NETWORKS, AroundNorm, AroundPool
 from effnet_ops.surgery.folded import METHODS, POOLS, FoldedPool
 from effnet_ops.surgery.fused import (
     ACTIVATIONS,
     CHAINS,
-    CONVOLUTIONS,
     GATES,
     NORMS,
     UNSUPPORTED,
     Part,
+    fused_class,
     fuses,
     is_average,
 )
-from effnet_ops.surgery.generic import FusedDepthwise
+from effnet_ops.surgery.generic import register_convolution
 from effnet_ops.surgery.recognise import DROP_PATHS
 
 ACTIVATIONS.update(
@@ -45,7 +45,8 @@ GATES.update(
 NORMS[BatchNormAct2d] = lambda norm: [Part("drop", norm.drop), Part("act", norm.act)]
 NORMS[FrozenBatchNormAct2d] = lambda norm: [Part("act", norm.act)]
 DROP_PATHS.add(DropPath)
-CONVOLUTIONS[Conv2dSame] = lambda conv: "same"
+AROUND[BatchNormAct2d] = fused_class(AroundNorm, BatchNormAct2d)
+register_convolution(Conv2dSame, lambda conv: "same")
 CHAINS.update(
     {
         ConvNormAct: (("conv", "bn"),),
@@ -106,18 +107,3 @@ class AroundSelectPool(AroundPool, SelectAdaptivePool2d):
     @classmethod
     def keeps_size(cls, module: nn.Module) -> bool | None:
         return _keeps_size(module)
-
-
-@fuses(BatchNormAct2d, AROUND)
-class AroundBatchNormAct2d(AroundNorm, BatchNormAct2d):
-    """A normalisation with its activation."""
-
-
-@fuses(Conv2dSame, AROUND)
-class AroundConv2dSame(AroundConvolution, Conv2dSame):
-    """A dense convolution with TensorFlow's SAME padding."""
-
-
-@fuses(Conv2dSame)
-class FusedConv2dSame(FusedDepthwise, Conv2dSame):
-    """A depthwise convolution with TensorFlow's SAME padding."""
