@@ -233,8 +233,39 @@ class DropsAlone(OwnBlock):
         return super().forward(x) * self.twice
 
 
+class Counts(OwnBlock):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        return super().forward(x)
+
+
+class Unregistered(OwnBlock):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = [nn.ReLU()]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.layers[0](x))
+
+
+class Configured(OwnBlock):
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = {"residual": True}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.config["residual"] else x
+
+
 REFUSED: dict[str, tuple[type[OwnBlock], str]] = {
     "writes attributes": (Remembers, "its forward changes attributes"),
+    "writes buffers": (Counts, "its forward changes parameters or buffers"),
+    "modules in a list": (Unregistered, "layers of Unregistered keeps modules that are not registered"),
+    "a setting that may change": (Configured, "the forward of Configured reads config, a dict that may change"),
     "used twice": (UsedTwice, "used in several places"),
     "goes by the size": (BySize, "cannot be traced"),
     "goes by the mode of gradients": (Asks, "asks for is_grad_enabled"),
@@ -248,6 +279,11 @@ REFUSED: dict[str, tuple[type[OwnBlock], str]] = {
 def test_refused(name: str, x: Tensor) -> None:
     cls, reason = REFUSED[name]
     block = with_statistics_of(cls())
+    block.train()
+    state = copy.deepcopy(block.state_dict())
+    report = replace_layers(block)
+    assert all(torch.equal(value, state[key]) for key, value in block.state_dict().items())
+    restore_layers(block.eval())
     before = block(x)
     report = replace_layers(block)
     assert reason in report.skipped[""] and "" not in report.replaced

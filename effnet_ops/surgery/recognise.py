@@ -125,7 +125,7 @@ class Form:
         try:
             for _, cls, _, settings in self.parts:
                 if settings is not None:
-                    _check_code(cls)
+                    _check_code(cls, dict(settings))
             self.rate = _rate_argument(stock_class(module))
             self.evaluation, self.training = (_match(module, training) for training in (False, True))
             if self.rate is not None:
@@ -186,7 +186,14 @@ def _children(module: nn.Module) -> tuple[tuple[str, bool], ...]:
 def _same(value: Any, known: Any) -> bool:
     if value is known:
         return True
-    return type(value) is type(known) and isinstance(value, int | float | str | tuple | list) and value == known
+    return type(value) is type(known) and _is_plain(value) and _is_plain(known) and value == known
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a setting is a value, which does not change in its place."""
+    if isinstance(value, tuple):
+        return all(isinstance(item, list) or _is_plain(item) for item in value)
+    return value is None or isinstance(value, int | float | str | torch.dtype | types.FunctionType | type)
 
 
 def _parts(module: nn.Module, path: str = "") -> Iterator[tuple[str, type, tuple[Any, ...], list[Any] | None]]:
@@ -197,7 +204,7 @@ def _parts(module: nn.Module, path: str = "") -> Iterator[tuple[str, type, tuple
     leaf = bool(path) and _is_leaf(module)
     state = () if leaf else module.__dict__.items()
     settings = [
-        (name, list(value) if isinstance(value, list) else value)
+        (name, value)
         for name, value in state
         if name not in _OWN_STATE and not name.startswith("_effnet_ops") and not isinstance(value, Tensor)
     ]
@@ -218,10 +225,18 @@ def _is_leaf(module: nn.Module) -> bool:
     return owner.__module__.startswith("torch.nn.") and owner not in _CONTAINERS and owner is not nn.Module
 
 
-def _check_code(cls: type[nn.Module]) -> None:
+def _check_code(cls: type[nn.Module], settings: dict[str, Any]) -> None:
+    """Raise `NotFusable` where a forward may do more than a trace sees, or something else the next time."""
     code = getattr(getattr(cls, "forward", None), "__code__", None)
-    if code is not None and (asked := _STATE.intersection(code.co_names)):
+    names = set() if code is None else {*code.co_names}
+    if asked := _STATE & names:
         raise NotFusable(f"the forward of {cls.__name__} asks for {min(asked)}")
+    for name, value in settings.items():
+        inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
+        if any(isinstance(item, nn.Module) for item in inside):
+            raise NotFusable(f"{name} of {cls.__name__} keeps modules that are not registered")
+        if name in names and not _is_plain(value) and _gate_function(value) is None:
+            raise NotFusable(f"the forward of {cls.__name__} reads {name}, a {type(value).__name__} that may change")
 
 
 def _rate_argument(cls: type[nn.Module]) -> str | None:
@@ -246,7 +261,8 @@ class _Trace(GraphAppendingTracer):
         """What `_read` has found."""
         self.owner: dict[fx.Node, str] = {}
         """The module inside whose forward a node was noted; its own forward has the path ""."""
-        self._tensors = {id(t): name for name, t in (*module.named_parameters(), *module.named_buffers())}
+        self._tensors: dict[int, tuple[Tensor, str]] = {}
+        """Copies, which a forward may write to, of the tensors of modules that are looked into, with their names."""
         self.x = self.create_proxy("placeholder", "x", (), {})
         twin = self._twin(module, "")
         before = [(twin, _contents(twin)) for twin in self._twins.values()]
@@ -261,6 +277,8 @@ class _Trace(GraphAppendingTracer):
             raise NotFusable("it returns no tensor of its input")
         if any(_contents(twin) != contents for twin, contents in before):
             raise NotFusable("its forward changes attributes")
+        if any(tensor._version for tensor, _ in self._tensors.values()):
+            raise NotFusable("its forward changes parameters or buffers")
         self.y: fx.Node = y.node
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
@@ -272,7 +290,7 @@ class _Trace(GraphAppendingTracer):
         if isinstance(a, Tensor):
             if id(a) not in self._tensors:
                 raise NotFusable("it computes with a tensor that is none of its parameters and buffers")
-            return self.create_node("get_attr", self._tensors[id(a)], (), {})
+            return self.create_node("get_attr", self._tensors[id(a)][1], (), {})
         return super().create_arg(a)
 
     def _twin(self, module: nn.Module, path: str) -> nn.Module:
@@ -290,11 +308,26 @@ class _Trace(GraphAppendingTracer):
             twin.__dict__["_modules"] = {
                 name: child and self._twin(child, f"{path}.{name}" if path else name) for name, child in children
             }
+            for table in ("_parameters", "_buffers"):
+                own = {
+                    name: self._copy(t, f"{path}.{name}" if path else name) for name, t in twin.__dict__[table].items()
+                }
+                twin.__dict__[table] = own
             for name, value in module.__dict__.items():
                 if isinstance(value, Callable) and _gate_function(value):
                     twin.__dict__[name] = functools.partial(self.note, value)
             self._watch(twin)
         return twin
+
+    def _copy(self, tensor: Tensor | None, name: str) -> Tensor | None:
+        if tensor is None:
+            return None
+        with torch.inference_mode(False), torch.no_grad():
+            copied = Tensor.detach(tensor).clone()
+        if isinstance(tensor, nn.Parameter):
+            copied = nn.Parameter(copied, requires_grad=False)
+        self._tensors[id(copied)] = (copied, name)
+        return copied
 
     def _watch(self, twin: nn.Module) -> None:
         """Have a forward call what is looked up by name in its file through `note`, where that shall not be traced."""
