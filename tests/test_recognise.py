@@ -190,6 +190,14 @@ def test_block(name: str, x: Tensor) -> None:
     assert torch.equal(block(x), before)
 
 
+@pytest.mark.parametrize("name", [name for name in BLOCKS if "elements" not in name])
+@torch.no_grad()
+def test_copy_in_half_precision(name: str, x: Tensor) -> None:
+    block, x = BLOCKS[name]().float(), x.float()
+    y, found = block(x), optimize_for_inference(block, dtype=torch.bfloat16)(x)
+    assert found.dtype is x.dtype and (found - y).norm() <= 1e-2 * y.norm()
+
+
 class Remembers(OwnBlock):
     def forward(self, x: Tensor) -> Tensor:
         self.last = x

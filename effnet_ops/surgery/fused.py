@@ -74,7 +74,8 @@ class Steps(NamedTuple):
 
     def run(self, core: Callable[[Tensor], Tensor], x: Tensor, rate: float | None) -> Tensor:
         added = None if self.shortcut is None else _through(self.shortcut, x, None)
-        y = _through(self.after, core(_through(self.before, x, None)), rate)
+        # A norm may keep more precision than the block computes in.
+        y = _through(self.after, core(_through(self.before, x, None).to(x.dtype)), rate)
         return y if added is None else y + added
 
 

@@ -134,6 +134,8 @@ class Form:
                 raise NotFusable("it computes something else in training")
         except NotFusable as reason:
             self.reason = str(reason)
+        except Exception as error:  # somebody else's forward can make any graph
+            self.reason = f"its trace cannot be read: {_first_line(error)}"
 
     @property
     def kind(self) -> str:
