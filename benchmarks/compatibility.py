@@ -83,7 +83,7 @@ def _others() -> Iterator[Entry]:
     names = ("efficientnet_b0", "efficientnet_b1", "efficientnet_b0b", "efficientnet_b0c", "efficientnet_edge_small_b")
     names += ("mobilenet_w1", "mobilenetv2_w1", "mobilenetv2b_w1", "mobilenetv3_large_w1", "mobilenetv3_small_w1")
     for name in (*names, "mnasnet_b1", "mnasnet_a1", "proxylessnas_cpu", "fbnet_cb", "mixnet_s", "spnasnet"):
-        yield entry("pytorchcv", name, "model_provider.get_model", name)
+        yield entry("pytorchcv", name, "model_provider.get_model", name, size=160 if "eff" in name else 224)
     for name in ("efficientdet_d0", "tf_efficientdet_lite0"):
         yield entry("effdet", name, "create_model", name, size=128, pretrained_backbone=False)
     for name in ("efficientnet_b0", "efficientnet_v2_s", "mobilenet_v2", "mobilenet_v3_large", "mnasnet1_0"):
