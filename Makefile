@@ -34,7 +34,7 @@ GPU_SECONDS ?= 105
 GPU_SCRIPTS ?= baselines ours sanitize counters
 CARRY_PYTHON ?=
 
-.PHONY: help demo test test-all bench-cpu gpu gpu-carry gpu-rows lint format sanitize clean
+.PHONY: help demo test test-all bench-cpu compatibility gpu gpu-carry gpu-rows lint format sanitize clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -70,6 +70,9 @@ gpu-carry: $(BUILD)  ## build what travels to a lent GPU; CARRY_PYTHON names an 
 
 bench-cpu: $(BUILD)  ## measure inference against every peer; rows and plots in benchmarks/results
 	@$(BIN)/python benchmarks/end_to_end.py $(BENCH_ARGS)
+
+compatibility: $(BUILD)  ## docs/compatibility.md: what is replaced in the networks of the libraries that are installed
+	@$(BIN)/python benchmarks/compatibility.py
 
 lint: $(ENVIRONMENT)  ## check the style of Python and C++
 	@echo "==> checking the style"

@@ -123,3 +123,22 @@ def _bench(
     ]
     providers = chosen(None if peers is None else [name for name in peers.split(",") if name])
     run(tasks_of(settings, providers, layers), json, fresh, plot)
+
+
+@app.command("try")
+def _try(
+    model: Annotated[
+        str, typer.Argument(help="A timm model, torchvision:NAME, effnet_ops:NAME, MODULE:FACTORY or a file.")
+    ],
+    weights: Annotated[Path | None, typer.Option(help="A state dict for it (.pt, .safetensors).")] = None,
+    trust: Annotated[bool, typer.Option("--trust", help="Load files that may run code, too.")] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 2,
+    resolution: Annotated[int | None, typer.Option(min=1, help="Height and width; by default the model's own.")] = None,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Of each measurement; 0: none.")] = 6.0,
+    json: Annotated[Path | None, typer.Option(help="Write the result to this file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with every layer to this file.")] = None,
+) -> None:
+    """Replace the layers of a model of your own, check it against fp64, and time it; exit code 1 if it disagrees."""
+    from effnet_ops.cli.try_model import run
+
+    run(model, weights, trust, batch, resolution, seconds, json, html)

@@ -102,8 +102,9 @@ def cast_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         raise TypeError(f"x must be a tensor of floating-point numbers, got {kind}")
     dtype = own_dtype(module)
     if dtype is None:
-        # A fused layer, which computes with the tensors of its children.
-        dtype = next(p for p in module.parameters() if p.is_floating_point()).dtype
+        # A fused layer, which computes with the tensors of its children. Norms among them may keep their precision.
+        convs = (inner for inner in module.modules() if isinstance(inner, nn.modules.conv._ConvNd))
+        dtype = next(p for conv in convs for p in conv.parameters() if p.is_floating_point()).dtype
     return cast(args, dtype), cast(kwargs, dtype)
 
 

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from effnet_ops.reference import compute_dtype
 
 
-def bernoulli_scale(x: Tensor, keep: float, *, scale_by_keep: bool = True, per_image: bool = True) -> Tensor:
-    """Scale (N,) per image of x (N, C, H, W), drawn as timm and torchvision do; or one draw for all images."""
-    shape = (x.shape[0] if per_image else 1, 1, 1, 1)
-    drawn = torch.empty(shape, dtype=_branch_dtype(x), device=x.device).bernoulli_(keep)
-    scale = drawn.to(compute_dtype(x.dtype)).view(-1)
-    if keep > 0.0 and scale_by_keep:
-        scale = scale / keep
-    return scale if per_image else scale.expand(x.shape[0])
+def drop_path_scale(drop: nn.Module | Callable[..., Tensor], x: Tensor, rate: float | None) -> Tensor | None:
+    """The scale (N,) per image that a library's own drop path draws for a branch of x (N, C, H, W).
 
-
-def uniform_scale(x: Tensor, rate: float) -> Tensor:
-    """Scale (N,) per image of x (N, C, H, W), drawn as efficientnet_pytorch and geffnet do."""
-    drawn = torch.rand((x.shape[0], 1, 1, 1), dtype=_branch_dtype(x), device=x.device)
-    return torch.floor(drawn + (1 - rate)).to(compute_dtype(x.dtype)).view(-1) / (1 - rate)
+    Drop path multiplies the images by numbers: those that it makes of ones. None where it does nothing. ``drop`` is a
+    module, or a function that takes the drop rate of the call, too.
+    """
+    if isinstance(drop, nn.Module) and not drop.training:
+        return None
+    ones = torch.ones((x.shape[0], 1, 1, 1), dtype=_branch_dtype(x), device=x.device)
+    scale = drop(ones) if isinstance(drop, nn.Module) else drop(ones, rate)
+    return None if scale is ones else scale.to(compute_dtype(x.dtype)).view(-1)
 
 
 def _branch_dtype(x: Tensor) -> torch.dtype:

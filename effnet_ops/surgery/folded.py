@@ -27,12 +27,12 @@ from effnet_ops.ops import PreparedCalls, packed
 from effnet_ops.params import ConvNormParams
 from effnet_ops.reference import compute_dtype
 from effnet_ops.surgery.around import NETWORKS
+from effnet_ops.surgery.blocks import check_modes, described_block, settings_of
 from effnet_ops.surgery.casting import cast, cast_input
 from effnet_ops.surgery.folding import Block, BlockSequence, Product, calls, convolution, fold
 from effnet_ops.surgery.fused import (
     CHAINS,
     CONVOLUTIONS,
-    LAYERS,
     NORMS,
     SEQUENCES,
     BlockPlan,
@@ -43,10 +43,12 @@ from effnet_ops.surgery.fused import (
     conv_norm_params,
     describe_or_none,
     is_average,
+    known,
     parameter,
     stock_class,
 )
 from effnet_ops.surgery.guard import Kept, release
+from effnet_ops.surgery.recognise import RATES, Form, form_of
 
 _KEPT = "_effnet_ops_kept"
 _WHOLE = "_effnet_ops_whole"
@@ -218,9 +220,9 @@ def _restored(mixin: type[Folded], stock: type[nn.Module]) -> nn.Module:
 
 
 @functools.cache
-def folded_class(mixin: type[Folded], stock: type[nn.Module]) -> type[Folded]:
+def folded_class(mixin: type[Folded], stock: type[nn.Module], form: Form | None = None) -> type[Folded]:
     """The class of folded modules of class ``stock``."""
-    own = {"stock": stock, **mixin.methods(stock)}
+    own = {"stock": stock, **({} if form is None else {"form": form}), **mixin.methods(stock)}
     if stock.__module__.startswith("torch.nn"):
         # By which torch.fx knows that it does not look inside.
         own["__module__"] = stock.__module__
@@ -245,6 +247,8 @@ def convert(module: nn.Module, mixin: type[Folded]) -> None:
     """Make ``module`` a folded one, in place."""
     module.__class__ = folded_class(mixin, type(module))
     _begin(module)
+    if mixin is FoldedMBConv:
+        _with_form(module)
 
 
 def unfold(model: nn.Module) -> None:
@@ -279,8 +283,7 @@ def _check_part(part: Part) -> None:
 class FoldedMBConv(Folded):
     """An MBConv block as one operator, without normalisations and without drop path."""
 
-    ignored: ClassVar[tuple[str, ...]] = ()
-    """Arguments of the stock forward that do nothing in evaluation."""
+    form: ClassVar[Form | None] = None
 
     @classmethod
     def methods(cls, stock: type[nn.Module]) -> dict[str, Any]:
@@ -291,13 +294,23 @@ class FoldedMBConv(Folded):
             alone = len(args) == 1 and not kwargs
             return self.run(args[0]) if alone else self.run_named(first, others, args, kwargs)
 
-        layer = LAYERS.get(stock)
-        settings = ("activation", "gate", "residual", "expands") if layer is None else layer.attributes
-        return {"forward": forward, "settings": settings}
+        return {"forward": forward}
+
+    def check_now(self) -> None:
+        check_modes(self, self.training)
+
+    @property
+    def settings(self) -> Sequence[str]:
+        """Attributes of the block itself that `make` reads."""
+        return ("activation", "gate", "residual", "expands") if _is_own(self.stock) else settings_of(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _with_form(self)
 
     def run_named(self, first: str, others: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         given = dict(zip((first, *others), args, strict=False)) | kwargs
-        if first in given and given.keys() - {first} <= set(self.ignored):
+        if first in given and given.keys() - {first} <= set(RATES):
             return self.run(given[first])
         return self.run_stock(*args, **kwargs)
 
@@ -313,17 +326,17 @@ class FoldedMBConv(Folded):
     def _run_compiled(self, x: Tensor) -> Tensor:
         """The block in a graph: folded from its parameters, which may change, and for ONNX in PyTorch's operators."""
         onnx = torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
-        if onnx or self.stock not in LAYERS or describe_or_none(self) is None:
+        if onnx or _is_own(self.stock) or describe_or_none(self) is None:
             return self.run_stock(x)
         return self._fold()(x)
 
     @classmethod
     def describe(cls, module: nn.Module) -> BlockPlan:
-        return LAYERS[cls.stock].describe(module)
+        return described_block(module)
 
     def _stock_forward(self, *args: Any, **kwargs: Any) -> Any:
         # Our own blocks have a kernel for their gradient, but none for its gradient, and none that vmap could see into.
-        own = self.stock not in LAYERS and not torch.compiler.is_compiling()
+        own = _is_own(self.stock) and not torch.compiler.is_compiling()
         own = own and (torch.is_grad_enabled() or transformed())
         with backends.use_backend("reference") if own else contextlib.nullcontext():
             return self.stock.forward(self, *args, **kwargs)
@@ -333,14 +346,14 @@ class FoldedMBConv(Folded):
         return self._fold()
 
     def _fold(self) -> Block:
-        return self._fold_own() if self.stock not in LAYERS else self._fold_planned()
+        return self._fold_own() if _is_own(self.stock) else self._fold_planned()
 
     def _folded(self, *params: ConvNormParams | None) -> list[ConvNormParams | None]:
         dtype = compute_dtype(self.dtype())
         return [None if conv is None else fold(conv, dtype) for conv in params]
 
     def _fold_planned(self) -> Block:
-        plan: BlockPlan = LAYERS[self.stock].describe(self)
+        plan = described_block(self)
         stages = (plan.expand, plan.depthwise, plan.project)
         expand, depthwise, project = self._folded(*(stage and conv_norm_params(*stage) for stage in stages))
         squeeze_excite = plan.squeeze_excite
@@ -375,6 +388,16 @@ class FoldedMBConv(Folded):
         )
 
 
+def _is_own(stock: type[nn.Module]) -> bool:
+    return issubclass(stock, layers.MBConv)
+
+
+def _with_form(block: FoldedMBConv) -> None:
+    """Have the block's class say what its forward computes, which cannot be asked for while it is compiled."""
+    if not _is_own(block.stock):
+        block.__class__ = folded_class(FoldedMBConv, block.stock, form_of(block))
+
+
 def block_stages(block: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     """(convolution, normalisation) of each stage; raises `NotFusable` where the block is not exactly MBConv."""
     stock = stock_class(block)
@@ -383,9 +406,13 @@ def block_stages(block: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
         if inner is not block:
             check_untouched(name, inner)
             check_own(name, stock_class(inner))
-    if stock in LAYERS:
-        plan: BlockPlan = LAYERS[stock].describe(block)
-        stages = (plan.expand, plan.depthwise, plan.project)
+    if not _is_own(stock):
+        plan = described_block(block)
+        if plan.steps is not None or callable(plan.padding):
+            raise NotFusable(
+                "it is not folded as a block: it calls other layers, or is padded by the size at each call"
+            )
+        stages = [stage for stage in plan.stages() if stage[1] is not None]
     else:
         stages = block._conv_norms()
         plain = all(type(norm) is nn.BatchNorm2d for _, norm in filter(None, stages))
@@ -507,9 +534,9 @@ def chains_of(owner: nn.Module) -> list[Chain]:
 def check_chain(chain: Chain) -> None:
     """Raise `NotFusable` unless calling the convolution and the normalisation does what their classes say."""
     conv, norm = chain.conv.module, chain.norm.module
-    if stock_class(norm) not in NORMS:
+    if known(NORMS, norm) is None:
         raise NotFusable(f"{chain.norm.name} is {type(norm).__name__}, not a BatchNorm2d that is folded")
-    if stock_class(conv) not in CONVOLUTIONS and stock_class(conv) not in OWN_CONVOLUTIONS:
+    if known(CONVOLUTIONS, conv) is None and stock_class(conv) not in OWN_CONVOLUTIONS:
         raise NotFusable(f"{chain.conv.name} is {type(conv).__name__}, a convolution that is not folded")
     if getattr(conv, "activation", "none") != "none":
         raise NotFusable(f"{chain.conv.name} has an activation before {chain.norm.name}")
@@ -526,7 +553,7 @@ def _fold_chain(chain: Chain, owners: str | None = None) -> FoldedChain:
     conv, norm = chain.conv.module, chain.norm.module
     if not isinstance(conv, FoldedConvolution) or not isinstance(norm, FoldedPart):
         raise NotFusable(f"{chain.conv.name} was not folded when the copy was made")
-    behind = [part.module for part in NORMS[stock_class(norm)](norm)]
+    behind = [part.module for part in known(NORMS, norm)(norm)]
     follows = None if chain.activation is None else _activation_behind(chain.activation)
     found = [module for module in (*behind, follows) if module is not None and stock_class(module) is not nn.Identity]
     name, one = owners or "none", None

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from effnet_ops import context, functional
 from effnet_ops.checks import FLOAT_DTYPES, integers
 from effnet_ops.params import BatchNormParams, ConvNormParams, SqueezeExciteParams
 from effnet_ops.reference import activate
+from effnet_ops.surgery.drop_path import drop_path_scale
 from effnet_ops.surgery.structure import FORWARDS, HOOKS, Structure, stock_class
 
 _CACHE = "_effnet_ops_plan"
@@ -33,14 +35,6 @@ class Part(NamedTuple):
 
     name: str
     module: nn.Module
-
-
-class Stage(NamedTuple):
-    """A convolution, its normalisation, and the activation behind it where that is a module of its own."""
-
-    conv: Part
-    norm: Part
-    activation: Part | None = None
 
 
 class SqueezeExcitePlan(NamedTuple):
@@ -68,39 +62,78 @@ class DepthwisePlan(NamedTuple):
     dilation: tuple[int, int]
 
 
+class Steps(NamedTuple):
+    """What a block calls around its core, each a function of one tensor and the drop rate of the call.
+
+    What ``shortcut`` makes of the block's input is added to the result of ``after``; None for no sum.
+    """
+
+    before: Sequence[Callable[..., Tensor]]
+    after: Sequence[Callable[..., Tensor]]
+    shortcut: Sequence[Callable[..., Tensor]] | None
+
+    def run(self, core: Callable[[Tensor], Tensor], x: Tensor, rate: float | None) -> Tensor:
+        added = None if self.shortcut is None else _through(self.shortcut, x, None)
+        # A norm may keep more precision than the block computes in.
+        y = _through(self.after, core(_through(self.before, x, None).to(x.dtype)), rate)
+        return y if added is None else y + added
+
+
+def _through(steps: Sequence[Callable[..., Tensor]], x: Tensor, rate: float | None) -> Tensor:
+    for step in steps:
+        x = step(x, rate)
+    return x
+
+
 class BlockPlan(NamedTuple):
     """An MBConv block: (convolution, normalisation) of each stage and the settings of `effnet_ops.mbconv`.
 
-    ``after`` is an activation behind the projection, which only blocks without a residual have.
+    A projection may have no normalisation. ``padding`` may be a function of the block's input. ``after`` is an
+    activation behind the projection. ``residual`` is what the kernels add, ``drop`` drop path (`drop_path_scale`).
     """
 
-    expand: tuple[nn.Conv2d, nn.BatchNorm2d] | None
-    depthwise: tuple[nn.Conv2d, nn.BatchNorm2d]
+    expand: tuple[nn.Conv2d, nn.Module] | None
+    depthwise: tuple[nn.Conv2d, nn.Module]
     squeeze_excite: SqueezeExcitePlan | None
-    project: tuple[nn.Conv2d, nn.BatchNorm2d]
+    project: tuple[nn.Conv2d, nn.Module | None]
     stride: tuple[int, int]
-    padding: functional.Padding
+    padding: functional.Padding | Callable[[Tensor], functional.Padding]
     activation: str
     residual: bool
     after: str
     inference: functional.MBConvInference
+    drop: nn.Module | Callable[..., Tensor] | None = None
+    steps: Steps | None = None
+
+    def stages(self) -> list[tuple[nn.Conv2d, nn.Module | None]]:
+        return [stage for stage in (self.expand, self.depthwise, self.project) if stage is not None]
 
     def mixed(self) -> bool:
         """Whether some normalisations train and others do not; `effnet_ops.mbconv` has one flag for all."""
-        training = self.depthwise[1].training
-        return self.project[1].training is not training or (
-            self.expand is not None and self.expand[1].training is not training
-        )
+        training = trains(self.depthwise[1])
+        for stage in (self.project, self.expand):
+            if stage is not None and stage[1] is not None and trains(stage[1]) is not training:
+                return True
+        return False
 
-    def run(self, x: Tensor, drop_path: Tensor | None) -> Tensor:
+    def run(self, x: Tensor, rate: float | None = None) -> Tensor:
+        """The block's output for x; ``rate`` is the drop rate of this call, where the block takes one."""
+        scale = None if self.drop is None else drop_path_scale(self.drop, x, rate)
+        if self.steps is None:
+            return self._run(x, scale)
+        return self.steps.run(functools.partial(self._run, drop_path=scale), x, rate)
+
+    def _run(self, x: Tensor, drop_path: Tensor | None) -> Tensor:
         gate = "sigmoid" if self.squeeze_excite is None else self.squeeze_excite.gate
-        training = self.depthwise[1].training
+        training, padding = trains(self.depthwise[1]), self.padding
+        if callable(padding):
+            padding = padding(x)
         if training or drop_path is not None or torch.is_grad_enabled() or torch.compiler.is_compiling():
             y = functional.mbconv(
                 x,
                 *self._params(),
                 stride=self.stride,
-                padding=self.padding,
+                padding=padding,
                 activation=self.activation,
                 gate=gate,
                 residual=self.residual,
@@ -108,7 +141,7 @@ class BlockPlan(NamedTuple):
                 training=training,
             )
         else:
-            settings = (self.stride, self.padding, self.activation, gate, self.residual)
+            settings = (self.stride, padding, self.activation, gate, self.residual)
             y = self.inference(x, self._state(), self._params, *settings)
         return y if self.after == "none" else activate(y, self.after)
 
@@ -125,11 +158,15 @@ class BlockPlan(NamedTuple):
         """All that `_params` reads, the depthwise weight first."""
         state: list[Any] = []
         for stage in (self.depthwise, self.project, self.expand):
-            if stage is not None:
-                conv, norm = stage
-                buffers = norm._buffers
-                state += parameter(conv, "weight"), parameter(norm, "weight"), parameter(norm, "bias")
-                state += buffers["running_mean"], buffers["running_var"], norm.eps
+            if stage is None:
+                continue
+            conv, norm = stage
+            if norm is None:
+                state += parameter(conv, "weight"), parameter(conv, "bias")
+                continue
+            buffers = norm._buffers
+            state += parameter(conv, "weight"), parameter(norm, "weight"), parameter(norm, "bias")
+            state += buffers["running_mean"], buffers["running_var"], norm.eps
         if self.squeeze_excite is not None:
             for conv in self.squeeze_excite[:2]:
                 state += parameter(conv, "weight"), parameter(conv, "bias")
@@ -143,12 +180,22 @@ def parameter(module: nn.Module, name: str) -> Tensor | None:
     return registered[name] if name in registered else getattr(module, name)
 
 
-def conv_norm_params(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> ConvNormParams:
-    tracks = norm.track_running_stats or not norm.training
+def trains(norm: nn.Module) -> bool:
+    """Whether a normalisation uses the statistics of the batch, as a frozen one never does."""
+    return norm.training and isinstance(norm, _BatchNorm)
+
+
+def conv_norm_params(conv: nn.Conv2d, norm: nn.Module | None) -> ConvNormParams:
+    if norm is None:
+        return ConvNormParams(parameter(conv, "weight"), parameter(conv, "bias"))
     buffers = norm._buffers
+    weight, bias = parameter(norm, "weight"), parameter(norm, "bias")
+    if not isinstance(norm, _BatchNorm):
+        params = BatchNormParams(weight, bias, buffers["running_mean"], buffers["running_var"], norm.eps)
+        return ConvNormParams(parameter(conv, "weight"), None, params)
+    tracks = norm.track_running_stats or not norm.training
     running = (buffers["running_mean"], buffers["running_var"]) if tracks else (None, None)
     count = buffers["num_batches_tracked"] if tracks else None
-    weight, bias = parameter(norm, "weight"), parameter(norm, "bias")
     params = BatchNormParams(weight, bias, *running, norm.eps, norm.momentum, count)
     return ConvNormParams(parameter(conv, "weight"), None, params)
 
@@ -163,8 +210,11 @@ class FusedLayer(nn.Module):
     kind: ClassVar[str]
     attributes: ClassVar[tuple[str, ...]] = ()
     """Settings of the layer itself that `describe` reads and somebody could change later."""
-    folded: ClassVar[type[nn.Module] | None] = None
-    """The folded block, where the library calls its block with more than the input."""
+
+    @classmethod
+    def methods(cls, stock: type[nn.Module], form: Any) -> dict[str, Any]:
+        """What the class that takes the place of ``stock`` has beside this one (`fused_class`)."""
+        return {"forward": _forward(stock)}
 
     @classmethod
     def concerns(cls, module: nn.Module) -> bool:
@@ -175,6 +225,9 @@ class FusedLayer(nn.Module):
     def describe(cls, module: nn.Module) -> Any:
         """What to run instead of ``module``, read from it and its children; raises `NotFusable`."""
         raise NotImplementedError
+
+    def check_now(self) -> None:
+        """Raise `NotFusable` where the layer is in a mode in which only the stock forward is right."""
 
     def run(self, x: Tensor) -> Tensor | None:
         """The layer's output for x, or None where only the stock forward is right."""
@@ -205,6 +258,12 @@ class FusedLayer(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != _CACHE}
 
+    def __reduce_ex__(self, protocol: int) -> Any:
+        cls = type(self)
+        if "form" not in vars(cls):
+            return super().__reduce_ex__(protocol)
+        return _restored, (cls.__bases__[0], cls.stock), self.__getstate__()
+
     def __prepare_scriptable__(self) -> nn.Module:
         raise RuntimeError(
             f"torch.jit.script cannot compile {type(self).__name__}: call effnet_ops.restore_layers(model) first"
@@ -227,7 +286,8 @@ ACTIVATIONS: dict[type[nn.Module], str] = {
 GATES: dict[type[nn.Module], str] = {nn.Sigmoid: "sigmoid", nn.Hardsigmoid: "hard_sigmoid"}
 
 NORMS: dict[type[nn.Module], Callable[[Any], list[Part]]] = {nn.BatchNorm2d: lambda norm: []}
-"""The modules that a normalisation runs behind itself: all must be activations that fit."""
+"""The modules that a normalisation runs behind itself: all must be activations that fit. What is here and no BatchNorm
+of PyTorch is frozen: it always normalises by its running statistics."""
 
 CONVOLUTIONS: dict[type[nn.Module], Callable[[Any], functional.Padding]] = {}
 """The padding of each convolution class, as `effnet_ops.depthwise_conv2d` takes it."""
@@ -238,6 +298,17 @@ that, if there is one. The names may be missing, or be other modules, in some in
 
 SEQUENCES: set[type[nn.Module]] = {nn.Sequential}
 """Classes whose forward calls the children one after the other."""
+
+
+def known(table: dict[type[nn.Module], Any], module: nn.Module) -> Any:
+    """What a table has for the class whose forward ``module`` runs: its own, or one that it inherits that from."""
+    for cls in stock_class(module).__mro__:
+        if cls in table:
+            return table[cls]
+        if any(name in vars(cls) for name in (*FORWARDS, "__call__")):
+            return None
+    return None
+
 
 _Fused = TypeVar("_Fused", bound=type[FusedLayer])
 
@@ -260,6 +331,18 @@ def fuses(
     return register
 
 
+@functools.cache
+def fused_class(layer: type[FusedLayer], stock: type[nn.Module], form: Any = None) -> type[FusedLayer]:
+    """The class of replaced modules of class ``stock``; ``form`` says what their forward computes."""
+    own = {"stock": stock, "form": form, "__module__": __name__, **layer.methods(stock, form)}
+    return type(f"Fused{stock.__name__}", (layer, stock), own)
+
+
+def _restored(layer: type[FusedLayer], stock: type[nn.Module]) -> nn.Module:
+    cls = fused_class(layer, stock)
+    return cls.__new__(cls)
+
+
 def _forward(stock: type[nn.Module]) -> Callable[..., Any]:
     first = list(inspect.signature(stock.forward).parameters)[1]
 
@@ -274,7 +357,7 @@ def _forward(stock: type[nn.Module]) -> Callable[..., Any]:
 def activation_name(part: Part) -> str:
     """The name of an activation module; raises `NotFusable` for one that the fused operators do not have."""
     module = part.module
-    name = ACTIVATIONS.get(stock_class(module))
+    name = known(ACTIVATIONS, module)
     if name is None:
         raise NotFusable(f"{part.name} is {type(module).__name__}, an activation that is not fused")
     if isinstance(module, nn.Hardtanh) and (module.min_val, module.max_val) != (0, 6):
@@ -284,21 +367,15 @@ def activation_name(part: Part) -> str:
 
 def gate_name(part: Part) -> str:
     """The name of a squeeze-and-excitation gate; raises `NotFusable` for one that the fused operators do not have."""
-    name = GATES.get(type(part.module))
+    name = known(GATES, part.module)
     if name is None:
         raise NotFusable(f"{part.name} is {type(part.module).__name__}, a gate that is not fused")
     return name
 
 
-def identity(part: Part) -> None:
-    """Raise `NotFusable` unless the module does nothing."""
-    if type(part.module) is not nn.Identity:
-        raise NotFusable(f"{part.name} is {type(part.module).__name__}, which is not fused")
-
-
 def convolution_padding(part: Part) -> functional.Padding:
     """The padding of a convolution that is known exactly; raises `NotFusable` for every other module."""
-    padding_of = CONVOLUTIONS.get(stock_class(part.module))
+    padding_of = known(CONVOLUTIONS, part.module)
     if padding_of is None:
         raise NotFusable(f"{part.name} is {type(part.module).__name__}, a convolution that is not fused")
     if part.module.padding_mode != "zeros":
@@ -327,8 +404,9 @@ def is_average(pool: nn.Module) -> bool:
     return stock_class(pool) is nn.AdaptiveAvgPool2d and integers(pool.output_size, 2) == (1, 1)
 
 
-def check_pointwise(part: Part) -> nn.Conv2d:
-    conv, padding = part.module, convolution_padding(part)
+def check_pointwise(part: Part, plain: bool = False) -> nn.Conv2d:
+    """The convolution, if it is pointwise; ``plain``: its forward is known to pad only by its ``padding``."""
+    conv, padding = part.module, (CONVOLUTIONS[nn.Conv2d](part.module) if plain else convolution_padding(part))
     for name in ("kernel_size", "stride"):
         if (pair := convolution_pair(part, name)) != (1, 1):
             raise NotFusable(f"{part.name} has {name} {pair}, not a pointwise convolution")
@@ -340,21 +418,15 @@ def check_pointwise(part: Part) -> nn.Conv2d:
     return conv
 
 
-def _check_depthwise(part: Part) -> tuple[nn.Conv2d, functional.Padding]:
-    conv, padding = part.module, convolution_padding(part)
-    if not conv.groups == conv.in_channels == conv.out_channels:
-        raise NotFusable(
-            f"{part.name} has {conv.groups} groups for {conv.in_channels} channels, so it is not depthwise"
-        )
-    if (dilation := convolution_pair(part, "dilation")) != (1, 1):
-        raise NotFusable(f"{part.name} has dilation {dilation}")
-    return conv, padding
-
-
 def check_norm(norm: Part, activation: Part | None = None) -> str:
     """The name of the one activation behind a normalisation; raises `NotFusable` for what is not one that is fused."""
     name, module = norm
-    parts_of = NORMS.get(stock_class(module))
+    parts_of = known(NORMS, module)
+    if isinstance(module, nn.SyncBatchNorm):
+        raise NotFusable(
+            f"{name} is {type(module).__name__}. Note that torch's convert_sync_batchnorm dropped the activation of "
+            "timm's BatchNormAct2d, which timm.layers.convert_sync_batchnorm keeps"
+        )
     if parts_of is None:
         raise NotFusable(f"{name} is {type(module).__name__}, not a BatchNorm2d that is fused")
     behind = [Part(f"{name}.{inner}", part) for inner, part in parts_of(module)]
@@ -366,88 +438,33 @@ def check_norm(norm: Part, activation: Part | None = None) -> str:
     return names[0] if names else "none"
 
 
-def _check_stage(stage: Stage) -> tuple[nn.BatchNorm2d, str]:
-    """The normalisation of a stage and the name of the one activation behind it."""
-    name, norm = stage.norm
-    activation = check_norm(stage.norm, stage.activation)
-    if stage.conv.module.bias is not None:
-        raise NotFusable(f"{stage.conv.name} has a bias before its normalisation")
-    if norm.momentum is None and norm.num_batches_tracked is None and norm.track_running_stats:
-        raise NotFusable(f"{name} has neither a momentum nor num_batches_tracked")
-    return norm, activation
-
-
-def block_plan(
-    expand: Stage | None,
-    depthwise: Stage,
-    squeeze_excite: SqueezeExcitePlan | None,
-    project: Stage,
-    *,
-    residual: bool,
-) -> BlockPlan:
-    """The plan of an MBConv block from its parts; raises `NotFusable` where one is not what the operators compute."""
-    conv, padding = _check_depthwise(depthwise.conv)
-    norm, activation = _check_stage(depthwise)
-    expanded = None
-    if expand is not None:
-        pointwise = check_pointwise(expand.conv)
-        expand_norm, expand_activation = _check_stage(expand)
-        expanded = (pointwise, expand_norm)
-        if expand_activation != activation:
-            raise NotFusable(f"its activations differ: {expand_activation} and {activation}")
-    projected = check_pointwise(project.conv)
-    project_norm, after = _check_stage(project)
-    if residual and after != "none":
-        raise NotFusable(f"{project.norm.name} has an activation between the projection and the residual")
-    if norm is project_norm or (expanded is not None and expanded[1] in (norm, project_norm)):
-        raise NotFusable("two of its normalisations are one shared module")
-    return BlockPlan(
-        expanded,
-        (conv, norm),
-        squeeze_excite,
-        (projected, project_norm),
-        convolution_pair(depthwise.conv, "stride"),
-        padding,
-        activation,
-        residual,
-        after,
-        functional.MBConvInference(),
-    )
-
-
-def squeeze_excite_plan(reduce: Part, activation: Part, expand: Part, gate: str) -> SqueezeExcitePlan:
-    """The plan of a squeeze-and-excitation layer from its parts; raises `NotFusable` where one does not fit."""
-    convs = check_pointwise(reduce), check_pointwise(expand)
-    return SqueezeExcitePlan(*convs, activation_name(activation), gate)
-
-
-def described_squeeze_excite(part: Part) -> SqueezeExcitePlan | None:
-    """The plan of a block's squeeze-and-excitation, None for nn.Identity; raises `NotFusable` for anything unknown."""
-    if type(part.module) is nn.Identity:
-        return None
-    fused = LAYERS.get(stock_class(part.module))
-    if fused is None or fused.kind != "squeeze_excite":
-        raise NotFusable(f"{part.name} is {type(part.module).__name__}, not a squeeze-and-excitation that is fused")
-    try:
-        return fused.describe(part.module)
-    except NotFusable as reason:
-        raise NotFusable(f"{part.name}.{reason}") from None
+def check_statistics_settings(part: Part) -> None:
+    norm = part.module
+    tracks = isinstance(norm, _BatchNorm) and norm.track_running_stats
+    if tracks and norm.momentum is None and norm.num_batches_tracked is None:
+        raise NotFusable(f"{part.name} has neither a momentum nor num_batches_tracked")
 
 
 def describe(layer: type[FusedLayer], module: nn.Module) -> Any:
     """What ``layer`` runs instead of ``module``; `NotFusable` also where somebody relies on a child being called."""
     if "stock" not in vars(layer):
         raise NotFusable(f"{layer.__name__} is a class that somebody put on top")
-    check_class("its class", layer.stock)
+    check_inside(layer.stock, module)
+    return layer.describe(module)
+
+
+def check_inside(stock: type[nn.Module], module: nn.Module) -> None:
+    """Raise `NotFusable` where ``module``, of class ``stock``, or something inside does more than its class says."""
+    check_class("its class", stock)
     for name, inner in module.named_modules():
         if inner is not module:
             check_untouched(name, inner)
-    return layer.describe(module)
 
 
 def describe_or_none(module: FusedLayer) -> Any:
     """`describe` of a replaced module, None instead of `NotFusable`."""
     try:
+        module.check_now()
         return describe(type(module), module)
     except NotFusable:
         return None
@@ -491,9 +508,9 @@ class _CachedPlan(Structure):
         # PyTorch's "same" goes by the size of the weight.
         self._kernels = [(m, parameter(m, "weight").shape) for m in convs if isinstance(m.padding, str)]
         self.plan = plan = describe_or_none(layer)
-        stages = (plan.expand, plan.depthwise, plan.project) if isinstance(plan, BlockPlan) else ()
+        stages = plan.stages() if isinstance(plan, BlockPlan) else ()
         # Of parameters, all others are read at each call.
-        self._without_bias = [stage[0]._parameters for stage in stages if stage is not None]
+        self._without_bias = [conv._parameters for conv, norm in stages if norm is not None]
 
     def holds(self, layer: FusedLayer) -> bool:
         """Whether nothing has changed since."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor, nn
 
 from effnet_ops import functional
@@ -9,13 +12,14 @@ from effnet_ops.checks import integers
 from effnet_ops.surgery.around import AROUND, NETWORK_POOLS, AroundConvolution, AroundNorm, AroundPool
 from effnet_ops.surgery.fused import (
     CONVOLUTIONS,
+    LAYERS,
     DepthwisePlan,
     FusedLayer,
     NotFusable,
     Part,
-    SqueezeExcitePlan,
     convolution_padding,
     convolution_pair,
+    fused_class,
     fuses,
     parameter,
 )
@@ -35,6 +39,24 @@ def conv2d_padding(conv: nn.Conv2d) -> tuple[int, ...]:
     vertical, horizontal = (d * (k - 1) for k, d in zip(kernel, dilation, strict=True))
     # PyTorch puts the odd pixel at the bottom and right.
     return (vertical // 2, vertical - vertical // 2, horizontal // 2, horizontal - horizontal // 2)
+
+
+def static_padding(conv: nn.Conv2d) -> tuple[int, ...]:
+    """That of the convolutions of efficientnet_pytorch and its copies: a module, made for one image size."""
+    sides, pad = conv2d_padding(conv), conv.static_padding
+    if type(pad) is nn.Identity:
+        return sides
+    if type(pad) is not nn.ZeroPad2d:
+        raise NotFusable(f"static_padding is {type(pad).__name__}")
+    left, right, top, bottom = pad.padding
+    return tuple(own + added for own, added in zip(sides, (top, bottom, left, right), strict=True))
+
+
+def dynamic_padding(conv: nn.Conv2d) -> str:
+    """TensorFlow's SAME, as the convolutions of the same libraries compute it at each call."""
+    if any(conv2d_padding(conv)):
+        raise NotFusable(f"it pads by {conv.padding} more than SAME")
+    return "same"
 
 
 class FusedDepthwise(FusedLayer):
@@ -61,15 +83,10 @@ class FusedDepthwise(FusedLayer):
         return None if plan is None else functional.depthwise_conv2d(x, self.weight, self.bias, **plan._asdict())
 
 
-class FusedSqueezeExcite(FusedLayer):
-    """Base of the squeeze-and-excitation layers."""
-
-    kind = "squeeze_excite"
-
-    def run(self, x: Tensor) -> Tensor | None:
-        """The layer's output for x, or None where only the stock forward is right."""
-        plan: SqueezeExcitePlan | None = self.plan(x)
-        return None if plan is None else plan.run(x)
+def register_convolution(cls: type[nn.Conv2d], padding: Callable[[Any], functional.Padding]) -> None:
+    """Know a library's convolution, which differs from nn.Conv2d in its padding only."""
+    CONVOLUTIONS[cls] = padding
+    LAYERS[cls], AROUND[cls] = fused_class(FusedDepthwise, cls), fused_class(AroundConvolution, cls)
 
 
 CONVOLUTIONS[nn.Conv2d] = conv2d_padding

@@ -237,7 +237,7 @@ class _Folding:
         for conv, norm in block_stages(block):
             self.report.folded[_join(name, names[norm])] = _join(name, names[conv])
         self.report.blocks.append(name)
-        self._classes[block] = FoldedMBConv if own else layer.folded or FoldedMBConv
+        self._classes[block] = FoldedMBConv
 
     def _chains(self, name: str, owner: nn.Module) -> None:
         """Find the convolutions that ``owner`` calls itself."""

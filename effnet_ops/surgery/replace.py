@@ -1,8 +1,8 @@
 """replace_layers and restore_layers: they change the class of modules, and nothing else.
 
-Swapping ``module.__class__`` for an importable subclass of it survives copy.deepcopy, pickle and torch.save; parameters
-keep their identity, so optimizers, state dicts and hooks on the modules themselves notice nothing. Only exact classes
-are replaced: a subclass that somebody else wrote may compute something else, so it is skipped, with that reason.
+Swapping ``module.__class__`` for a subclass of it survives copy.deepcopy, pickle and torch.save; parameters keep
+their identity, so optimizers, state dicts and hooks on the modules themselves notice nothing. What a module is, is
+told by its class and, for blocks, by a trace of its forward (`surgery.recognise`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
+import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
@@ -21,8 +22,20 @@ from effnet_ops.surgery import (
     generic,  # noqa: F401  (registers the layers of PyTorch itself)
 )
 from effnet_ops.surgery.around import AROUND, NETWORK_POOLS, NETWORKS, AroundLayer
+from effnet_ops.surgery.blocks import FusedBlock, FusedSqueezeExcite, has_more
 from effnet_ops.surgery.folded import Folded
-from effnet_ops.surgery.fused import LAYERS, UNSUPPORTED, FusedLayer, NotFusable, describe, stock_class
+from effnet_ops.surgery.fused import (
+    LAYERS,
+    UNSUPPORTED,
+    FusedLayer,
+    NotFusable,
+    check_inside,
+    describe,
+    fused_class,
+    known,
+    stock_class,
+)
+from effnet_ops.surgery.recognise import form_of, likely_kind, looks_like_block
 
 _KINDS = {
     "block": "MBConv blocks",
@@ -31,6 +44,7 @@ _KINDS = {
 }
 _OWN = {"MBConv": "block", "DepthwiseConv2d": "depthwise", "SqueezeExcite": "squeeze_excite"}
 _NAMES_SHOWN = 4
+_SQUEEZES = re.compile("squeeze|^SE|SE$|SELayer|SEModule|SEBlock", re.IGNORECASE)
 
 
 @dataclass
@@ -72,10 +86,11 @@ def reason_lines(verb: str, reasons: dict[str, str]) -> list[str]:
 def replace_layers(model: nn.Module) -> ReplacementReport:
     """Let MBConv blocks, depthwise convolutions and squeeze-and-excitation layers run the fused operators, in place.
 
-    Knows the blocks of timm, torchvision, efficientnet_pytorch and geffnet, and nn.Conv2d. A block that is not exactly
-    MBConv is skipped, and what is inside it is replaced layer by layer. Around the blocks of these libraries' networks,
-    the first and last convolutions, their normalisations and the pool are replaced, too: fused in evaluation without
-    gradients, and the stock forward otherwise. Modules, parameters, buffers and their names stay; a module's stock
+    A block of any library, or of your own, is recognised by what its forward computes. One that is not exactly MBConv
+    is skipped, with the reason, and what is inside it is replaced layer by layer. Around the blocks of the networks of
+    timm, torchvision, efficientnet_pytorch and geffnet, the first and last convolutions, their normalisations and the
+    pool are replaced, too: fused in evaluation without gradients, and the stock forward otherwise. Modules, parameters,
+    buffers and their names stay; a module's stock
     forward runs whenever something changes later that the fused one would miss (a hook on a child, a child of another
     class, a class with another forward, BatchNorm modes that differ within a block, tracing). Hooks on a replaced
     module itself work; one that is registered for all modules at once sees the block and not its children. Calling it
@@ -150,6 +165,23 @@ def _visit(
     if found is None or not _closed(module):
         for child_name, child in module.named_children():
             _visit(f"{name}.{child_name}" if name else child_name, child, report, changes, seen)
+    if name in report.skipped:
+        _forget_outer(name, module, report)
+
+
+def _forget_outer(name: str, module: nn.Module, report: ReplacementReport) -> None:
+    """Say nothing of a module that looked like a block because a part of it does."""
+    start = f"{name}." if name else ""
+    for inner, kind in report.kinds.items():
+        if kind == "block" and inner.startswith(start) and inner != name:
+            part = module.get_submodule(inner[len(start) :])
+            if _weights(part) < _weights(module):
+                del report.skipped[name], report.kinds[name]
+                return
+
+
+def _weights(module: nn.Module) -> int:
+    return sum(1 for _ in module.parameters())
 
 
 def _surround(
@@ -191,7 +223,7 @@ def _change(
 
 
 def _is_block(module: nn.Module) -> bool:
-    return type(module) in UNSUPPORTED or (type(module) in LAYERS and LAYERS[type(module)].kind != "depthwise")
+    return type(module) in UNSUPPORTED or likely_kind(module) != ""
 
 
 def _has_blocks(network: nn.Module, changes: list[tuple[nn.Module, type[nn.Module]]]) -> bool:
@@ -225,8 +257,33 @@ def classify(module: nn.Module) -> tuple[str, type[FusedLayer] | str] | None:
         return "other", UNSUPPORTED[type(module)]
     layer = next((LAYERS[base] for base in type(module).__mro__ if base in LAYERS), None)
     if layer is not None and layer.concerns(module):
+        if known(LAYERS, module) is layer and stock_class(module) is not layer.stock:
+            layer = fused_class(layer, stock_class(module))
         return layer.kind, _why_not(module, layer) or layer
-    return ("other", adapter_error) if adapter_error else None
+    return _recognised(module) or (("other", adapter_error) if adapter_error else None)
+
+
+def _recognised(module: nn.Module) -> tuple[str, type[FusedLayer] | str] | None:
+    """`classify` for what has to be traced."""
+    kind = likely_kind(module)
+    if not kind or isinstance(module, Folded):
+        return None
+    errors = [load_adapters(cls) for cls in {type(inner) for inner in module.modules()}]
+    stock, form = stock_class(module), None
+    try:
+        check_inside(stock, module)
+        form = form_of(module)
+    except NotFusable as error:
+        reason = str(error)
+    else:
+        layer = fused_class(FusedBlock if kind == "block" else FusedSqueezeExcite, stock, form)
+        reason = _why_not(module, layer)
+        if not reason:
+            return None if kind == "block" and has_more(module) else (kind, layer)
+    matched = form is not None and not form.reason and kind == form.kind
+    if matched or (looks_like_block(module) if kind == "block" else _SQUEEZES.search(stock.__name__)):
+        return kind, "; ".join(filter(None, (reason, *errors)))
+    return None
 
 
 def _why_not(module: nn.Module, layer: type[FusedLayer]) -> str:

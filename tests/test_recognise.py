@@ -1,0 +1,393 @@
+"""Blocks recognised by what they compute: of other libraries and of a user's own classes; and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+import pickle
+import time
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from surgery_models import (
+    CHANNELS,
+    assert_same_results,
+    timm_block,
+    timm_inverted,
+    timm_separable,
+    torchvision_block,
+    with_statistics_of,
+)
+from test_surgery import is_fused
+from timm.models import _efficientnet_blocks as timm_blocks
+from timm.models import maxxvit
+from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
+
+from effnet_ops import optimize_for_inference, replace_layers, restore_layers
+
+WIDE = 4 * CHANNELS
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(4, CHANNELS, 12, 10, dtype=torch.float64)
+
+
+class ConvNorm(nn.Sequential):
+    """A sequence without a forward of its own."""
+
+    def __init__(self, *args: int, **settings: int) -> None:
+        super().__init__(PlainConv(*args, bias=False, **settings), nn.BatchNorm2d(args[1]))
+
+
+class PlainConv(nn.Conv2d):
+    """A convolution without a forward of its own."""
+
+
+class Swish(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(x)
+
+
+class HardSwish(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * F.relu6(x + 3.0) / 6.0
+
+
+class Gate(nn.Module):
+    """Squeeze-and-excitation in functions and methods."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reduce, self.expand = nn.Conv2d(WIDE, 4, 1), nn.Conv2d(4, WIDE, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        s = F.adaptive_avg_pool2d(x, 1)
+        return self.expand(F.relu(self.reduce(s))).sigmoid() * x
+
+
+class Scale(nn.Module):
+    """A layer scale, which is no part of a block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.rand(CHANNELS, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class OwnBlock(nn.Module):
+    """A block as somebody writes it; subclasses change one thing."""
+
+    def __init__(self, act: type[nn.Module] = Swish, before: nn.Module | None = None, after: nn.Module | None = None):
+        super().__init__()
+        self.before, self.after = before, after
+        self.expand, self.middle = ConvNorm(CHANNELS, WIDE, 1), ConvNorm(WIDE, WIDE, 3, groups=WIDE)
+        self.act, self.gate, self.project = act(), Gate(), ConvNorm(WIDE, CHANNELS, 1)
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x if self.before is None else self.before(x)
+        y = F.pad(self.act(self.expand(y)), (1, 1, 1, 1))
+        y = self.project(self.gate(self.act(self.middle(y))))
+        if self.after is not None:
+            y = self.after(y)
+        return torch.add(self.shortcut(x), y)
+
+
+class Pooled(OwnBlock):
+    def __init__(self) -> None:
+        super().__init__(before=nn.BatchNorm2d(CHANNELS))
+        self.pool = nn.AvgPool2d(3, 1, 1)
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        return self.pool(x)
+
+
+def frozen(build: Callable[[], nn.Module]) -> nn.Module:
+    block = build()
+    for module in list(block.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.BatchNorm2d:
+                norm = FrozenBatchNorm2d(child.num_features).double()
+                norm.load_state_dict(child.state_dict())
+                setattr(module, name, norm)
+    return block
+
+
+def maxvit_block(stride: int = 1, **settings: object) -> nn.Module:
+    config = maxxvit.MaxxVitConvCfg(
+        expand_ratio=4, stride_mode="dw", act_layer="silu", norm_layer="batchnorm2d", **settings
+    )
+    return with_statistics_of(maxxvit.MbConvBlock(CHANNELS, CHANNELS, stride, cfg=config))
+
+
+def universal(*kernels: int, **settings: object) -> nn.Module:
+    block = timm_blocks.UniversalInvertedResidual(CHANNELS, CHANNELS, *kernels, layer_scale_init_value=0.5, **settings)
+    return with_statistics_of(block)
+
+
+BLOCKS: dict[str, Callable[[], nn.Module]] = {
+    "own": lambda: with_statistics_of(OwnBlock()),
+    "own, hard swish": lambda: with_statistics_of(OwnBlock(HardSwish)),
+    "own, layer scale": lambda: with_statistics_of(OwnBlock(after=Scale())),
+    "own, dropout of elements": lambda: with_statistics_of(OwnBlock(after=nn.Dropout(0.5))),
+    "own, norm before and another shortcut": lambda: with_statistics_of(Pooled()),
+    "sequence": lambda: with_statistics_of(
+        nn.Sequential(
+            *ConvNorm(CHANNELS, CHANNELS, 3, padding=1, groups=CHANNELS),
+            nn.ReLU6(),
+            *ConvNorm(CHANNELS, 4, 1),
+            nn.ReLU(),
+        )
+    ),
+    "timm frozen": lambda: timm.layers.freeze_batch_norm_2d(timm_block()).double(),
+    "timm space to depth": lambda: with_statistics_of(timm_inverted(s2d=1, noskip=True)),
+    "timm dropout of elements": lambda: with_statistics_of(with_dropout(timm_inverted())),
+    "timm activation before the residual": lambda: with_statistics_of(timm_separable(pw_act=True)),
+    "timm universal": lambda: universal(0, 3, 0),
+    "timm universal with more": lambda: universal(3, 5, 3, drop_path_rate=0.5),
+    "timm MaxViT": maxvit_block,
+    "timm MaxViT, drop path": lambda: with_statistics_of(maxvit_drop()),
+    "timm MaxViT, stride": lambda: maxvit_block(2),
+    "torchvision frozen": lambda: frozen(torchvision_block),
+}
+
+
+def maxvit_drop() -> nn.Module:
+    block = maxvit_block().float()
+    block.drop_path = timm.layers.DropPath(0.5)
+    return block
+
+
+def with_dropout(block: nn.Module) -> nn.Module:
+    block.drop_path = nn.Dropout(0.5)
+    return block
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_block(name: str, x: Tensor) -> None:
+    block = BLOCKS[name]()
+    stock, before = copy.deepcopy(block), block(x)
+    report = replace_layers(block)
+    assert report.replaced == [""] and report.skipped == {} and report.kinds == {"": "block"}
+    assert not torch.equal(block(x), before)
+    assert_same_results(block, stock, x)
+    for twin in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+        assert type(twin) is type(block) and torch.equal(twin(x), block(x))
+    with torch.no_grad():
+        torch.testing.assert_close(optimize_for_inference(stock)(x), before)
+    restore_layers(block)
+    assert [type(m) for m in block.modules()] == [type(m) for m in stock.modules()]
+    assert torch.equal(block(x), before)
+
+
+@pytest.mark.parametrize("name", [name for name in BLOCKS if "elements" not in name])
+@torch.no_grad()
+def test_copy_in_half_precision(name: str, x: Tensor) -> None:
+    block, x = BLOCKS[name]().float(), x.float()
+    y, found = block(x), optimize_for_inference(block, dtype=torch.bfloat16)(x)
+    assert found.dtype is x.dtype and (found - y).norm() <= 1e-2 * y.norm()
+
+
+class Remembers(OwnBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = x
+        return super().forward(x)
+
+
+class UsedTwice(OwnBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act(self.middle(F.pad(self.act(self.expand(x)), (1, 1, 1, 1))))
+        return self.project(self.gate(y)) + self.project(y)
+
+
+class BySize(OwnBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.shape[2] > 20 else x
+
+
+class Asks(OwnBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if torch.is_grad_enabled() else x
+
+
+class NormBetween(OwnBlock):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Sequential(Gate(), nn.BatchNorm2d(WIDE))
+
+
+class ReflectingPad(OwnBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.pad(self.act(self.expand(x)), (1, 1, 1, 1), mode="reflect")
+        return self.project(self.act(self.middle(y)))
+
+
+class DropsAlone(OwnBlock):
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.twice
+
+
+class Counts(OwnBlock):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        return super().forward(x)
+
+
+class Unregistered(OwnBlock):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = [nn.ReLU()]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.layers[0](x))
+
+
+class Configured(OwnBlock):
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = {"residual": True}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.config["residual"] else x
+
+
+REFUSED: dict[str, tuple[type[OwnBlock], str]] = {
+    "writes attributes": (Remembers, "its forward changes attributes"),
+    "writes buffers": (Counts, "its forward changes parameters or buffers"),
+    "modules in a list": (Unregistered, "layers of Unregistered keeps modules that are not registered"),
+    "a setting that may change": (Configured, "the forward of Configured reads config, a dict that may change"),
+    "used twice": (UsedTwice, "used in several places"),
+    "goes by the size": (BySize, "cannot be traced"),
+    "goes by the mode of gradients": (Asks, "asks for is_grad_enabled"),
+    "a norm behind the gate": (NormBetween, "gate.1 is BatchNorm2d, which is not fused"),
+    "another padding": (ReflectingPad, "it calls pad, which is not fused"),
+    "a factor": (DropsAlone, "it calls"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str, x: Tensor) -> None:
+    cls, reason = REFUSED[name]
+    block = with_statistics_of(cls())
+    block.train()
+    state = copy.deepcopy(block.state_dict())
+    report = replace_layers(block)
+    assert all(torch.equal(value, state[key]) for key, value in block.state_dict().items())
+    restore_layers(block.eval())
+    before = block(x)
+    report = replace_layers(block)
+    assert reason in report.skipped[""] and "" not in report.replaced
+    torch.testing.assert_close(block(x), before)
+    assert "last" not in block.__dict__ or isinstance(block.last, Tensor)
+
+
+@torch.no_grad()
+def test_settings_and_modes_that_change_later(x: Tensor) -> None:
+    block = BLOCKS["own, dropout of elements"]()
+    replace_layers(block)
+    stock = copy.deepcopy(block)
+    restore_layers(stock)
+    for change in (
+        lambda b: setattr(b, "after", None),
+        lambda b: setattr(b, "before", nn.BatchNorm2d(CHANNELS).double().eval()),
+        lambda b: setattr(b, "act", nn.GELU()),
+        lambda b: setattr(b, "act", nn.ReLU()),
+        lambda b: b.gate.train(),
+        lambda b: setattr(b, "gate", nn.Identity()),
+    ):
+        block(x)
+        change(block), change(stock)
+        torch.testing.assert_close(block(x), stock(x))
+
+
+def test_one_form_serves_all_modules_of_a_kind() -> None:
+    start = time.perf_counter()
+    report = replace_layers(timm.create_model("tf_efficientnet_b7"))
+    assert len(report.replaced) == 55
+    # 1.2 seconds on two threads of 2026; tracing each block by itself takes ten times as long.
+    assert time.perf_counter() - start < 20
+
+
+def _segmentation() -> nn.Module:
+    return importlib.import_module("segmentation_models_pytorch").Unet("efficientnet-b0", encoder_weights=None)
+
+
+def _transformers() -> nn.Module:
+    library = importlib.import_module("transformers")
+    config = library.EfficientNetConfig(width_coefficient=0.5, depth_coefficient=0.5, hidden_dim=64)
+    return library.EfficientNetModel(config)
+
+
+def _monai() -> nn.Module:
+    nets = importlib.import_module("monai.networks.nets")
+    return nets.EfficientNetBN("efficientnet-b0", pretrained=False, spatial_dims=2, in_channels=3)
+
+
+def _pytorchcv(name: str) -> nn.Module:
+    return importlib.import_module("pytorchcv.model_provider").get_model(name, pretrained=False)
+
+
+NETWORKS: dict[str, tuple[str, int, Callable[[], nn.Module]]] = {
+    "smp": ("segmentation_models_pytorch", 16, _segmentation),
+    "transformers": ("transformers", 10, _transformers),
+    "MONAI": ("monai", 16, _monai),
+    "pytorchcv": ("pytorchcv", 16, functools.partial(_pytorchcv, "efficientnet_b0")),
+    "pytorchcv SAME": ("pytorchcv", 16, functools.partial(_pytorchcv, "efficientnet_b0b")),
+    "pytorchcv MobileNetV3": ("pytorchcv", 15, functools.partial(_pytorchcv, "mobilenetv3_large_w1")),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_blocks_of_other_libraries(name: str) -> None:
+    library, count, build = NETWORKS[name]
+    pytest.importorskip(library)
+    model = build().double()
+    stock = copy.deepcopy(model)
+    report = replace_layers(model)
+    blocks = [key for key, kind in report.kinds.items() if kind == "block"]
+    assert len(blocks) >= count and set(blocks) <= set(report.replaced)
+    for key in (blocks[0], blocks[1], blocks[2], blocks[len(blocks) // 2], blocks[-1]):
+        block, other = model.get_submodule(key), stock.get_submodule(key)
+        conv = next(m for m in other.modules() if isinstance(m, nn.Conv2d))
+        image = torch.randn(3, conv.in_channels, 12, 9, dtype=torch.float64)
+        assert is_fused(block.eval(), image)
+        assert_same_results(block, other, image, *((0.3,) if name == "smp" else ()))
+    restore_layers(model)
+    assert [type(m) for m in model.modules()] == [type(m) for m in stock.modules()]
+
+
+class Small(nn.Module):
+    """A network with one block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block, self.act = nn.Conv2d(3, CHANNELS, 3), OwnBlock(), nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.block(self.stem(x)))
+
+
+def test_a_block_and_not_what_is_around_it() -> None:
+    model = Small()
+    assert replace_layers(model).replaced == ["block"]
+    sequence = nn.Sequential(*OwnBlock().children(), nn.GELU())
+    assert "" not in replace_layers(sequence).replaced
+    assert replace_layers(nn.Sequential(nn.Sequential(nn.ReLU(), OwnBlock()))).replaced == ["0.1"]
