@@ -29,8 +29,8 @@ class Backend(NamedTuple):
     """``unavailable()`` is "" or why the backend can run nothing here; ``refuses(x)`` why it cannot run on x.
 
     ``uncovered(window)`` is why it has no kernel for a depthwise convolution with this window, ``lacks(operation,
-    window)`` why it has none for an operation: a public function's name, or "mbconv_inference" for a block with constant
-    statistics and no gradient.
+    window)`` why it has none for an operation: a public function's name, or "mbconv_inference" for a block with
+    constant statistics and no gradient.
     """
 
     unavailable: Callable[[], str]

@@ -25,7 +25,6 @@ WORDS = {
 """The file that has each operator."""
 
 
-
 def _norm(of: str = "") -> str:
     """A normalisation with constant statistics; without gamma, beta is a bias."""
     return "".join(f"Tensor? {of}{name}, " for name in ("gamma", "beta", "mean", "var")) + f"float {of}eps"

@@ -59,9 +59,7 @@ def _has_kernels(call: MBConvCall) -> bool:
     if call.expand is None:
         return True
     pool = call.squeeze_excite is not None
-    return torch.ops.effnet_ops.cuda_expand_depthwise_fits(
-        x, call.expand.weight, weight, call.stride[0], sides, pool
-    )
+    return torch.ops.effnet_ops.cuda_expand_depthwise_fits(x, call.expand.weight, weight, call.stride[0], sides, pool)
 
 
 def _convolved(x: Tensor, call: MBConvCall) -> tuple[Tensor, Tensor]:
