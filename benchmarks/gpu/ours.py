@@ -79,7 +79,9 @@ def kernels(scale: Scale) -> Iterator[Job]:
                     mode,
                     lambda s=shape, m=mode, b=backend: depthwise_kernel(scale, s, m, b),
                 )
-        for block in layers("efficientnet_b0", scale.resolution["efficientnet_b0"]).expanding[: scale.most_layers]:
+        for block in layers("efficientnet_b0", scale.resolution["efficientnet_b0"]).expanding[
+            : max(1, scale.most_layers // 2)
+        ]:
             yield _kernel_job(
                 scale, "mbconv", provider, str(block), "inference", lambda s=block, b=backend: block_kernel(scale, s, b)
             )
