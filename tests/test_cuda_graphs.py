@@ -1,4 +1,4 @@
-"""`CUDAGraphs` and ``optimize_for_inference(cuda_graph=True)`` with a stand-in for a GPU: what is kept, copied, refused."""
+"""`CUDAGraphs` and ``optimize_for_inference(cuda_graph=True)`` with a stand-in for a GPU."""
 
 from __future__ import annotations
 
