@@ -20,9 +20,9 @@ _WARM_UPS = 3
 class CUDAGraphs(nn.Module):
     """Runs ``module`` on a GPU by replaying what its first call on such images launched.
 
-    ``module`` is inside under that name. There is one graph for each shape, layout, dtype and device of images, and each
-    precision of autocast. At most ``most`` graphs are kept, those that were used last; each keeps a copy of its images
-    and of what it returns, and all share the memory between. Results are new tensors.
+    ``module`` is inside under that name. There is one graph for each shape, layout, dtype and device of images, and
+    precision of autocast. At most ``most`` are kept, those that were used last; each keeps a copy of its images and of
+    what it returns, and all share the memory between. Results are new tensors.
 
     A graph knows nothing of what Python does: weights, settings and hooks are those of its capture. `reset` forgets all
     graphs; so do ``load_state_dict``, ``to`` and their like, when called on this module.

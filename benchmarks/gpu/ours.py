@@ -82,8 +82,6 @@ def kernels(scale: Scale) -> Iterator[Job]:
         # On the CPU, where they are interpreted, one is enough.
         most = 1 if scale.device == "cpu" else None
         for block in layers("efficientnet_b0", scale.resolution["efficientnet_b0"]).expanding[:most]:
-            : max(1, scale.most_layers // 2)
-        ]:
             yield _kernel_job(
                 scale, "mbconv", provider, str(block), "inference", lambda s=block, b=backend: block_kernel(scale, s, b)
             )
