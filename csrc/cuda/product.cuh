@@ -55,7 +55,7 @@ __device__ inline void multiply(Sums& sums, const T* a, int rows, const T* b, in
         from_a[m] = a + min(16 * m + lane % 16, rows - 1) * pitch + lane / 16 * 8;
         from_b[m] = b + (16 * m + lane / 16 * 8 + lane % 8) * pitch + lane / 8 % 2 * 8;
     }
-#pragma unroll 4
+#pragma unroll 2
     for (int k = 0; k < depth; k += depth_step<T>) {
         uint32_t of_a[2][4], of_b[2][4];
 #pragma unroll

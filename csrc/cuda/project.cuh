@@ -21,7 +21,9 @@ template <class T, int down_, int across_, int along_>
 struct ProjectTraits {
     using Element = T;
     static constexpr int down = down_, across = across_, along = along_;
-    static constexpr int warps = down * across * along, threads = 32 * warps, blocks = sizeof(T) == 2 ? 2 : 1;
+    static constexpr int warps = down * across * along, threads = 32 * warps;
+    // The loads of long rows need more registers than two blocks leave each other.
+    static constexpr int blocks = sizeof(T) == 2 && along == 1 ? 2 : 1;
     static constexpr int rows = down * tile_side, columns = across * tile_side;
     static constexpr int depth = (along == 1 && down < 8 ? 128 : 64) / int(sizeof(T));  // of a warp
     static constexpr int whole_depth = depth * along, pitch = whole_depth + chunk<T>;
