@@ -2,6 +2,7 @@
 
 from effnet_ops import layers, scaling
 from effnet_ops.backends import available_backends, use_backend
+from effnet_ops.cuda_graphs import CUDAGraphs
 from effnet_ops.functional import depthwise_conv2d, mbconv, pointwise_conv2d, squeeze_excite
 from effnet_ops.models import convert_state_dict, create_model, list_models
 from effnet_ops.ops import set_recompute
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BatchNormParams",
+    "CUDAGraphs",
     "ConvNormParams",
     "OptimizationReport",
     "ReplacementReport",

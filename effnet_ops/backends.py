@@ -28,14 +28,15 @@ class Window(NamedTuple):
 class Backend(NamedTuple):
     """``unavailable()`` is "" or why the backend can run nothing here; ``refuses(x)`` why it cannot run on x.
 
-    ``uncovered(window)`` is why it has no kernel for a depthwise convolution with this window, ``lacks(operation)`` why
-    it has none for a public function's name.
+    ``uncovered(window)`` is why it has no kernel for a depthwise convolution with this window, ``lacks(operation,
+    window)`` why it has none for an operation: a public function's name, or "mbconv_inference" for a block with
+    constant statistics and no gradient.
     """
 
     unavailable: Callable[[], str]
     refuses: Callable[[Tensor], str]
     uncovered: Callable[[Window], str] = lambda window: ""
-    lacks: Callable[[str], str] = lambda operation: ""
+    lacks: Callable[[str, Window | None], str] = lambda operation, window: ""
 
 
 def _refuses_type(x: Tensor) -> str:
@@ -53,7 +54,7 @@ def _cpu_refuses(x: Tensor) -> str:
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Whether Triton kernels are interpreted, slowly, on the CPU: Triton itself asks once, when a kernel is defined."""
 
-_CUDA_OPERATIONS = ("depthwise_conv2d", "squeeze_excite")
+_CUDA_OPERATIONS = ("depthwise_conv2d", "squeeze_excite", "mbconv_inference")
 _CUDA_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _CUDA_KERNELS, _CUDA_STRIDES = (3, 5, 7), (1, 2)
 _OLDEST_GPU = (8, 0)
@@ -112,7 +113,11 @@ def _cuda_uncovered(window: Window) -> str:
     return f"dilation {tuple(dilation)} is not (1, 1)" if max(dilation) > 1 else ""
 
 
-def _cuda_lacks(operation: str) -> str:
+def _cuda_lacks(operation: str, window: Window | None) -> str:
+    if operation == "mbconv":
+        return "it has no kernels for mbconv with batch statistics or gradients"
+    if operation == "mbconv_inference" and window is not None and max(window.kernel) > 5:
+        return f"its kernels for a whole block are 3x3 and 5x5, and this one is {window.kernel[0]}x{window.kernel[1]}"
     return "" if operation in _CUDA_OPERATIONS else f"it has no kernels for {operation}"
 
 
@@ -224,7 +229,7 @@ def resume(name: str | None) -> contextlib.AbstractContextManager[None]:
 def why_not(name: str, x: Tensor, window: Window | None = None, operation: str = "") -> str:
     """Why the backend has no kernel of the operation for x and, where it has one, a depthwise window."""
     backend = BACKENDS[name]
-    reason = backend.lacks(operation) if operation else ""
+    reason = backend.lacks(operation, window) if operation else ""
     return reason or backend.refuses(x) or ("" if window is None else backend.uncovered(window))
 
 

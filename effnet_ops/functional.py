@@ -8,7 +8,7 @@ forward-mode differentiation go through the reference; symbolic tracing (torch.f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from operator import is_
 from typing import Any
 
@@ -205,7 +205,7 @@ def mbconv(
     if training:
         _check_batch_size(convs, x, size)
     keywords = dict(stride=stride, activation=activation, gate=gate, residual=residual, drop_path=drop_path)
-    if _block_runs_reference(x, convs, depthwise, stride):
+    if _block_runs_reference(x, convs, depthwise, stride, _block_operation(x, groups, training)):
         padding = checks.resolve_padding(sides, x.shape[2:], depthwise.weight.shape[2:], stride, (1, 1))
         y, statistics, *_ = _run_reference(reference.mbconv, x, *groups, padding=padding, training=training, **keywords)
     else:
@@ -220,13 +220,34 @@ def _runs_reference(x: Tensor, operation: str, uncovered: str = "", window: back
     return context.transforming() or backends.select(x, uncovered, window, operation) == "reference"
 
 
+def _block_operation(x: Tensor, groups: Sequence[Any], training: bool) -> str:
+    """What a backend needs kernels for: "mbconv_inference" where statistics are constants and no gradient can come.
+
+    Only a request for `cuda` can fail by it, and nobody else pays for the answer.
+    """
+    if training or backends.requested() != "cuda":
+        return "mbconv"
+    norms = [group.norm for group in groups if isinstance(group, ConvNormParams) and group.norm is not None]
+    batch = any(norm.running_mean is None for norm in norms)
+    differentiates = torch.is_grad_enabled() and any(t.requires_grad for t in _tensors_in((x, *groups)))
+    return "mbconv" if batch or differentiates else "mbconv_inference"
+
+
+def _tensors_in(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple):
+            yield from _tensors_in(value)
+
+
 def _block_runs_reference(
-    x: Tensor, convs: Sequence[ConvNormParams], depthwise: ConvNormParams, stride: tuple[int, int]
+    x: Tensor, convs: Sequence[ConvNormParams], depthwise: ConvNormParams, stride: tuple[int, int], operation: str
 ) -> bool:
     uncovered = _uncovered_filter(depthwise.weight, depthwise.weight.shape[0])
     if any(conv.bias is not None and conv.norm is not None for conv in convs):
         uncovered = "a convolution has both a bias and a normalisation"
-    return _runs_reference(x, "mbconv", uncovered, backends.Window(depthwise.weight.shape[2:], stride, (1, 1)))
+    return _runs_reference(x, operation, uncovered, backends.Window(depthwise.weight.shape[2:], stride, (1, 1)))
 
 
 def may_keep(state: Sequence[Any], weight: Tensor | None) -> bool:
@@ -280,7 +301,8 @@ class MBConvInference:
         expand, depthwise, _, project = groups
         convs = [conv for conv in (expand, depthwise, project) if conv is not None]
         self._checked = None
-        if may_keep(state, weight) and not _block_runs_reference(x, convs, depthwise, stride):
+        operation = _block_operation(x, groups, False)
+        if may_keep(state, weight) and not _block_runs_reference(x, convs, depthwise, stride, operation):
             call = ops.MBConvCall.of(x, *groups, padding=checks.padding_sides(padding), **settings)
             if not call.uses_batch():
                 arguments = ops.mbconv_inference.signature.flatten(call)[1:]

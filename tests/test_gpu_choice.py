@@ -50,7 +50,14 @@ def both(monkeypatch: pytest.MonkeyPatch) -> None:
         (on_gpu(), WINDOW, "depthwise_conv2d", ""),
         (on_gpu(torch.float32), WINDOW._replace(stride=(2, 2)), "depthwise_conv2d", ""),
         (on_gpu(), None, "pointwise_conv2d", "it has no kernels for pointwise_conv2d"),
-        (on_gpu(), WINDOW, "mbconv", "it has no kernels for mbconv"),
+        (on_gpu(), WINDOW, "mbconv", "it has no kernels for mbconv with batch statistics or gradients"),
+        (on_gpu(), WINDOW, "mbconv_inference", ""),
+        (
+            on_gpu(),
+            WINDOW._replace(kernel=(7, 7)),
+            "mbconv_inference",
+            "its kernels for a whole block are 3x3 and 5x5, and this one is 7x7",
+        ),
         (
             on_gpu(torch.float64),
             WINDOW,
@@ -257,7 +264,8 @@ def test_table_covers_the_operators_of_both() -> None:
     for entry in gpu.table().values():
         for choice in (entry | {"backend": entry["default"]}, *entry["shapes"].values()):
             assert choice["backend"] in gpu.GPU_BACKENDS
-            assert choice["origin"] == "byte model" or choice["origin"].startswith("measured on ")
+            known = choice["origin"] in ("byte model", "no row compares them yet")
+            assert known or choice["origin"].startswith("measured on ")
 
 
 def test_shapes_of_one_entry() -> None:
@@ -292,3 +300,33 @@ def test_contiguous_images_run_where_they_need_no_copy(operator: str, monkeypatc
         assert gpu._implementation(operator, both, WINDOW) == "triton"
     with backends.use_backend("triton"):
         assert gpu._implementation(operator, contiguous, WINDOW) == "triton"
+
+
+def block_row(provider: str, shape: str, milliseconds: float) -> dict[str, Any]:
+    row = {"part": "kernels", "operation": "mbconv", "mode": "inference", "dtype": "bf16"}
+    return {**row, "provider": f"effnet_ops {provider}", "shape": shape, "p50": milliseconds}
+
+
+def test_blocks_run_on_what_their_rows_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two blocks of one input are added up; what one backend has no row of does not count."""
+    monkeypatch.syspath_prepend(str(gpu.TABLE.parents[2] / "benchmarks" / "gpu"))
+    choice = importlib.import_module("choice")
+    rows = [
+        block_row("cuda", "256x24x56x56 -> 144 k3 s1 -> 24", 1.0),
+        block_row("triton", "256x24x56x56 -> 144 k3 s1 -> 24", 2.0),
+        block_row("cuda", "256x24x56x56 -> 144 k5 s2 -> 40", 4.0),
+        block_row("triton", "256x24x56x56 -> 144 k5 s2 -> 40", 2.0),
+        block_row("cuda", "256x16x112x112 -> 96 k3 s2 -> 24", 1.0),
+    ]
+    key = gpu.bucket((256, 24, 56, 56), None, None, 2)
+    assert list(choice.measured_blocks(rows)) == [("mbconv_inference", key, 5.0, 4.0)]
+
+
+@pytest.mark.usefixtures("both")
+def test_a_block_in_inference_runs_on_cuda_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "_launched", lambda operator, backend: backend)
+    x = on_gpu()
+    assert gpu._implementation("mbconv_inference", x, None) == "triton"
+    with backends.use_backend("cuda"):
+        assert gpu._implementation("mbconv_inference", x, None) == "cuda"
+        assert gpu._implementation("mbconv_training", x, None) == "triton"

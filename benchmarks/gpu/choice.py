@@ -288,6 +288,23 @@ def measured(rows: list[dict[str, Any]]) -> Iterator[Compared]:
             yield Compared(operator, key, times["cuda"], times["triton"])
 
 
+def measured_blocks(rows: list[dict[str, Any]]) -> Iterator[Compared]:
+    """The same of whole blocks in inference. Blocks of one input share an entry, and their milliseconds are added."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for row in rows:
+        backend = re.fullmatch(r"effnet_ops (cuda|triton)", row["provider"])
+        if row["operation"] == "mbconv" and row["mode"] == "inference" and row["part"] == "kernels" and backend:
+            size = [int(n) for n in _SHAPE.match(row["shape"]).groups()[:4]]
+            key = gpu.bucket(size, None, None, 4 if row["dtype"] == "fp32" else 2)
+            found.setdefault(key, {}).setdefault(row["shape"], {})[backend[1]] = row["p50"]
+    for key, shapes in found.items():
+        both = [times for times in shapes.values() if len(times) == 2]
+        if both:
+            yield Compared(
+                "mbconv_inference", key, *(sum(times[name] for times in both) for name in ("cuda", "triton"))
+            )
+
+
 def table(comparisons: list[Compared], origin: str) -> dict[str, Any]:
     """The entries of these comparisons: a default for each operator, and the shapes where the other is better."""
     operators: dict[str, Any] = {}
@@ -322,10 +339,13 @@ def overlaid(base: dict[str, Any], comparisons: list[Compared], origin: str) -> 
 def chosen(library: Path) -> dict[str, Any]:
     """The table: by the model, whose plans ``library`` makes, and over it by every committed row."""
     operators = table(list(modelled(library)), MODEL)
+    # Fewer bytes are no evidence here: the kernels of whole blocks compute as much as they read.
+    operators["mbconv_inference"] = {"default": "triton", "origin": "no row compares them yet", "shapes": {}}
     for path in sorted(path for path in RESULTS.glob("*.jsonl") if path.stem != "cpu"):
         first = json.loads(path.read_text(encoding="utf-8").split("\n", 1)[0])
         origin = f"measured on {first['environment']['device']}, {first['date'][:10]}"
-        operators = overlaid(operators, list(measured(existing_rows(path))), origin)
+        rows = existing_rows(path)
+        operators = overlaid(operators, [*measured(rows), *measured_blocks(rows)], origin)
     return operators
 
 

@@ -90,6 +90,8 @@ def parts(scale: Scale) -> list[Part]:
         Part("B0: ours", "ours", (*networks, b0 % ours), 120, filled),
         Part("B0: compiled", "baselines", (*networks, b0 % compiled), 90, warm),
         Part("depthwise: cuda", "ours", fused("cuda"), 60),
+        Part("blocks: cuda", "ours", ("--part", "kernels", "--only", r"\| mbconv \| effnet_ops cuda"), 30),
+        Part("blocks: triton", "ours", ("--part", "kernels", "--only", r"\| mbconv \| effnet_ops triton"), 30, filled),
         Part("depthwise: cuDNN", "baselines", ("--part", "depthwise", "--only", cudnn), 90),
         Part("depthwise: ours", "ours", ("--part", "depthwise", "--only", plain), 60, ("fill plain",)),
         Part("batch 1: ours", "ours", (*networks, latency % ours), 40, ("fill batch 1",)),

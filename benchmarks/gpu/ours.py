@@ -31,7 +31,7 @@ from baselines import (
     step_of,
 )
 from rows import Job, Work, relative_error
-from shapes import RESOLUTIONS, Depthwise, Product, layers
+from shapes import RESOLUTIONS, Block, Depthwise, Product, layers
 from torch import Tensor, nn
 
 import effnet_ops
@@ -79,6 +79,12 @@ def kernels(scale: Scale) -> Iterator[Job]:
                     mode,
                     lambda s=shape, m=mode, b=backend: depthwise_kernel(scale, s, m, b),
                 )
+        # On the CPU, where they are interpreted, one is enough.
+        most = 1 if scale.device == "cpu" else None
+        for block in layers("efficientnet_b0", scale.resolution["efficientnet_b0"]).expanding[:most]:
+            yield _kernel_job(
+                scale, "mbconv", provider, str(block), "inference", lambda s=block, b=backend: block_kernel(scale, s, b)
+            )
     if "triton" in gpu_backends(scale):
         products = layers("efficientnet_b0", scale.resolution["efficientnet_b0"]).products
         for shape in products[: scale.most_layers]:
@@ -165,6 +171,46 @@ def depthwise_kernel(scale: Scale, shape: Depthwise, mode: str, backend: str) ->
         return fp64.error([dx[:2], dw, sums.sum(0)], [expected, *(batch / 2 * total for total in totals)])
 
     return Work(backward, bytes=4 * batch * c * pixels, flops=2 * flops, error=backward_error, allowed=KERNEL_TOLERANCE)
+
+
+def _doubled(group: Any) -> Any:
+    """A group of a block's parameters in fp64."""
+    return group._make(value.double() if isinstance(value, Tensor) else value for value in group)
+
+
+def block_kernel(scale: Scale, shape: Block, backend: str) -> Work:
+    """A block in inference with its normalisations folded: all its launches. Bytes are those of two passes over u2."""
+    c, side, out = shape.expanded, -(-shape.size // shape.stride), shape.channels_out
+    x = _in_turn(scale, _random(scale, 2, shape.channels_in, shape.size, shape.size))
+    x = x.contiguous(memory_format=torch.channels_last)
+
+    def conv(*size: int) -> effnet_ops.ConvNormParams:
+        weight = torch.randn(size, device=scale.device) / (size[1] * size[2] * size[3]) ** 0.5
+        return effnet_ops.ConvNormParams(weight, torch.randn(size[0], device=scale.device) * 0.2)
+
+    gate = ((shape.reduced, c, 1, 1), (shape.reduced,), (c, shape.reduced, 1, 1), (c,))
+    groups = (
+        conv(c, shape.channels_in, 1, 1),
+        conv(c, 1, shape.kernel, shape.kernel),
+        effnet_ops.SqueezeExciteParams(*(torch.randn(size, device=scale.device) / size[0] ** 0.5 for size in gate)),
+        conv(out, c, 1, 1),
+    )
+    residual = shape.stride == 1 and shape.channels_in == out
+    settings = dict(stride=shape.stride, padding="same", residual=residual, training=False)
+
+    def run() -> Tensor:
+        with torch.no_grad(), effnet_ops.use_backend(backend):
+            return effnet_ops.mbconv(x, *groups, **settings)
+
+    def error() -> float:
+        with torch.no_grad(), effnet_ops.use_backend("reference"):
+            exact = effnet_ops.mbconv(x[:2].double(), *map(_doubled, groups), **settings)
+        return fp64.error([run()[:2]], [exact])
+
+    pixels, made = shape.size**2, side**2
+    moved = 2 * scale.batch * (pixels * shape.channels_in * (1 + residual) + made * (2 * c + out))
+    flops = 2 * scale.batch * c * (pixels * shape.channels_in + made * (shape.kernel**2 + out))
+    return Work(run, bytes=moved, flops=flops, error=error, allowed=KERNEL_TOLERANCE)
 
 
 def plain(scale: Scale) -> Iterator[Job]:

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 from baselines import FORMATS, Scale, run_parts
-from ours import OURS, depthwise_kernel, gpu_backends
+from ours import OURS, block_kernel, depthwise_kernel, gpu_backends
 from rows import ROOT, Job, Work
-from shapes import Depthwise
+from shapes import Block, Depthwise
 from tools import sanitize
 from torch import Tensor
 
@@ -34,6 +34,13 @@ SHAPES = (
     Depthwise(8, 7, 2, 13),
 )
 """Channels with and without whole 16-byte vectors, odd sides, both strides, all windows."""
+BLOCKS = (
+    Block(16, 96, 24, 3, 2, 15, 4),
+    Block(24, 144, 24, 5, 1, 14, 6),
+    Block(13, 37, 13, 3, 1, 9, 3),
+    Block(40, 240, 80, 5, 2, 17, 10),
+)
+"""Every window, with and without a residual, and channels without whole 16-byte vectors."""
 SQUEEZE_EXCITE = ((72, 9, 6), (13, 5, 3), (480, 14, 20))
 DTYPES = (torch.bfloat16, torch.float32)
 
@@ -62,6 +69,9 @@ def calls(scale: Scale, backend: str) -> Iterator[tuple[str, Callable[[], object
                     f"fused depthwise {shape} {mode}",
                     lambda s=shape, m=mode: depthwise_kernel(few, s, m, backend).run(),
                 )
+
+        for block in BLOCKS:
+            yield f"mbconv {block}", lambda s=block: block_kernel(few, s, backend).run()
 
 
 def _gradients(y: Tensor, leaves: list[Tensor]) -> None:

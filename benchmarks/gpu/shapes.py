@@ -31,12 +31,31 @@ class Product(NamedTuple):
         return f"{self.channels_in}x{self.size}x{self.size} -> {self.channels_out}"
 
 
+class Block(NamedTuple):
+    """An MBConv block with an expansion, on square images."""
+
+    channels_in: int
+    expanded: int
+    channels_out: int
+    kernel: int
+    stride: int
+    size: int
+    reduced: int
+
+    def __str__(self) -> str:
+        window = f"k{self.kernel} s{self.stride}"
+        return f"{self.channels_in}x{self.size}x{self.size} -> {self.expanded} {window} -> {self.channels_out}"
+
+
 class Found(NamedTuple):
-    """Distinct layers in order; ``blocks`` are (name, input channels, side) by the path of their module."""
+    """Distinct layers in order; ``blocks`` are (name, input channels, side) by the path of their module, ``expanding``
+    those with an expansion.
+    """
 
     depthwise: list[Depthwise]
     products: list[Product]
     blocks: list[tuple[str, int, int]]
+    expanding: list[Block]
 
 
 def layers(name: str, resolution: int | None = None) -> Found:
@@ -45,12 +64,17 @@ def layers(name: str, resolution: int | None = None) -> Found:
     depthwise: dict[Depthwise, None] = {}
     products: dict[Product, None] = {}
     blocks: dict[str, tuple[str, int, int]] = {}
+    expanding: dict[Block, None] = {}
 
     def record(path: str, module: nn.Module, x: Tensor) -> None:
         if isinstance(module, InvertedResidual | DepthwiseSeparableConv):
             kernel, stride = module.conv_dw.kernel_size[0], module.conv_dw.stride[0]
             key = f"{x.shape[1]} -> {module.conv_dw.in_channels} k{kernel} s{stride} at {x.shape[2]}"
             blocks.setdefault(key, (path, x.shape[1], x.shape[2]))
+            if isinstance(module, InvertedResidual):
+                expanded, out = module.conv_dw.in_channels, module.conv_pwl.out_channels
+                reduced = module.se.conv_reduce.out_channels
+                expanding[Block(x.shape[1], expanded, out, kernel, stride, x.shape[2], reduced)] = None
         elif isinstance(module, nn.Conv2d) and x.shape[2] > 1:
             if module.groups == module.in_channels > 1:
                 depthwise[Depthwise(x.shape[1], module.kernel_size[0], module.stride[0], x.shape[2])] = None
@@ -62,4 +86,4 @@ def layers(name: str, resolution: int | None = None) -> Found:
     side = resolution or RESOLUTIONS[name]
     with torch.no_grad():
         model(torch.empty(1, 3, side, side, device="meta"))
-    return Found(list(depthwise), list(products), list(blocks.values()))
+    return Found(list(depthwise), list(products), list(blocks.values()), list(expanding))

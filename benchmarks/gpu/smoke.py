@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator
 import timm
 import torch
 from baselines import DTYPES, FORMATS, Scale, run_parts
-from ours import KERNEL_TOLERANCE, OURS, depthwise_kernel, gpu_backends, pointwise_kernel
+from ours import KERNEL_TOLERANCE, OURS, block_kernel, depthwise_kernel, gpu_backends, pointwise_kernel
 from rows import Job, Work, relative_error
-from sanitize import SHAPES
+from sanitize import BLOCKS, SHAPES
 from shapes import Product
 from torch import Tensor, nn
 
@@ -42,7 +42,7 @@ def functions(scale: Scale) -> Iterator[tuple[Job, Callable[[], object]]]:
     """The public functions: each row, and the call of it that only launches."""
     for backend in backends_here(scale):
         lacks = backends.BACKENDS[backend].lacks
-        cases = [case for case in all_cases(seed=0) if not lacks(case.word.partition(",")[0])]
+        cases = [case for case in all_cases(seed=0) if not lacks(case.word.partition(",")[0], None)]
         for dtype in DTYPES:
             for number, case in enumerate(cases):
                 for layout in FORMATS:
@@ -89,6 +89,8 @@ def kernels(scale: Scale) -> Iterator[tuple[Job, Callable[[], object]]]:
         for shape in SHAPES:
             for mode in ("forward", "backward"):
                 yield _kernel("depthwise", backend, str(shape), mode, depthwise_kernel, (few, shape, mode, backend))
+        for block in BLOCKS:
+            yield _kernel("mbconv", backend, str(block), "inference", block_kernel, (few, block, backend))
     if "triton" in gpu_backends(scale):
         for product in PRODUCTS:
             for mode in ("forward", "input gradient", "weight gradient", "both gradients"):

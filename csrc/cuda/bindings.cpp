@@ -169,6 +169,16 @@ class Operands {
         return t.has_value() ? vector(*t, elements, name) : nullptr;
     }
 
+    // The weight of a product: in float or in the dtype of x.
+    cuda::ProductWeight product_weight(const Tensor& t, int64_t elements, const char* name) {
+        check_device(t, name);
+        STD_TORCH_CHECK(t.numel() == elements, name, " must have ", elements, " elements, got ", t.numel());
+        const bool narrow = t.scalar_type() == x_.scalar_type();
+        const Tensor dense = torch::stable::contiguous(narrow ? t : as_dtype(t, ScalarType::Float));
+        const void* const data = keep(aligned(dense), name).const_data_ptr();
+        return {data, !narrow || t.scalar_type() == ScalarType::Float};
+    }
+
     void* workspace(size_t bytes) {
         if (bytes == 0) return nullptr;
         return keep(empty(x_, {int64_t(bytes)}, ScalarType::Byte), "workspace").mutable_data_ptr();
@@ -517,6 +527,102 @@ Seven gates_backward(const Tensor& sums, int64_t pixels, const Tensor& pooled, c
     return {g[0].take(), g[1].take(), g[2].take(), g[3].take(), gates, pooled_grad, partials};
 }
 
+// The tensors of a normalisation with constant statistics, or of a bias.
+struct Constants {
+    const Optional &gamma, &beta, &mean, &var;
+    double eps;
+
+    cuda::ConstantNorm as_floats(Operands& operands, int64_t channels, const char* name) const {
+        STD_TORCH_CHECK(gamma.has_value() == (mean.has_value() && var.has_value()), name,
+                        ": gamma, mean and var go together");
+        return {operands.vector(gamma, channels, name), operands.vector(beta, channels, name),
+                operands.vector(mean, channels, name), operands.vector(var, channels, name), float(eps)};
+    }
+};
+
+// A block's expansion and convolution without pointers.
+cuda::ExpandDepthwise expand_depthwise_problem(const Tensor& x, const Tensor& expand_weight,
+                                               const Tensor& depthwise_weight, int64_t stride, const Ints& padding,
+                                               bool pool) {
+    STD_TORCH_CHECK(x.dim() == 4 && expand_weight.dim() == 4 && expand_weight.size(1) == x.size(1),
+                    "x must be (N, Cin, H, W) and expand_weight (C, Cin, 1, 1)");
+    cuda::ExpandDepthwise p{};
+    p.dtype = kernel_dtype(x), p.in_channels = x.size(1);
+    Ints expanded = sizes_of(x);
+    expanded[1] = expand_weight.size(0);
+    p.shape = depthwise_shape(expanded, depthwise_weight, stride, padding, true);
+    p.pool = pool ? later : nullptr;
+    return p;
+}
+
+bool expand_depthwise_fits(const Tensor& x, const Tensor& expand_weight, const Tensor& depthwise_weight, int64_t stride,
+                           const Ints& padding, bool pool) {
+    const Here here(x);
+    const auto problem = expand_depthwise_problem(x, expand_weight, depthwise_weight, stride, padding, pool);
+    return cuda::plan(problem, here.device).why_not == nullptr;
+}
+
+using Two = std::tuple<Tensor, Tensor>;
+
+// y (N, C, Ho, Wo), channels_last, and sums (N, parts, C) of it if pool.
+Two expand_depthwise(const Tensor& x, const Tensor& expand_weight, const Optional& expand_gamma,
+                     const Optional& expand_beta, const Optional& expand_mean, const Optional& expand_var,
+                     double expand_eps, const Tensor& depthwise_weight, const Optional& depthwise_gamma,
+                     const Optional& depthwise_beta, const Optional& depthwise_mean, const Optional& depthwise_var,
+                     double depthwise_eps, int64_t stride, const Ints& padding, const std::string& activation,
+                     bool pool) {
+    const Here here(x);
+    cuda::ExpandDepthwise p = expand_depthwise_problem(x, expand_weight, depthwise_weight, stride, padding, pool);
+    p.activation = activation_of(activation);
+    const cuda::Plan plan = covered(cuda::plan(p, here.device), "expand_depthwise");
+    const cuda::DepthwiseShape& s = p.shape;
+    const Tensor y = empty(x, output_size(s), x.scalar_type(), MemoryFormat::ChannelsLast);
+    const int64_t parts = s.batch == 0 ? 0 : plan.parts;
+    const Tensor sums = pool ? empty(x, {s.batch, parts, s.channels}, ScalarType::Float) : nothing(x);
+    if (s.batch == 0) return {y, sums};
+
+    Operands operands(x);
+    p.x = operands.activation(x, sizes_of(x), true, "x");
+    p.expand_weight = operands.product_weight(expand_weight, s.channels * p.in_channels, "expand_weight");
+    p.depthwise_weight = operands.vector(depthwise_weight, depthwise_weight.numel(), "depthwise_weight");
+    const Constants expand{expand_gamma, expand_beta, expand_mean, expand_var, expand_eps};
+    const Constants depthwise{depthwise_gamma, depthwise_beta, depthwise_mean, depthwise_var, depthwise_eps};
+    p.expand_norm = expand.as_floats(operands, s.channels, "expand's normalisation");
+    p.depthwise_norm = depthwise.as_floats(operands, s.channels, "depthwise's normalisation");
+    p.y = y.mutable_data_ptr(), p.pool = floats(sums);
+    launch(p, plan, here.device, "expand_depthwise");
+    return {y, sums};
+}
+
+// (N, Cout, H, W), channels_last.
+Tensor gated_project(const Tensor& x, const Optional& gates, const Tensor& weight, const Optional& gamma,
+                     const Optional& beta, const Optional& mean, const Optional& var, double eps,
+                     const Optional& image_scale, const Optional& residual) {
+    STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 4 && weight.size(1) == x.size(1),
+                    "x must be (N, C, H, W) and weight (Cout, C, 1, 1)");
+    const Here here(x);
+    cuda::GatedProject p{};
+    p.dtype = kernel_dtype(x);
+    p.images = x.size(0), p.pixels = x.size(2) * x.size(3), p.channels = x.size(1), p.out_channels = weight.size(0);
+    p.residual = residual.has_value() ? later : nullptr;
+    const cuda::Plan plan = covered(cuda::plan(p, here.device), "gated_project");
+    const Ints size{x.size(0), p.out_channels, x.size(2), x.size(3)};
+    const Tensor y = empty(x, size, x.scalar_type(), MemoryFormat::ChannelsLast);
+    if (y.numel() == 0) return y;
+
+    Operands operands(x);
+    p.x = operands.activation(x, sizes_of(x), true, "x");
+    p.gates = operands.vector(gates, p.images * p.channels, "gates");
+    p.weight = operands.product_weight(weight, p.out_channels * p.channels, "weight");
+    const Constants norm{gamma, beta, mean, var, eps};
+    p.norm = norm.as_floats(operands, p.out_channels, "the normalisation");
+    p.image_scale = operands.vector(image_scale, p.images, "image_scale");
+    p.residual = operands.activation(residual, size, true, "residual");
+    p.y = y.mutable_data_ptr();
+    launch(p, plan, here.device, "gated_project");
+    return y;
+}
+
 }  // namespace
 }  // namespace effnet
 
@@ -585,6 +691,22 @@ EFFNET_EXPORT void effnet_cuda_squeeze_excite_plan(const PlanRequest* request, c
     answer(p, *request, found);
 }
 
+// The same of both halves of a block, with a gate. size: batch, in_channels, channels, out_channels, height, width,
+// out_height, out_width, kernel, stride, top, left. found: four of each half.
+EFFNET_EXPORT void effnet_cuda_mbconv_plan(const PlanRequest* request, const int64_t* size, bool residual,
+                                           int64_t* found) {
+    using namespace effnet::cuda;
+    ExpandDepthwise first{};
+    first.shape = {size[0],      size[2],      size[4],       size[5],       size[6], size[7],
+                   int(size[8]), int(size[9]), int(size[10]), int(size[11]), true};
+    first.in_channels = size[1], first.dtype = DType(request->dtype), first.pool = effnet::later;
+    answer(first, *request, found);
+    GatedProject second{};
+    second.images = size[0], second.pixels = size[6] * size[7], second.channels = size[2];
+    second.out_channels = size[3], second.dtype = first.dtype, second.residual = residual ? present() : nullptr;
+    answer(second, *request, found + 4);
+}
+
 STABLE_TORCH_LIBRARY_IMPL(effnet_ops, EFFNET_DISPATCH_KEY, m) {
     m.impl("cuda_depthwise_forward", TORCH_BOX(&effnet::depthwise_forward));
     m.impl("cuda_depthwise_backward", TORCH_BOX(&effnet::depthwise_backward));
@@ -592,4 +714,7 @@ STABLE_TORCH_LIBRARY_IMPL(effnet_ops, EFFNET_DISPATCH_KEY, m) {
     m.impl("cuda_squeeze_excite_backward", TORCH_BOX(&effnet::squeeze_excite_backward));
     m.impl("cuda_gates_forward", TORCH_BOX(&effnet::gates_forward));
     m.impl("cuda_gates_backward", TORCH_BOX(&effnet::gates_backward));
+    m.impl("cuda_expand_depthwise_fits", TORCH_BOX(&effnet::expand_depthwise_fits));
+    m.impl("cuda_expand_depthwise", TORCH_BOX(&effnet::expand_depthwise));
+    m.impl("cuda_gated_project", TORCH_BOX(&effnet::gated_project));
 }

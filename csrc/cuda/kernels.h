@@ -153,10 +153,57 @@ struct SqueezeExciteBackward {
     void* workspace;
 };
 
+// A normalisation with constant statistics, (n - mean) / sqrt(var + eps) * gamma + beta, or without gamma the bias
+// beta. All pointers are optional; mean and var go with gamma.
+struct ConstantNorm {
+    const float* gamma;
+    const float* beta;
+    const float* mean;
+    const float* var;
+    float eps;
+};
+
+// The weight of a 1x1 convolution, (out channels, channels), in float where wide, else in the problem's dtype.
+struct ProductWeight {
+    const void* data;
+    bool wide;
+};
+
+// The first half of a block in inference, u2 = activation(norm2(conv(u1))), u1 = activation(norm1(expand_weight x)), of
+// which u1 is in shared memory alone. `shape` is that of the convolution, channels_last. Padding is zeros of u1.
+struct ExpandDepthwise {
+    DepthwiseShape shape;
+    int64_t in_channels;
+    DType dtype;
+    Activation activation;
+    const void* x;  // (batch, height, width, in_channels)
+    ProductWeight expand_weight;
+    ConstantNorm expand_norm;
+    const float* depthwise_weight;  // (channels, kernel * kernel)
+    ConstantNorm depthwise_norm;
+    void* y;      // (batch, out_height, out_width, channels)
+    float* pool;  // (batch, parts, channels): sums of the result over the pixels of a part; optional
+};
+
+// The second half: y = norm(weight (gates * x)) * image_scale + residual.
+struct GatedProject {
+    int64_t images, pixels, channels, out_channels;
+    DType dtype;
+    const void* x;       // (images, pixels, channels)
+    const float* gates;  // (images, channels); optional
+    ProductWeight weight;
+    ConstantNorm norm;
+    const float* image_scale;  // (images); optional
+    const void* residual;      // like y; optional
+    void* y;                   // (images, pixels, out_channels)
+};
+
 Plan plan(const DepthwiseForward&, const Device&);
 Plan plan(const DepthwiseBackward&, const Device&);
 Plan plan(const SqueezeExciteForward&, const Device&);
 Plan plan(const SqueezeExciteBackward&, const Device&);
+Plan plan(const ExpandDepthwise&, const Device&);
+Plan plan(const GatedProject&, const Device&);
 
 // Whether contiguous activations (not channels_last) are better copied to channels_last, and results back, given their
 // own plan: where only then a kernel covers them, or where the one that covers them reads more bytes, for the halos of
@@ -170,5 +217,7 @@ cudaError_t run(const DepthwiseForward&, const Plan&, const Device&);
 cudaError_t run(const DepthwiseBackward&, const Plan&, const Device&);
 cudaError_t run(const SqueezeExciteForward&, const Plan&, const Device&);
 cudaError_t run(const SqueezeExciteBackward&, const Plan&, const Device&);
+cudaError_t run(const ExpandDepthwise&, const Plan&, const Device&);
+cudaError_t run(const GatedProject&, const Plan&, const Device&);
 
 }  // namespace effnet::cuda

@@ -1,9 +1,12 @@
 // Every instruction that C++ has no word for.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include <tensor_map.h>
 
@@ -95,6 +98,31 @@ __device__ inline void copy_tensor_async(void* shared, const TensorMap* map, int
         "%5}], [%6];" ::"r"(to),
         "l"(map), "r"(c), "r"(w), "r"(h), "r"(n), "r"(told)
         : "memory");
+}
+
+// c (16 x 8) += a (16 x 16) b (16 x 8) by a warp, with T of two bytes and sums in float; docs/emulation.md shows who
+// holds what.
+template <class T>
+__device__ inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    if constexpr (std::is_same_v<T, __half>)
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, "
+            "%2, %3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    else
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, "
+            "%1, %2, %3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Four 8 x 8 matrices of two-byte numbers from shared memory, as a warp's fragments. Lane 8 m + r gives the address of
+// row r of matrix m, a multiple of 16.
+__device__ inline void load_matrices(uint32_t (&to)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(detail::shared_address(row))
+                 : "memory");
 }
 
 // One call of the special-function unit, with a relative error of 2^-11.

@@ -92,7 +92,7 @@ def _results(backend: str, device: str, dtypes: list[torch.dtype]) -> Iterator[R
     for dtype in dtypes:
         if here.refuses(torch.empty(1, 1, 1, 1, device=device, dtype=dtype)):
             continue
-        cases = [case for case in all_cases(seed=0) if not here.lacks(case.word.partition(",")[0])]
+        cases = [case for case in all_cases(seed=0) if not here.lacks(case.word.partition(",")[0], None)]
         for word in dict.fromkeys(case.word for case in cases):
             yield _measure(word, [case for case in cases if case.word == word], backend, device, dtype)
 

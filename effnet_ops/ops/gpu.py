@@ -5,7 +5,8 @@ by operator and shape: data with an origin, either "measured on <GPU>" or "byte 
 `benchmarks/gpu/choice.py` writes. It is of channels_last tensors: depthwise convolutions of contiguous ones run on
 `cuda`, which reads and writes them as they are, where Triton's kernels need copies (docs/layouts.md).
 
-Whole blocks run on Triton kernels, but for the depthwise convolution inside them: see `block_depthwise`.
+In inference both have kernels for whole blocks. Triton's convolve with those of `cuda`: see `block_depthwise`. In
+training only Triton has.
 """
 
 from __future__ import annotations
@@ -89,6 +90,14 @@ def choose(operator: str, x: Tensor, window: backends.Window | None) -> str:
     name, origin = preferred(operator, x, window)
     _announce(operator, name, origin)
     return name
+
+
+def without(backend: str, operator: str, call: Any) -> Any:
+    """The call of an operator for which ``backend`` turned out to have no kernel."""
+    for name, other in GPU_BACKENDS.items():
+        if name != backend and _able(operator, name, call.x, None):
+            return other.implementation(operator)(call)
+    return call.reference()
 
 
 def block_depthwise(x: Tensor, expanded: Sequence[int], window: backends.Window, sides: Sequence[int]) -> str:

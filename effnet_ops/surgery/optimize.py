@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from effnet_ops.checks import FLOAT_DTYPES
+from effnet_ops.cuda_graphs import CUDAGraphs
 from effnet_ops.surgery.around import NETWORKS
 from effnet_ops.surgery.casting import CastInput, CastOutput, cast_input, own_dtype
 from effnet_ops.surgery.folded import (
@@ -78,7 +79,9 @@ class OptimizationReport:
         return "\n".join(lines)
 
 
-def optimize_for_inference(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
+def optimize_for_inference(
+    model: nn.Module, *, dtype: torch.dtype | None = None, cuda_graph: bool = False
+) -> nn.Module:
     """A copy of ``model`` for inference: batch normalisations run inside convolutions, MBConv blocks as one call.
 
     Knows the EfficientNets of timm, torchvision, efficientnet_pytorch, geffnet and `effnet_ops.create_model`, their
@@ -105,6 +108,8 @@ def optimize_for_inference(model: nn.Module, *, dtype: torch.dtype | None = None
             Layers that are put into the copy later, such as another classifier, keep their own dtype.
             Other methods than the call itself, such as timm's ``forward_features``, return ``dtype``. On the CPU,
             autocast does not change the precision of the folded layers.
+        cuda_graph: give the copy inside `effnet_ops.CUDAGraphs`, as its ``module``: on a GPU, a call replays the
+            launches of the first call on such images.
 
     Returns:
         The copy; its ``optimization_report`` (`OptimizationReport`, printable) says what was done and what was left.
@@ -119,7 +124,12 @@ def optimize_for_inference(model: nn.Module, *, dtype: torch.dtype | None = None
         raise ValueError(f"{type(model).__name__} is compiled TorchScript: optimize the model before torch.jit.script")
     # An inference tensor has no version, by which a change of weights is noticed.
     with torch.inference_mode(False):
-        return _optimize(_copy(model), dtype)
+        optimized = _optimize(_copy(model), dtype)
+    if not cuda_graph:
+        return optimized
+    graphs = CUDAGraphs(optimized)
+    graphs.optimization_report = optimized.optimization_report
+    return graphs
 
 
 def _copy(model: nn.Module) -> nn.Module:

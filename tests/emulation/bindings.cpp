@@ -15,6 +15,8 @@ EMULATION_BINDINGS(DepthwiseForward)
 EMULATION_BINDINGS(DepthwiseBackward)
 EMULATION_BINDINGS(SqueezeExciteForward)
 EMULATION_BINDINGS(SqueezeExciteBackward)
+EMULATION_BINDINGS(ExpandDepthwise)
+EMULATION_BINDINGS(GatedProject)
 
 #define WANTS_COPIES(STRUCT)                                                                               \
     extern "C" bool wants_copies_##STRUCT(const STRUCT* problem, const Plan* plan, const Device* device) { \

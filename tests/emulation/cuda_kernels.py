@@ -20,6 +20,7 @@ _TORCH = Path(torch.__file__).parent
 _TYPES = {
     "char": ctypes.c_char,
     "int": ctypes.c_int,
+    "float": ctypes.c_float,
     "bool": ctypes.c_bool,
     "int64_t": ctypes.c_int64,
     "size_t": ctypes.c_size_t,

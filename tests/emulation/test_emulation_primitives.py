@@ -139,7 +139,7 @@ def test_matrix_product_by_fragments(samples: Machine, name: str) -> None:
 
 @by_format
 def test_matrix_product_by_tiles(samples: Machine, name: str) -> None:
-    """ldmatrix brings the rows of a and, transposed, those of b as the product's fragments."""
+    """ldmatrix brings the rows of a and the columns of b as the product's fragments."""
     a, b = torch.randn(16, 16).to(HALF[name]), torch.randn(16, 8).to(HALF[name])
     x, y, c = samples.upload("a", a), samples.upload("b", b), samples.empty("c", (16, 8), torch.float32)
     assert samples.call("multiply_tiles", name == "f16", *pointers(x, y, c)) == 0

@@ -11,6 +11,7 @@ from cases import DepthwiseCase, SqueezeExciteCase
 from cuda_kernels import Kernels
 from depthwise_problems import BackwardFusion, Fusion, Geometry, run_backward, run_forward
 from emulator import CUDA, EmulationError
+from mbconv_problems import Expand, Project
 from squeeze_excite_problems import (
     backward_from_partials,
     backward_from_tensor,
@@ -92,6 +93,18 @@ def squeeze_excite_problems() -> list[Callable[[Kernels], object]]:
     return problems
 
 
+# Several slabs of channels for each tile, and a product in several steps, by warps that share its depth and by others.
+BLOCKS = [
+    Expand(Geometry.of(DepthwiseCase("several_slabs", (2, 96, 9, 8))), 16),
+    Project(2, 20, 300, 24),
+    Project(16, 56 * 56, 96, 16),
+]
+
+
+def block_problems() -> list[Callable[[Kernels], object]]:
+    return [lambda k, p=problem: p.run(k, p.operands(torch.bfloat16), torch.bfloat16) for problem in BLOCKS]
+
+
 def problems_for(file: str) -> list[Callable[[Kernels], object]]:
     if file.startswith("squeeze_excite"):
         return squeeze_excite_problems()
@@ -99,6 +112,8 @@ def problems_for(file: str) -> list[Callable[[Kernels], object]]:
         return depthwise_problems(PLANES)
     if file.startswith(("depthwise", "reduction")):
         return depthwise_problems(DEPTHWISE)
+    if file.startswith(("mbconv", "project")):
+        return block_problems()
     raise ValueError(f"no problems that exercise the barriers of {file}")
 
 
@@ -106,7 +121,9 @@ def report_without(kernels: Kernels, *names: str) -> str | None:
     """What the first problem reports that notices that these barriers are gone."""
     for multiprocessors in (1, 4):
         for problem in problems_for(names[0]):
-            kernels.reset(multiprocessors=multiprocessors)
+            # The first blocks show what all do.
+            few = {"blocks": (0, 4)} if names[0].startswith("project") else {}
+            kernels.reset(multiprocessors=multiprocessors, **few)
             for name in names:
                 kernels.sabotage(*BARRIERS[name])
             try:
@@ -132,3 +149,9 @@ def test_copies_are_waited_for(kernels: Kernels, backward: bool, geometries: lis
     kernels.sabotage(late_groups=1)
     with pytest.raises(EmulationError, match="before the asynchronous copy to it has landed"):
         depthwise_problems(geometries)[len(geometries) if backward else 0](kernels)
+
+
+def test_copies_of_a_block_are_waited_for(kernels: Kernels) -> None:
+    kernels.sabotage(late_groups=1)
+    with pytest.raises(EmulationError, match="before the asynchronous copy to it has landed"):
+        block_problems()[0](kernels)

@@ -10,6 +10,7 @@ from cases import DEPTHWISE, MBCONV, POINTWISE, SQUEEZE_EXCITE, DepthwiseCase, M
 from cases import SqueezeExciteCase as SECase
 from fused_depthwise import CASES, Fused, check_backward, check_forward
 from helpers import (
+    FORWARD_TOLERANCE,
     HALF,
     LAYOUTS,
     Function,
@@ -20,6 +21,7 @@ from helpers import (
     mbconv_tensors,
     names,
     normal,
+    prepared,
     relative_error,
 )
 from test_depthwise import problem as depthwise_problem
@@ -123,6 +125,32 @@ def test_squeeze_excite(case: SECase, layout: str, dtype: torch.dtype, gpu_backe
 def test_mbconv(case: MBConvCase, layout: str, dtype: torch.dtype, training: bool, block_request: str | None) -> None:
     function, tensors = mbconv_function(case, training), mbconv_tensors(case, dtype)
     parity(function, tensors, dtype, layout, block_request, **mbconv_bounds(case, dtype))
+
+
+@pytest.mark.parametrize("gpu_backend", ["cuda"])
+@pytest.mark.parametrize(("case", "layout"), laid_out(MBCONV), ids=names(MBCONV))
+@by_dtype
+def test_mbconv_inference(case: MBConvCase, layout: str, dtype: torch.dtype, gpu_backend: str) -> None:
+    """Without gradients, which is what the kernels of `cuda` are for."""
+    tensors = prepared(mbconv_tensors(case, dtype), dtype, layout)
+    function = mbconv_function(case, False)
+    with torch.no_grad():
+        exact = function({name: None if value is None else value.double() for name, value in tensors.items()})
+        found = on_gpu(function, gpu_backend)(tensors)
+    assert relative_error(found, exact) <= FORWARD_TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("gpu_backend", ["cuda"])
+@pytest.mark.parametrize("batch", [1, 64])
+def test_mbconv_inference_of_realistic_size(batch: int, gpu_backend: str) -> None:
+    """Many blocks at once, of the products that fill a GPU and of those that do not."""
+    case = MBConvCase("b0_stage_5", (batch, 112, 14, 14), 192, 672, 28, kernel=(5, 5), stride=2)
+    tensors = prepared(mbconv_tensors(case), torch.bfloat16, "channels_last")
+    function = mbconv_function(case, False)
+    with torch.no_grad():
+        exact = function({name: None if value is None else value.double() for name, value in tensors.items()})
+        found = [on_gpu(function, gpu_backend)(tensors) for _ in range(2)]
+    assert torch.equal(*found) and relative_error(found[0], exact) <= FORWARD_TOLERANCE[torch.bfloat16]
 
 
 @by_dtype

@@ -20,8 +20,15 @@ WORDS = {
     "depthwise_conv2d_backward": "depthwise",
     "squeeze_excite": "squeeze_excite",
     "squeeze_excite_backward": "squeeze_excite",
+    "mbconv_inference": "mbconv",
 }
 """The file that has each operator."""
+
+
+def _norm(of: str = "") -> str:
+    """A normalisation with constant statistics; without gamma, beta is a bias."""
+    return "".join(f"Tensor? {of}{name}, " for name in ("gamma", "beta", "mean", "var")) + f"float {of}eps"
+
 
 _LAYER = "Tensor reduce_weight, Tensor? reduce_bias, Tensor expand_weight, Tensor? expand_bias"
 
@@ -45,6 +52,14 @@ KERNELS = {
     # the parameters' gradients, gate, the gradient of the mean over the pixels' number, (N, 2, C) of five rows
     "cuda_gates_backward": f"(Tensor sums, int pixels, Tensor pooled, {_LAYER}, str activation, str gate, bool[] needs)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    # whether there is a tile for the next operator
+    "cuda_expand_depthwise_fits": "(Tensor x, Tensor expand_weight, Tensor depthwise_weight, int stride, "
+    "int[] padding, bool pool) -> bool",
+    # y, sums (N, parts, C) of it if pool; activation stands behind both convolutions
+    "cuda_expand_depthwise": f"(Tensor x, Tensor expand_weight, {_norm('expand_')}, Tensor depthwise_weight, "
+    f"{_norm('depthwise_')}, int stride, int[] padding, str activation, bool pool) -> (Tensor, Tensor)",
+    "cuda_gated_project": f"(Tensor x, Tensor? gates, Tensor weight, {_norm()}, Tensor? image_scale, Tensor? residual)"
+    " -> Tensor",
 }
 """The schemas of the internal operators."""
 

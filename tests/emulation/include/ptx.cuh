@@ -1,6 +1,8 @@
 // Shadows csrc/cuda/ptx.cuh: what each instruction does, and what its user must not rely on.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <tensor_map.h>
@@ -35,6 +37,21 @@ inline void mbarrier_wait(uint64_t* barrier, unsigned parity, const char* file =
 
 inline void copy_tensor_async(void* shared, const TensorMap* map, int c, int w, int h, int n, uint64_t* barrier) {
     emulation::copy_box(shared, *map, {{c, w, h, n}}, barrier);
+}
+
+template <class T>
+void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const char* file = __builtin_FILE(),
+                  int line = __builtin_LINE()) {
+    constexpr bool half = std::is_same_v<T, __half>;
+    static_assert(half || std::is_same_v<T, __nv_bfloat16>, "two bytes");
+    emulation::matrix_product(half ? emulation::Format::f16 : emulation::Format::bf16, a, b, c, {file, line});
+}
+
+inline void load_matrices(uint32_t (&to)[4], const void* row, const char* file = __builtin_FILE(),
+                          int line = __builtin_LINE()) {
+    const uint4 values = *static_cast<const uint4*>(row);
+    const uint32_t words[4] = {values.x, values.y, values.z, values.w};
+    emulation::matrix_load(words, to, {file, line});
 }
 
 // About as coarse as the instruction.

@@ -55,7 +55,7 @@ enum class Format { bf16, f16 };
 // c += a * b by the fragments of mma.sync.m16n8k16.row.col: two numbers a word, the one in front in the lower half.
 void matrix_product(Format format, const uint32_t* a, const uint32_t* b, float* c, Site site);
 // Hands out `matrices` 8 x 8 matrices of two-byte numbers as ldmatrix does. Lane 8 m + r brings row r of matrix m.
-void matrix_load(const uint32_t* row, uint32_t* to, int matrices, bool transposed, Site site);
+void matrix_load(const uint32_t* row, uint32_t* to, Site site);
 
 // Lands at wait_copies. Reads `read` bytes, and fills up to `size` with zeros.
 void copy_async(void* shared, const void* global, int size, int read);

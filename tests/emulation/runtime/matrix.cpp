@@ -51,23 +51,14 @@ const Collective product = {"a matrix product", multiply};
 struct Load {
     const uint32_t* row;
     uint32_t* to;
-    int matrices;
-    bool transposed;
 };
 
 void hand_out(void* const* data, unsigned mask) {
     if (mask != 0xffffffffu) fail("a matrix load needs all 32 lanes; 0x%08x take part", mask);
-    const auto element = [&](int matrix, int row, int column) {
-        const uint32_t word = static_cast<const Load*>(data[8 * matrix + row])->row[column / 2];
-        return column % 2 == 0 ? word & 0xffffu : word >> 16;
-    };
-    for (int lane = 0; lane < 32; ++lane) {
-        const auto& mine = *static_cast<const Load*>(data[lane]);
-        const int row = lane / 4, column = 2 * (lane % 4);
-        for (int m = 0; m < mine.matrices; ++m)
-            mine.to[m] = mine.transposed ? element(m, column, row) | element(m, column + 1, row) << 16
-                                         : element(m, row, column) | element(m, row, column + 1) << 16;
-    }
+    for (int lane = 0; lane < 32; ++lane)
+        for (int m = 0; m < 4; ++m)
+            static_cast<const Load*>(data[lane])->to[m] =
+                static_cast<const Load*>(data[8 * m + lane / 4])->row[lane % 4];
 }
 const Collective load = {"a matrix load", hand_out};
 
@@ -78,8 +69,8 @@ void matrix_product(Format format, const uint32_t* a, const uint32_t* b, float* 
     collective(product, 0xffffffffu, &mine, site);
 }
 
-void matrix_load(const uint32_t* row, uint32_t* to, int matrices, bool transposed, Site site) {
-    Load mine = {row, to, matrices, transposed};
+void matrix_load(const uint32_t* row, uint32_t* to, Site site) {
+    Load mine = {row, to};
     collective(load, 0xffffffffu, &mine, site);
 }
 

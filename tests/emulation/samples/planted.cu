@@ -213,6 +213,34 @@ __global__ void copy_without_barrier(Arguments a) {
     asynchronous<0, !broken>(a);
 }
 
+// A warp's 32 numbers are eight rows of 16 bytes, and each lane gets its own back as a word of a matrix.
+__device__ float in_matrix(const float* staged) {
+    uint32_t words[4];
+    cuda::load_matrices(words, staged + threadIdx.x / 32 * 32 + threadIdx.x % 8 * 4);
+    return __uint_as_float(words[0]);
+}
+template <bool broken>
+__global__ void matrix_load_without_barrier(Arguments a) {
+    float* staged = cuda::shared_memory<float>();
+    staged[threadIdx.x ^ 1] = 2 * a.in[position()];
+    if constexpr (!broken) __syncwarp();
+    a.out[position()] = in_matrix(staged);
+}
+template <bool broken>
+__global__ void matrix_load_by_half_a_warp(Arguments a) {
+    float* staged = cuda::shared_memory<float>();
+    staged[threadIdx.x ^ 1] = 2 * a.in[position()];
+    __syncwarp();
+    if (!broken || threadIdx.x % 32 < 16) a.out[position()] = in_matrix(staged);
+}
+template <bool broken>
+__global__ void misaligned_matrix_row(Arguments a) {
+    float* staged = cuda::shared_memory<float>();
+    staged[threadIdx.x ^ 1] = 2 * a.in[position()];
+    __syncthreads();
+    a.out[position()] = in_matrix(staged + (broken ? 2 : 0));
+}
+
 template <bool broken>
 __global__ void copy_into_what_is_read(Arguments a) {
     float* staged = cuda::shared_memory<float>();
@@ -451,6 +479,9 @@ const Planted all[] = {
     PLANTED(inactive_source_lane),
     PLANTED(copy_not_waited_for),
     PLANTED(copy_without_barrier),
+    PLANTED(matrix_load_without_barrier),
+    PLANTED(matrix_load_by_half_a_warp),
+    PLANTED(misaligned_matrix_row),
     PLANTED(copy_into_what_is_read),
     PLANTED(copy_past_the_tensor),
     PLANTED(bulk_copy_not_waited_for),

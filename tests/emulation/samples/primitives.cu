@@ -4,7 +4,6 @@
 #include <cuda_runtime.h>
 
 #include <launch.cuh>
-#include <mma.cuh>
 #include <ptx.cuh>
 
 namespace cuda = effnet::cuda;
@@ -44,13 +43,14 @@ __global__ void product_of_tiles(const T* a, const T* b, float* c) {
     T* tile_b = tile_a + 16 * 16;
     const int lane = threadIdx.x;
     for (int i = lane; i < 16 * 16; i += 32) tile_a[i] = a[i];
-    for (int i = lane; i < 16 * 8; i += 32) tile_b[i] = b[i];
+    for (int i = lane; i < 16 * 8; i += 32) tile_b[i % 8 * 16 + i / 8] = b[i];
     __syncwarp();
-    uint32_t a_words[4], b_words[2];
-    cuda::load_matrices<false>(a_words, tile_a + lane % 16 * 16 + lane / 16 * 8);
-    cuda::load_matrices<true>(b_words, lane < 16 ? tile_b + lane * 8 : nullptr);
+    uint32_t a_words[4], b_words[4];
+    cuda::load_matrices(a_words, tile_a + lane % 16 * 16 + lane / 16 * 8);
+    cuda::load_matrices(b_words, tile_b + lane % 8 * 16 + lane / 8 % 2 * 8);
+    const uint32_t first[2] = {b_words[0], b_words[1]};
     float sums[4] = {};
-    cuda::mma_m16n8k16<T>(sums, a_words, b_words);
+    cuda::mma_m16n8k16<T>(sums, a_words, first);
     for (int i = 0; i < 4; ++i) c[(lane / 4 + 8 * (i / 2)) * 8 + 2 * (lane % 4) + i % 2] = sums[i];
 }
 
