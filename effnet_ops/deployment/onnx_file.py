@@ -55,10 +55,9 @@ def export_onnx(
     if missing:
         raise ImportError(f"export to ONNX needs {' and '.join(missing)}: pip install {' '.join(missing)}")
     file = _as_onnx(model, example, axes, opset)
-    content = file.SerializeToString() if file.ByteSize() <= _LARGEST else None
-    if content is None:
+    if file.ByteSize() > _LARGEST:
         raise ValueError(f"the model has {file.ByteSize()} bytes, and an ONNX file at most {_LARGEST}")
-    write_whole(path, content)
+    write_whole(path, file.SerializeToString())
     return path
 
 
