@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -86,8 +85,7 @@ def _export_folded(model: nn.Module, example: Tensor, shapes: DynamicShapes, dec
     if 0 in (shapes[0] or ()) and example.shape[0] == 1:
         # PyTorch takes the one image of an example for a constant.
         example = example.repeat(2, 1, 1, 1)
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning)
+    with torch.no_grad():
         program = torch.export.export(model, (example,), dynamic_shapes=shapes)
         if decompose:
             program = program.run_decompositions(decompositions())
@@ -107,15 +105,24 @@ def fold_constants(program: ExportedProgram) -> fx.GraphModule:
     for index, (node, value) in enumerate(values.items()):
         used = node.op != "get_attr" and any(user not in values for user in node.users)
         if used and isinstance(value, Tensor):
-            module.register_buffer(name := f"constant_{index}", value.detach().clone())
+            module.register_buffer(name := f"_effnet_ops_constant_{index}", value.detach().clone())
             with graph.inserting_before(node):
                 folded = graph.get_attr(name)
             folded.meta.update(node.meta)
             node.replace_all_uses_with(folded)
     graph.eliminate_dead_code()
-    module.delete_all_unused_submodules()
+    _delete_unused_tensors(module)
     module.recompile()
     return module
+
+
+def _delete_unused_tensors(module: fx.GraphModule) -> None:
+    """Else a file would have the weights of a copy twice."""
+    used = {node.target for node in module.graph.nodes if node.op == "get_attr"}
+    tensors = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    for name in [name for name, _ in tensors if name not in used]:
+        owner, _, attribute = name.rpartition(".")
+        delattr(module.get_submodule(owner), attribute)
 
 
 def _attribute(module: nn.Module, target: str) -> Any:
