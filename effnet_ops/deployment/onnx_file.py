@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import tempfile
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -57,27 +56,19 @@ def export_onnx(
     file = _as_onnx(model, example, axes, opset)
     if file.ByteSize() > _LARGEST:
         raise ValueError(f"the model has {file.ByteSize()} bytes, and an ONNX file at most {_LARGEST}")
-    write_whole(path, file.SerializeToString())
+    _write_whole(path, file.SerializeToString())
     return path
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """A file that nobody sees half written."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+def _write_whole(path: Path, content: bytes) -> None:
+    """Write a file that nobody sees half written."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
+        partial.write_bytes(content)
+        partial.replace(path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _as_onnx(model: nn.Module, example: Tensor, axes: list[str], opset: int) -> Any:
