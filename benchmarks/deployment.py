@@ -77,6 +77,7 @@ def write_table(page: Path, rows: list[Row]) -> None:
 
 def main(
     part: Annotated[list[str] | None, typer.Option(help="speed or equality; speed alone without it.")] = None,
+    model: Annotated[str | None, typer.Option(help="Another model instead of those of a part, at batch 1.")] = None,
     way: Annotated[list[str] | None, typer.Option(help=f"Only some of {', '.join(WAYS)}.")] = None,
     output: Path = RESULTS,
     page: Path = PAGE,
@@ -89,9 +90,11 @@ def main(
     for name in way or ():
         if name not in WAYS:
             fail(unknown_name("way", name, WAYS))
-    for name in part or ["speed"]:
-        for settings in known[name]:
-            measure(settings, list(way or WAYS), results)
+    chosen = [settings for name in part or ["speed"] for settings in known[name]]
+    if model is not None:
+        chosen = [replace(known["equality"][0], model=model)]
+    for settings in chosen:
+        measure(settings, list(way or WAYS), results)
     write_table(page, results.rows)
 
 

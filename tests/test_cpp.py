@@ -52,4 +52,6 @@ def test_cpp_program_runs_a_package(tmp_path: Path) -> None:
     call("cmake", "--build", "build", cwd=tmp_path)
     call("build/run_package", LIBRARY, "model.pt2", "x.bin", "y.bin", "3", "64", "64", cwd=tmp_path)
     y = torch.from_numpy(numpy.fromfile(tmp_path / "y.bin", numpy.float32)).view_as(expected)
-    assert relative_difference(y, expected) < 2e-6
+    assert relative_difference(y, deployment.load_package(tmp_path / "model.pt2")(x)) < 1e-6
+    # The compiler rounds the layers around the blocks otherwise, and 81 layers follow one another.
+    assert relative_difference(y, expected) < 1e-4
