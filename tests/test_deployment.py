@@ -25,6 +25,7 @@ from effnet_ops.models import ArchitectureSpec, Convention, ScaledSpec, StageSpe
 
 BOUND = 1e-4
 """Of logits: other runtimes round each layer otherwise, and ONNX Runtime's sigmoid is an approximation."""
+SLOW = pytest.mark.slow
 ALL = ("batch", "height", "width")
 SIZES = ((1, 3, 64, 64), (3, 3, 97, 71), (2, 3, 66, 128))
 STAGES = StageSpec(1, 3, 1, 1, 16), StageSpec(1, 5, 2, 6, 24)
@@ -68,8 +69,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 def each_model(*quick: str) -> list[Any]:
     """All models for parametrize; those that are not ``quick`` ones are for `make test-all`."""
-    slow = pytest.mark.slow
-    return [pytest.param(build, id=name, marks=() if name in quick else slow) for name, build in MODELS.items()]
+    return [pytest.param(build, id=name, marks=() if name in quick else SLOW) for name, build in MODELS.items()]
 
 
 def images(*size: int) -> Tensor:
@@ -95,7 +95,7 @@ def nodes(path: Path) -> Counter[str]:
     return Counter(node.op_type for node in onnx.load(path).graph.node)
 
 
-@pytest.mark.parametrize("build", each_model("replaced, SAME", "optimized"))
+@pytest.mark.parametrize("build", each_model("optimized, SAME"))
 def test_onnx_file_has_open_sizes_and_standard_operators_alone(build: Callable[[], nn.Module], tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     model, path = build(), tmp_path / "model.onnx"
@@ -117,6 +117,7 @@ def test_onnx_file_has_open_sizes_and_standard_operators_alone(build: Callable[[
     assert list(tmp_path.iterdir()) == [path]
 
 
+@SLOW
 def test_onnx_files_of_all_kinds_have_the_nodes_of_the_stock_model(tmp_path: Path) -> None:
     """The same graph: of each convolution, activation, gate and addition one node."""
     path, found = tmp_path / "model.onnx", {}
@@ -127,7 +128,7 @@ def test_onnx_files_of_all_kinds_have_the_nodes_of_the_stock_model(tmp_path: Pat
     assert found["stock"]["GlobalAveragePool"] == 3
 
 
-@pytest.mark.parametrize("opset", [18, *(pytest.param(opset, marks=pytest.mark.slow) for opset in OPSETS[1:-1]), 24])
+@pytest.mark.parametrize("opset", [*(pytest.param(opset, marks=SLOW) for opset in OPSETS[:-1]), OPSETS[-1]])
 def test_onnx_file_in_each_opset(opset: int, tmp_path: Path) -> None:
     model, path = MODELS["replaced"](), tmp_path / "model.onnx"
     deployment.export_onnx(model, images(2, 3, 64, 64), path, opset=opset)
@@ -150,7 +151,8 @@ def test_swish_of_a_file_becomes_two_nodes_with_the_same_values() -> None:
     torch.testing.assert_close(torch.from_numpy(result), nn.functional.silu(x))
 
 
-@pytest.mark.parametrize("name", [pytest.param("replaced, SAME", marks=pytest.mark.slow), "own"])
+@SLOW
+@pytest.mark.parametrize("name", ["replaced, SAME", "own"])
 def test_openvino_reads_the_onnx_file(name: str, tmp_path: Path) -> None:
     openvino = pytest.importorskip("openvino")
     model, path = MODELS[name](), tmp_path / "model.onnx"
@@ -209,7 +211,7 @@ def test_a_failed_export_leaves_the_file_that_was_there(tmp_path: Path) -> None:
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("build", each_model("replaced, SAME", "optimized, SAME", "own, SAME"))
+@pytest.mark.parametrize("build", each_model("replaced, SAME"))
 def test_program_with_open_sizes_can_be_saved_and_loaded(build: Callable[[], nn.Module]) -> None:
     model, file = build(), io.BytesIO()
     program = deployment.export_program(model, images(1, 3, 64, 64), dynamic=ALL)
@@ -220,7 +222,7 @@ def test_program_with_open_sizes_can_be_saved_and_loaded(build: Callable[[], nn.
     check(torch.export.load(file).module(), model, *SIZES)
 
 
-@pytest.mark.parametrize("name", ["replaced, SAME", "own, SAME"])
+@pytest.mark.parametrize("name", ["replaced, SAME", pytest.param("own, SAME", marks=SLOW)])
 def test_torch_export_itself_leaves_no_rounded_fraction_in_the_graph(name: str) -> None:
     """A `ceil` of a fraction cannot be serialised."""
     model, file = MODELS[name](), io.BytesIO()
@@ -242,6 +244,7 @@ def test_weights_of_a_copy_are_packed_once() -> None:
     assert len(program.state_dict) == len(constants) == len({id(value) for value in program.state_dict.values()})
 
 
+@SLOW
 @pytest.mark.parametrize("name", ["replaced, SAME", "optimized", "own"])
 def test_decomposed_program_runs_without_our_operators(name: str) -> None:
     model = MODELS[name]()
@@ -250,6 +253,7 @@ def test_decomposed_program_runs_without_our_operators(name: str) -> None:
     check(program.module(), model, *SIZES)
 
 
+@SLOW
 @pytest.mark.parametrize("name", ["replaced", "own"])
 def test_program_of_torch_export_goes_to_onnx_by_the_table(name: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
@@ -261,7 +265,7 @@ def test_program_of_torch_export_goes_to_onnx_by_the_table(name: str, tmp_path: 
     check(session(tmp_path / "model.onnx"), model, (2, 3, 64, 64))
 
 
-@pytest.mark.parametrize("name", ["replaced, SAME", "own, SAME"])
+@pytest.mark.parametrize("name", ["replaced, SAME", pytest.param("own, SAME", marks=SLOW)])
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
 def test_compiled_whole_with_open_sizes_once(name: str, training: bool) -> None:
     """One graph without a break, for every batch and size, in evaluation and in training."""
@@ -276,7 +280,7 @@ def test_compiled_whole_with_open_sizes_once(name: str, training: bool) -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("name", ["replaced, SAME", "optimized", "own"])
 def test_package_checks_its_images(name: str, tmp_path: Path) -> None:
     model, path = MODELS[name](), tmp_path / "model.pt2"
