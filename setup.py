@@ -228,8 +228,9 @@ class NinjaBuild(build_ext):
     """Runs ninja on build files of our own: setuptools has no notion of one source with several sets of flags."""
 
     def get_ext_filename(self, name: str) -> str:
-        """Programs in C++ look for a plain name."""
-        return f"effnet_ops/{CPP_LIBRARY}" if name.endswith(f".{CppLibrary.module}") else super().get_ext_filename(name)
+        """The library of C++ programs has a plain name; setuptools asks with and without the package's."""
+        *package, module = name.split(".")
+        return os.path.join(*package, CPP_LIBRARY) if module == CppLibrary.module else super().get_ext_filename(name)
 
     def build_extension(self, ext: Extension) -> None:
         from ninja import BIN_DIR
