@@ -110,6 +110,10 @@ def fold_constants(program: ExportedProgram) -> fx.GraphModule:
                 folded = graph.get_attr(name)
             folded.meta.update(node.meta)
             node.replace_all_uses_with(folded)
+    for node in reversed(list(values)):
+        # Some look as if they had an effect, such as the check of a constant's dtype.
+        if node.op == "call_function" and not node.users:
+            graph.erase_node(node)
     graph.eliminate_dead_code()
     _delete_unused_tensors(module)
     module.recompile()
