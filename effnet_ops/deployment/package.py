@@ -52,4 +52,12 @@ def load_package(path: str | os.PathLike[str]) -> Callable[[Tensor], Any]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no package {path}")
     os.environ[CHECK_INPUTS] = "1"
-    return torch._inductor.aoti_load_package(str(path))
+    package = torch._inductor.aoti_load_package(str(path))
+
+    def run(x: Tensor) -> Any:
+        # Where sizes are open, PyTorch's check leaves out the strides of images, channels and rows.
+        if not x.is_contiguous() and not (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
+            raise ValueError(f"images must be contiguous or channels_last, got strides {x.stride()}")
+        return package(x)
+
+    return run
