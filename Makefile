@@ -34,7 +34,10 @@ GPU_SECONDS ?= 105
 GPU_SCRIPTS ?= baselines ours sanitize counters
 CARRY_PYTHON ?=
 
-.PHONY: help demo test test-all bench-cpu compatibility gpu gpu-carry gpu-rows lint format sanitize clean
+# What a wheel does not bring along: PyTorch's libraries, and those of CUDA that PyTorch brings.
+NOT_IN_WHEELS := 'libtorch*' 'libc10*' 'libcudart*'
+
+.PHONY: help demo test test-all bench-cpu compatibility wheel wheel-matrix gpu gpu-carry gpu-rows lint format sanitize clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -84,6 +87,16 @@ format: $(ENVIRONMENT)  ## format Python and C++ in place
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 	@$(BIN)/clang-format -i $(CXX_SOURCES) $(CXX_TESTS)
+
+wheel: $(ENVIRONMENT)  ## build a manylinux wheel and an sdist in dist/, for the Python at hand
+	@echo "==> building the wheel"
+	@rm -rf dist build/wheel
+	@$(BIN)/python -m build --no-isolation --sdist --outdir dist .
+	@$(BIN)/python -m pip wheel --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir build/wheel .
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair $(addprefix --exclude ,$(NOT_IN_WHEELS)) --wheel-dir dist build/wheel/*.whl
+
+wheel-matrix: wheel  ## run the operators' tests with that wheel beside each of TORCH_VERSIONS (some 5 GB each, removed again)
+	@PYTHON=$(abspath $(BIN)/python) bash tests/wheel_matrix.sh
 
 sanitize: $(ENVIRONMENT)  ## run the operator tests under the address and undefined-behaviour sanitizers
 	@echo "==> building and testing with sanitizers"

@@ -1,4 +1,5 @@
-"""Builds two shared libraries: _C, in which every CPU kernel is compiled once per instruction set, and _cuda.
+"""Builds shared libraries: _C, in which every CPU kernel is compiled once per instruction set, the same without Python
+(libeffnet_ops.so), and _cuda.
 
 EFFNET_OPS_BUILD=auto|cpu|cuda|none says what to build. `auto` builds what this machine can run, with CUDA if it has a
 GPU or TORCH_CUDA_ARCH_LIST is set, and says what it left out. FORCE_CUDA=1 and `cuda` build every architecture without
@@ -33,6 +34,7 @@ sys.path[:] = [*(path for path in sys.path if Path(path).resolve() != ROOT), str
 import setup_cuda  # noqa: E402
 
 TORCH_TARGET = (2, 10)
+CPP_LIBRARY = "libeffnet_ops.so"
 CHOICES = ("auto", "cpu", "cuda", "none")
 COMMON_FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno"]
 COMMON_FLAGS += ["-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]
@@ -172,7 +174,7 @@ def stable_abi_flags() -> list[str]:
 
 
 def native_statements(plan: Plan, file: TextIO, output: Path) -> None:
-    """Every kernel source once per instruction set, the rest once."""
+    """Every kernel source once per instruction set, the rest once; _C, and beside it the library without Python."""
     import pybind11
     from ninja import ninja_syntax
 
@@ -194,8 +196,14 @@ def native_statements(plan: Plan, file: TextIO, output: Path) -> None:
             ninja.compile(source, isa, [*common, *ISA_FLAGS[isa], f"-DEFFNET_ISA_{isa.upper()}"])
     ninja.compile(ROOT / "csrc" / "bindings.cpp", "once", [*common, *stable_abi_flags()])
     ninja.compile(ROOT / "csrc" / "recording.cpp", "once", common)
+    shared = list(ninja.objects)
+    link = [*sanitize, f"-L{torch_root() / 'lib'}", "-ltorch_cpu"]
+    # In Python the schemas are defined in Python.
+    ninja.compile(ROOT / "csrc" / "schemas.cpp", "once", [*common, *stable_abi_flags()])
+    ninja.link(output.with_name(CPP_LIBRARY), link)
+    ninja.objects = shared
     ninja.compile(ROOT / "csrc" / "module.cpp", "once", [*common, *built, *described, *includes])
-    ninja.link(output, [*sanitize, f"-L{torch_root() / 'lib'}", "-ltorch_cpu"])
+    ninja.link(output.with_name(f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"), link)
 
 
 def cuda_statements(plan: Plan, file: TextIO, output: Path) -> None:
@@ -218,6 +226,11 @@ def cuda_statements(plan: Plan, file: TextIO, output: Path) -> None:
 
 class NinjaBuild(build_ext):
     """Runs ninja on build files of our own: setuptools has no notion of one source with several sets of flags."""
+
+    def get_ext_filename(self, name: str) -> str:
+        """The library of C++ programs has a plain name; setuptools asks with and without the package's."""
+        *package, module = name.split(".")
+        return os.path.join(*package, CPP_LIBRARY) if module == CppLibrary.module else super().get_ext_filename(name)
 
     def build_extension(self, ext: Extension) -> None:
         from ninja import BIN_DIR
@@ -253,6 +266,12 @@ class Library(Extension):
         self.plan = plan
 
 
+class CppLibrary(Library):
+    """The kernels of `_C` and the schemas of the operators, for programs without Python: one more link."""
+
+    title, module, instead = "the library for C++ programs", "libeffnet_ops", "Python needs it not"
+
+
 class CudaLibrary(Library):
     title, folder, instead = "CUDA", "cuda", "the triton backend runs on GPUs"
     statements = staticmethod(cuda_statements)
@@ -265,6 +284,7 @@ def extensions() -> list[Extension]:
     if plan.compiler is None:
         return []
     found: list[Extension] = [Library("effnet_ops._C", plan, plan.required)]
+    found.append(CppLibrary(f"effnet_ops.{CppLibrary.module}", plan, plan.required))
     if plan.cuda is not None:
         found.append(CudaLibrary("effnet_ops._cuda", plan, plan.cuda_required))
     return found

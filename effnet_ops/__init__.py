@@ -1,6 +1,6 @@
 """Fused EfficientNet operators: depthwise convolution, squeeze-and-excitation and whole MBConv blocks."""
 
-from effnet_ops import layers, scaling
+from effnet_ops import deployment, layers, scaling
 from effnet_ops.backends import available_backends, use_backend
 from effnet_ops.cuda_graphs import CUDAGraphs
 from effnet_ops.functional import depthwise_conv2d, mbconv, pointwise_conv2d, squeeze_excite
@@ -27,6 +27,7 @@ __all__ = [
     "available_backends",
     "convert_state_dict",
     "create_model",
+    "deployment",
     "depthwise_conv2d",
     "layers",
     "list_models",

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import effnet_ops
+from effnet_ops.deployment.onnx_file import with_squeeze
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -307,44 +308,6 @@ PROVIDERS = {
         Provider("optimize_for_inference", _optimize_for_inference, ours=True),
     )
 }
-
-
-def with_squeeze(model: Any, operator: str) -> Any:
-    """The ONNX model with every average over the image, keeping its axes, as ``operator``, one of `SQUEEZES`."""
-    import onnx
-
-    constants = {initializer.name: onnx.numpy_helper.to_array(initializer) for initializer in model.graph.initializer}
-    for node in model.graph.node:
-        if node.op_type == "Constant":
-            constants[node.output[0]] = onnx.helper.get_node_attr_value(node, "value")
-    reduces_by_input = next(entry.version for entry in model.opset_import if entry.domain == "") >= 18
-    if reduces_by_input and operator == "ReduceMean":
-        model.graph.initializer.append(onnx.helper.make_tensor("image_axes", onnx.TensorProto.INT64, [2], [2, 3]))
-    for node in model.graph.node:
-        if node.op_type != operator and _averages_image(node, constants):
-            node.op_type = operator
-            del node.attribute[:], node.input[1:]
-            if operator == "ReduceMean" and reduces_by_input:
-                node.input.append("image_axes")
-            elif operator == "ReduceMean":
-                node.attribute.append(onnx.helper.make_attribute("axes", [2, 3]))
-    return model
-
-
-def _averages_image(node: Any, constants: dict[str, Any]) -> bool:
-    """Whether the ONNX node is the average over the last two of four axes, which stay with size 1."""
-    import onnx
-
-    if node.op_type == "GlobalAveragePool":
-        return True
-    attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
-    if node.op_type != "ReduceMean" or not attributes.get("keepdims", 1):
-        return False
-    axes = attributes.get("axes")
-    if axes is None and len(node.input) > 1:
-        value = constants.get(node.input[1])
-        axes = onnx.numpy_helper.to_array(value) if isinstance(value, onnx.TensorProto) else value
-    return axes is not None and sorted(int(axis) % 4 for axis in axes) == [2, 3]
 
 
 def export_onnx(job: Job) -> None:

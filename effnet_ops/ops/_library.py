@@ -38,6 +38,8 @@ class Call(Protocol):
     def flops(self, out: Any) -> int:
         """Floating-point operations, where tensors are shapes; ``out`` is the shape of the result, or all of them."""
 
+    # Some have `standard`, too: the operator in as few of PyTorch's own operators as there can be (`ops.standard`).
+
 
 C = TypeVar("C", bound=Call)
 
@@ -63,6 +65,10 @@ class Operator(Generic[C]):
         """The reference on the operator's arguments."""
         with internals.without(internals.AUTOCAST):
             return self.signature.parse(args).reference()
+
+    def decompose(self, *args: Any) -> Results:
+        """The operator as exporters want it, on its arguments, where its call has that."""
+        return self.signature.parse(args).standard()
 
     def _fake(self, *args: Any) -> Results:
         return self.signature.parse(args).output()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from effnet_ops import reference
 from effnet_ops.checks import output_size, resolve_padding
-from effnet_ops.ops import _library
+from effnet_ops.ops import _library, standard
 from effnet_ops.ops.calls import Activation, Constant, ConvNorm, Pair, Sides, Weight
 
 FEW_CHANNELS, TALLEST = 16, 16
@@ -31,6 +31,10 @@ class NormCall(NamedTuple):
     def reference(self) -> Tensor:
         x = self.x.to(reference.compute_dtype(self.x.dtype))
         return _library.as_result(self.x, _normalise(x, self[1:6], self.activation))
+
+    def standard(self) -> Tensor:
+        x = self.x.to(reference.compute_dtype(self.x.dtype))
+        return standard.normalise(x, self[1:6], self.activation).to(self.x.dtype)
 
     def output(self) -> Tensor:
         return _library.empty_result(self.x, self.x.shape)
@@ -60,6 +64,10 @@ class ConvNormCall(NamedTuple):
         y = reference.convolution(x, weight, zeros, self.stride, self.sides(), "none")
         y = _normalise(y, self.conv[1:], self.activation)
         return self._empty(y.shape[2:]).copy_(y)
+
+    def standard(self) -> Tensor:
+        x = self.x.to(reference.compute_dtype(self.x.dtype))
+        return standard.conv_norm(x, self.conv, self.stride, self.sides(), self.activation).to(self.x.dtype)
 
     def output(self) -> Tensor:
         kernel = self.conv.weight.shape[2:]

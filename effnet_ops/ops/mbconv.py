@@ -10,7 +10,7 @@ from torch import Tensor
 
 from effnet_ops import backends, context, reference
 from effnet_ops.checks import output_size, resolve_padding, unknown_name
-from effnet_ops.ops import _library
+from effnet_ops.ops import _library, standard
 from effnet_ops.ops.calls import Activation, Constant, ConvNorm, Flags, Pair, Sides, SqueezeExcite
 from effnet_ops.ops.squeeze_excite import gradient_flops
 from effnet_ops.params import BatchNormParams, ConvNormParams, SqueezeExciteParams
@@ -93,6 +93,13 @@ class MBConvCall(NamedTuple):
 
     def reference(self) -> Tensor:
         return _library.as_result(self.x, self.stages().y)
+
+    def standard(self) -> Tensor:
+        if self.uses_batch():
+            return self.stages().y
+        block = (self.expand, self.depthwise, self.squeeze_excite, self.project)
+        settings = (self.stride, self.sides(), self.activation, self.residual, self.drop_path)
+        return standard.mbconv(self.x, *block, *settings)
 
     def output(self) -> Tensor:
         return _library.empty_result(self.x, self.output_shape())

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from effnet_ops import packing, reference
 from effnet_ops.checks import output_size, resolve_padding
-from effnet_ops.ops import _library
-from effnet_ops.ops.calls import Activation, PackedConv, Pair, Sides, Weight
+from effnet_ops.ops import _library, standard
+from effnet_ops.ops.calls import Activation, ConvNorm, PackedConv, Pair, Sides, SqueezeExcite, Weight
 from effnet_ops.params import ConvNormParams, SqueezeExciteParams
 
 
@@ -65,6 +65,20 @@ class PackedBlockCall(NamedTuple):
         )
         return _library.as_result(x, stages.y)
 
+    def standard(self) -> Tensor:
+        x, channels, expand, squeeze_excite = self.x, self.depthwise.weight.shape[2], None, None
+        if self.expand is not None:
+            expand = _unpacked(self.expand, x.shape[1], x)
+        if self.reduce is not None:
+            reduce = _unpacked(self.reduce, channels, x)
+            excite = _unpacked(self.excite, self.reduce.bias.shape[0], x)
+            params = (reduce.weight, reduce.beta, excite.weight, excite.beta)
+            squeeze_excite = SqueezeExcite(*params, self.squeeze_activation, self.gate)
+        filters = packing.unpack_depthwise(self.depthwise.weight)
+        depthwise = ConvNorm(filters, None, self.depthwise.bias, None, None)
+        block = (expand, depthwise, squeeze_excite, _unpacked(self.project, channels, x))
+        return standard.mbconv(x, *block, self.stride, self.sides(), self.activation, self.residual)
+
     def output(self) -> Tensor:
         size = output_size(self.x.shape[2:], self.depthwise.weight.shape[:2], self.stride, self.sides(), (1, 1))
         return _library.empty_result(self.x, (self.x.shape[0], self.project.bias.shape[0], *size))
@@ -87,6 +101,10 @@ def _pointwise_weight(conv: PackedConv, channels: int, like: Tensor) -> Tensor:
     return weight.to(reference.compute_dtype(like.dtype))
 
 
+def _unpacked(conv: PackedConv, channels: int, like: Tensor) -> ConvNorm:
+    return ConvNorm(_pointwise_weight(conv, channels, like), None, conv.bias, None, None)
+
+
 class PackedPointwiseCall(NamedTuple):
     """activation(W x + b) for x (N, Cin, H, W)."""
 
@@ -96,8 +114,11 @@ class PackedPointwiseCall(NamedTuple):
     activation: str
 
     def reference(self) -> Tensor:
+        return _library.as_result(self.x, self.standard())
+
+    def standard(self) -> Tensor:
         weight = _pointwise_weight(PackedConv(self.weight, self.bias), self.x.shape[1], self.x)
-        return _library.as_result(self.x, reference.pointwise_conv2d(self.x, weight, self.bias, None, self.activation))
+        return reference.pointwise_conv2d(self.x, weight, self.bias, None, self.activation)
 
     def output(self) -> Tensor:
         return _library.empty_result(self.x, (self.x.shape[0], self.bias.shape[0], *self.x.shape[2:]))
@@ -121,9 +142,11 @@ class PackedConvolutionCall(NamedTuple):
         return resolve_padding(self.padding, self.x.shape[2:], self.kernel, self.stride, (1, 1))
 
     def reference(self) -> Tensor:
+        return self.standard().contiguous(memory_format=torch.channels_last)
+
+    def standard(self) -> Tensor:
         weight = packing.unpack_convolution(self.weight, self.bias.shape[0], self.x.shape[1], tuple(self.kernel))
-        y = reference.convolution(self.x, weight, self.bias, self.stride, self.sides(), self.activation)
-        return y.contiguous(memory_format=torch.channels_last)
+        return reference.convolution(self.x, weight, self.bias, self.stride, self.sides(), self.activation)
 
     def output(self) -> Tensor:
         x, size = self.x, output_size(self.x.shape[2:], self.kernel, self.stride, self.sides(), (1, 1))
@@ -143,6 +166,10 @@ class AveragePoolCall(NamedTuple):
     def reference(self) -> Tensor:
         wide = self.x.to(reference.compute_dtype(self.x.dtype))
         return wide.mean((2, 3), keepdim=self.keepdim).to(self.x.dtype).contiguous()
+
+    def standard(self) -> Tensor:
+        y = standard.average(self.x.to(reference.compute_dtype(self.x.dtype))).to(self.x.dtype)
+        return y if self.keepdim else y.flatten(1)
 
     def output(self) -> Tensor:
         batch, channels, *_ = self.x.shape

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from effnet_ops import reference
-from effnet_ops.ops import _library
+from effnet_ops.ops import _library, standard
 from effnet_ops.ops.calls import Activation, Constant, Flags, Weight
 
 
@@ -26,6 +26,11 @@ class SqueezeExciteCall(NamedTuple):
     def reference(self) -> tuple[Tensor, Tensor]:
         y = _library.as_result(self.x, reference.squeeze_excite(*self))
         return y, self.x.to(reference.compute_dtype(self.x.dtype)).mean((2, 3))
+
+    def standard(self) -> tuple[Tensor, Tensor]:
+        wide = self.x.to(reference.compute_dtype(self.x.dtype))
+        pooled = standard.average(wide)
+        return standard.excite(wide, pooled, self[1:]).to(self.x.dtype), pooled.flatten(1)
 
     def output(self) -> tuple[Tensor, Tensor]:
         x = self.x

@@ -6,7 +6,7 @@ fp64; a backend may keep more precision between the steps of a fused operation, 
 
 from effnet_ops.reference.activation import ACTIVATIONS, GATES, activate, compute_dtype
 from effnet_ops.reference.batch_norm import batch_norm, batch_statistics
-from effnet_ops.reference.convolution import convolution
+from effnet_ops.reference.convolution import convolution, pad_unevenly
 from effnet_ops.reference.depthwise import depthwise_conv2d
 from effnet_ops.reference.mbconv import Stages, drop_path_scale, mbconv
 from effnet_ops.reference.pointwise import pointwise_conv2d
@@ -24,6 +24,7 @@ __all__ = [
     "depthwise_conv2d",
     "drop_path_scale",
     "mbconv",
+    "pad_unevenly",
     "pointwise_conv2d",
     "squeeze_excite",
 ]

@@ -45,6 +45,7 @@ from effnet_ops.surgery.fused import (
     is_average,
     known,
     parameter,
+    same_convolution,
     stock_class,
 )
 from effnet_ops.surgery.guard import Kept, release
@@ -447,7 +448,9 @@ class FoldedConvolution(Folded):
         x = self.cast(x)
         if torch.compiler.is_compiling():
             # The normalisation rounds once, as where both are one operator.
-            return self.stock.forward(self, cast(x, self._wide()) if "activations" in self._buffers else x)
+            x = cast(x, self._wide()) if "activations" in self._buffers else x
+            y = same_convolution(self, x)
+            return self.stock.forward(self, x) if y is None else y
         chain: FoldedChain | None = calls.armed.pop(self, None) if calls.armed else None
         if chain is None or not _is_activation(x):
             return self.run_stock(x)

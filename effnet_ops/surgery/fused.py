@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from effnet_ops import context, functional
 from effnet_ops.checks import FLOAT_DTYPES, integers
+from effnet_ops.layers import padded_conv2d
 from effnet_ops.params import BatchNormParams, ConvNormParams, SqueezeExciteParams
 from effnet_ops.reference import activate
 from effnet_ops.surgery.drop_path import drop_path_scale
@@ -384,6 +385,21 @@ def convolution_padding(part: Part) -> functional.Padding:
     if padding != "same" and min(padding) < 0:
         raise NotFusable(f"{part.name} pads by {padding}")
     return padding
+
+
+def same_convolution(conv: nn.Conv2d, x: Tensor) -> Tensor | None:
+    """The convolution where it pads as TensorFlow's SAME does, else None: for graphs in which the size of x is open.
+
+    The libraries' own forwards divide the size and round that up. Such a number can neither be saved by torch.export
+    nor be rounded well by ONNX, and a graph of whole numbers is smaller.
+    """
+    try:
+        padding = convolution_padding(Part("it", conv))
+    except NotFusable:
+        return None
+    if padding != "same":
+        return None
+    return padded_conv2d(x, conv.weight, conv.bias, conv.stride, "same", conv.dilation, conv.groups)
 
 
 def convolution_pair(part: Part, name: str, minimum: int = 1) -> tuple[int, int]:
