@@ -91,14 +91,15 @@ struct Steps {
                     for (int64_t i = slabs * group / groups; i < slabs * (group + 1) / groups; ++i) {
                         const int64_t c = i * slab<A>, width = smaller(slab<A>, channels - c);
                         weights.multiply_slab(left, count, c, width, own.values);
-                        T* const at = expanded + first * channels + c;
-                        if (expanded != nullptr) store_rows(own.values, count, width, at);
+                        if (expanded != nullptr) store_rows(own.values, count, width, expanded + first * channels + c);
                         if (!moments.wanted) continue;
-                        if (exact)
+                        // Of the values as the next step reads them.
+                        if constexpr (exact)
                             moments.add(part, first - start, count, static_cast<const A*>(own.values), slab<A>, c,
                                         width);
                         else
-                            moments.add(part, first - start, count, static_cast<const T*>(at), channels, c, width);
+                            moments.add(part, first - start, count,
+                                        static_cast<const T*>(expanded + first * channels + c), channels, c, width);
                     }
                 });
             });
