@@ -11,6 +11,7 @@ from effnet_ops.surgery import (
     OptimizationReport,
     ReplacementReport,
     optimize_for_inference,
+    register_block,
     replace_layers,
     restore_layers,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "mbconv",
     "optimize_for_inference",
     "pointwise_conv2d",
+    "register_block",
     "replace_layers",
     "restore_layers",
     "scaling",

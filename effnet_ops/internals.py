@@ -53,6 +53,17 @@ any_requires_grad: Callable[..., bool] = torch._C._any_requires_grad
 version_of: Callable[[Tensor], int] = Tensor._version.__get__
 """How often a tensor was written to; the getter itself, which `map` calls without a frame of Python."""
 
+
+def compile_package(program: Any, path: str, settings: dict[str, Any]) -> str:
+    """Compile a program of torch.export with AOTInductor into a package; gives its path."""
+    return torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=settings)
+
+
+def load_package(path: str) -> Callable[..., Any]:
+    """What such a package computes, as a function."""
+    return torch._inductor.aoti_load_package(path)
+
+
 _storage_uses: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
 _TRACING_MODES = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
 _GLOBAL_HOOKS = ("forward_pre", "forward", "backward_pre", "backward")

@@ -22,7 +22,7 @@ from effnet_ops import context, internals
 from effnet_ops.ops import prepared
 
 PACKAGE = Path(effnet_ops.__file__).parent
-PRIVATE = re.compile(r'torch\._[A-Za-z]|from torch\._|_dynamo_marked|forward_ad\._|(?<!")torch\.[a-z.]+\._[a-z]')
+PRIVATE = re.compile(r'torch\._[A-Za-z]|from torch\._|_dynamo_marked|forward_ad\._|(?<!")\btorch\.[a-z.]+\._[a-z]')
 
 
 def test_private_names_are_in_one_file() -> None:

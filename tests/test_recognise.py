@@ -6,7 +6,9 @@ import copy
 import functools
 import importlib
 import pickle
+import sys
 import time
+import types
 from collections.abc import Callable
 
 import pytest
@@ -28,9 +30,16 @@ from timm.models import maxxvit
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from effnet_ops import optimize_for_inference, replace_layers, restore_layers
+from effnet_ops import optimize_for_inference, register_block, replace_layers, restore_layers
+from effnet_ops.surgery import recognise
 
 WIDE = 4 * CHANNELS
+
+
+@pytest.fixture(autouse=True)
+def own_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The classes of these tests are taken for those of a library."""
+    monkeypatch.setattr(recognise, "LIBRARIES", {*recognise.LIBRARIES, __name__, "surgery_models", "test_surgery"})
 
 
 @pytest.fixture
@@ -269,11 +278,90 @@ class Configured(OwnBlock):
         return super().forward(x) if self.config["residual"] else x
 
 
+class NegativePad(OwnBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.pad(F.pad(self.act(self.expand(x)), (2, 2, 2, 2)), (-1, -1, -1, -1))
+        return self.project(self.act(self.middle(y)))
+
+
+class WidthPad(OwnBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.project(self.act(self.middle(F.pad(self.act(self.expand(x)), (1, 1)))))
+
+
+class AddsItself(OwnBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.project(self.act(self.middle(F.pad(self.act(self.expand(x)), (1, 1, 1, 1)))))
+        return y + y
+
+
+class InPlace(OwnBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        x += self.project(self.act(self.middle(F.pad(self.act(self.expand(x)), (1, 1, 1, 1)))))
+        return x
+
+
+class InPlaceMethod(OwnBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.add_(self.project(self.act(self.middle(F.pad(self.act(self.expand(x)), (1, 1, 1, 1))))))
+
+
+class Replicates(nn.ZeroPad2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x, self.padding, mode="replicate")
+
+
+class PadModule(OwnBlock):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pad = Replicates(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.project(self.act(self.middle(self.pad(self.act(self.expand(x))))))
+
+
+class SigmoidBlock(OwnBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.sigmoid(self.middle(F.pad(torch.sigmoid(self.expand(x)), (1, 1, 1, 1))))
+        return self.project(y)
+
+
+class DrawsTwice(OwnBlock):
+    def __init__(self) -> None:
+        super().__init__(before=nn.Dropout(0.3), after=nn.Dropout(0.3))
+
+
+class CheckingNorm(nn.BatchNorm2d):
+    def _check_input_dim(self, input: Tensor) -> None:
+        assert input.shape[1] == WIDE
+
+
+class NormThatChecks(OwnBlock):
+    def __init__(self) -> None:
+        super().__init__()
+        self.middle[1] = CheckingNorm(WIDE)
+
+
+class Reduces(OwnBlock):
+    def __reduce__(self) -> tuple:
+        return Reduces, ()
+
+
 REFUSED: dict[str, tuple[type[OwnBlock], str]] = {
+    "pads by less than nothing": (NegativePad, "it calls pad, which is not fused"),
+    "pads the width alone": (WidthPad, "it calls pad, which is not fused"),
+    "adds itself": (AddsItself, "both parts of its sum use the same values"),
+    "writes into its input": (InPlace, "it changes the tensor that it is given"),
+    "writes into its input by a method": (InPlaceMethod, "it changes the tensor that it is given"),
+    "a subclass of zero padding": (PadModule, "pad is Replicates"),
+    "a gate for an activation": (SigmoidBlock, "sigmoid is no activation that is fused"),
+    "draws in two places": (DrawsTwice, "it draws random numbers"),
+    "a norm with a method of its own": (NormThatChecks, "CheckingNorm"),
+    "its own way to be copied": (Reduces, "Reduces has a __reduce__ of its own"),
     "writes attributes": (Remembers, "its forward changes attributes"),
     "writes buffers": (Counts, "its forward changes parameters or buffers"),
     "modules in a list": (Unregistered, "layers of Unregistered keeps modules that are not registered"),
-    "a setting that may change": (Configured, "the forward of Configured reads config, a dict that may change"),
+    "a setting that may change": (Configured, "it is Configured, whose forward reads config, a dict that may change"),
     "used twice": (UsedTwice, "used in several places"),
     "goes by the size": (BySize, "cannot be traced"),
     "goes by the mode of gradients": (Asks, "asks for is_grad_enabled"),
@@ -297,6 +385,55 @@ def test_refused(name: str, x: Tensor) -> None:
     assert reason in report.skipped[""] and "" not in report.replaced
     torch.testing.assert_close(block(x), before)
     assert "last" not in block.__dict__ or isinstance(block.last, Tensor)
+
+
+class ByKernel(OwnBlock):
+    """Asks a part of it for its settings."""
+
+    def __init__(self, kernel: int = 3) -> None:
+        super().__init__()
+        self.middle = ConvNorm(WIDE, WIDE, kernel, groups=WIDE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        side = self.middle[0].kernel_size[0] // 2
+        y = self.act(self.middle(F.pad(self.act(self.expand(x)), (side,) * 4)))
+        return x + self.project(self.gate(y))
+
+
+def test_settings_of_parts_tell_blocks_apart(x: Tensor) -> None:
+    model = with_statistics_of(nn.Sequential(ByKernel(3), ByKernel(5)))
+    expected = model(x)
+    assert len(replace_layers(model).replaced) == 2
+    torch.testing.assert_close(model(x), expected)
+
+
+SOMEBODYS_MODEL = """
+class Inherits(OwnBlock):
+    def extra_repr(self):
+        return "mine"
+
+class Block(OwnBlock):
+    def forward(self, x):
+        return super().forward(x)
+"""
+
+
+def test_classes_of_ones_own_are_registered(monkeypatch: pytest.MonkeyPatch, x: Tensor) -> None:
+    """A class that only inherits is what it inherits from; one with a forward of its own is left until it is known."""
+    somebodys_model = types.ModuleType("somebodys_model")
+    somebodys_model.OwnBlock = OwnBlock
+    monkeypatch.setitem(sys.modules, "somebodys_model", somebodys_model)
+    exec(SOMEBODYS_MODEL, vars(somebodys_model))
+    assert replace_layers(somebodys_model.Inherits()).replaced == [""]
+    block = with_statistics_of(somebodys_model.Block())
+    assert replace_layers(block).skipped[""] == "Block is a class of your own: see effnet_ops.register_block"
+    monkeypatch.setattr(recognise, "_registered", set())
+    assert register_block(somebodys_model.Block) is somebodys_model.Block
+    expected = block(x)
+    assert replace_layers(block).replaced == [""]
+    torch.testing.assert_close(block(x), expected)
+    with pytest.raises(TypeError, match="takes a subclass"):
+        register_block(3)
 
 
 @torch.no_grad()

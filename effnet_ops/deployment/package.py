@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from effnet_ops import internals
 from effnet_ops.deployment.program import export_program
 
 CHECK_INPUTS = "AOTI_RUNTIME_CHECK_INPUTS"
@@ -37,7 +38,7 @@ def export_package(
         # Else the check of the images refuses a batch of one.
         settings = {"aot_inductor.check_lowerbound": False}
         file = str(Path(folder, path.name))
-        made = torch._inductor.aoti_compile_and_package(program, package_path=file, inductor_configs=settings)
+        made = internals.compile_package(program, file, settings)
         os.replace(made, path)
     return path
 
@@ -52,7 +53,7 @@ def load_package(path: str | os.PathLike[str]) -> Callable[[Tensor], Any]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no package {path}")
     os.environ[CHECK_INPUTS] = "1"
-    package = torch._inductor.aoti_load_package(str(path))
+    package = internals.load_package(str(path))
 
     def run(x: Tensor) -> Any:
         # Where sizes are open, PyTorch's check leaves out the strides of images, channels and rows.

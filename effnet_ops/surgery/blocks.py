@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from effnet_ops import functional
+from effnet_ops.checks import padding_sides
 from effnet_ops.surgery.fused import (
+    ACTIVATIONS,
+    GATES,
     BlockPlan,
     FusedLayer,
     NotFusable,
@@ -31,7 +34,6 @@ from effnet_ops.surgery.fused import (
 from effnet_ops.surgery.generic import conv2d_padding
 from effnet_ops.surgery.recognise import (
     DROP_PATHS,
-    RATES,
     Block,
     Form,
     Input,
@@ -53,6 +55,8 @@ def _part(module: nn.Module, op: Op) -> Part:
 def _activation(module: nn.Module, ops: Sequence[Op]) -> str:
     """The name of the one activation that operations are; "none" for none."""
     names = [op.value if op.kind == "function" else activation_name(_part(module, op)) for op in ops]
+    if unknown := [name for name in names if name not in ACTIVATIONS.values()]:
+        raise NotFusable(f"{unknown[0]} is no activation that is fused")
     names = [name for name in names if name != "none"]
     if len(names) > 1:
         raise NotFusable(f"it has {' and '.join(names)} one after the other")
@@ -147,6 +151,8 @@ def _squeeze_excite(module: nn.Module, op: Op) -> SqueezeExcitePlan:
     if expand.kind != "conv":
         raise NotFusable(f"{_part(module, expand).name} is called between the second convolution and the gate")
     name = gate.value if gate.kind == "function" else gate_name(_part(module, gate))
+    if name not in GATES.values():
+        raise NotFusable(f"{name} is no gate that is fused")
     convs = (_pointwise(module, reduce), _pointwise(module, expand))
     return SqueezeExcitePlan(*convs, _activation(module, between), name)
 
@@ -181,6 +187,9 @@ def block_plan(module: nn.Module, block: Block) -> BlockPlan:
     if residual and project[0].out_channels != channels:
         raise NotFusable(f"its residual has {channels} channels and {last.path} {project[0].out_channels}")
     stride = convolution_pair(depthwise, "stride")
+    kernel = convolution_pair(depthwise, "kernel_size")
+    if residual and not callable(padding) and not _keeps_size(kernel, stride, padding):
+        raise NotFusable("its residual has another size than its result")
     return BlockPlan(
         expand,
         (depthwise.module, norms[0][0]),
@@ -195,6 +204,14 @@ def block_plan(module: nn.Module, block: Block) -> BlockPlan:
         drop,
         steps,
     )
+
+
+def _keeps_size(kernel: tuple[int, int], stride: tuple[int, int], padding: Any) -> bool:
+    """Whether a depthwise convolution gives images of the size that it takes."""
+    if stride != (1, 1) or padding == "same":
+        return stride == (1, 1)
+    top, bottom, left, right = padding_sides(padding)
+    return (top + bottom, left + right) == (kernel[0] - 1, kernel[1] - 1)
 
 
 def _steps(module: nn.Module, block: Block, activation: str) -> tuple[Steps | None, Callable[..., Any] | None]:
@@ -251,7 +268,7 @@ def _form(module: nn.Module) -> Form:
 
 def settings_of(module: nn.Module) -> list[str]:
     """The settings of a recognised layer itself, any of which its forward may read."""
-    return [name for name, _ in _form(module).parts[0][3]]
+    return [name for name, _ in _form(module).parts[0][4]]
 
 
 def described_block(module: nn.Module) -> BlockPlan:
@@ -303,8 +320,8 @@ class Recognised(FusedLayer):
                 y = self.run(args[0])
             else:
                 given = dict(zip((first, *others), args, strict=False)) | kwargs
-                x, rates = given.pop(first, None), [given.pop(name) for name in RATES if name in given]
-                y = None if given else self.run(x, *rates)
+                x, rates = given.pop(first, None), [given.pop(name) for name in (form.rate,) if name in given]
+                y = None if given or len(args) > 1 + len(others) or x is None else self.run(x, *rates)
             return stock.forward(self, *args, **kwargs) if y is None else y
 
         return {"forward": forward}

@@ -302,13 +302,22 @@ SEQUENCES: set[type[nn.Module]] = {nn.Sequential}
 
 
 def known(table: dict[type[nn.Module], Any], module: nn.Module) -> Any:
-    """What a table has for the class whose forward ``module`` runs: its own, or one that it inherits that from."""
+    """What a table has for the class of ``module``, or for one from which it inherits all that a call runs."""
+    own: set[str] = set()
     for cls in stock_class(module).__mro__:
         if cls in table:
-            return table[cls]
-        if any(name in vars(cls) for name in (*FORWARDS, "__call__")):
-            return None
+            return None if any(hasattr(cls, name) for name in own) else table[cls]
+        own.update(filter(changes_calls, vars(cls)))
     return None
+
+
+def changes_calls(name: str) -> bool:
+    """Whether a subclass that defines this name may compute something else than the class that it inherits from."""
+    return name in _CALLED if name.startswith("__") else name not in _HARMLESS
+
+
+_HARMLESS = frozenset(("extra_repr", "reset_parameters", "reset_running_stats", "_get_name", "_version"))
+_CALLED = frozenset(("__call__", "__getattr__", "__getattribute__", "__setattr__"))
 
 
 _Fused = TypeVar("_Fused", bound=type[FusedLayer])

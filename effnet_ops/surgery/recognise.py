@@ -28,11 +28,50 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.proxy import GraphAppendingTracer
-from torch.nn.modules.batchnorm import _NormBase
 
 from effnet_ops.checks import integers
-from effnet_ops.surgery.fused import ACTIVATIONS, CONVOLUTIONS, GATES, NORMS, NotFusable, known
+from effnet_ops.surgery.fused import ACTIVATIONS, CONVOLUTIONS, GATES, NORMS, NotFusable, changes_calls, known
 from effnet_ops.surgery.structure import stock_class
+
+LIBRARIES = {
+    *("torch", "torchvision", "timm", "geffnet", "efficientnet_pytorch"),
+    *("segmentation_models_pytorch", "transformers", "monai", "pytorchcv"),
+}
+"""Packages whose forwards a trace may run: it sees all that they do (docs/compatibility.md)."""
+
+_registered: set[type[nn.Module]] = set()
+
+
+def register_block(cls: type[nn.Module]) -> type[nn.Module]:
+    """Let `replace_layers` recognise blocks of a class of your own; also as a decorator.
+
+    A trace cannot see everything, so this says of the class that its forward
+
+    * is a function of its input, its submodules and its settings (attributes) alone: it asks for no global, no value of
+      a parameter or buffer, no random number but through dropout modules, and enters no context such as no_grad;
+    * writes nothing, neither attributes nor the tensor that it is given.
+
+    What the forward computes is still matched exactly, and blocks that are something else are left with the reason.
+    Parts of it that have forwards of your own are registered, too.
+
+    Raises:
+        TypeError: it is no class of modules.
+    """
+    if not isinstance(cls, type) or not issubclass(cls, nn.Module):
+        raise TypeError(f"register_block takes a subclass of torch.nn.Module, got {cls!r}")
+    _registered.add(cls)
+    _forms.clear()
+    return cls
+
+
+def _check_trusted(cls: type[nn.Module]) -> None:
+    """Raise `NotFusable` for a class whose methods are neither a library's nor registered."""
+    for base in cls.__mro__:
+        if base in _registered or base.__module__.partition(".")[0] in LIBRARIES:
+            return
+        if any(changes_calls(name) for name in vars(base)):
+            raise NotFusable(f"{base.__name__} is a class of your own: see effnet_ops.register_block")
+
 
 RATES = ("drop_connect_rate",)
 """Names of a second argument of a block's forward: the drop rate of this call, None for no drop path."""
@@ -57,7 +96,7 @@ _QUESTIONS = {getattr, "size", "dim"}
 _STATE = frozenset(("is_grad_enabled", "is_autocast_enabled", "is_tracing", "is_compiling", "checkpoint", "random"))
 """What a forward may not ask for: a trace would not notice that the answer has changed."""
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _OWN_STATE = frozenset(nn.Module().__dict__)
 _SEQUENCE_FORWARDS = [getattr(cls, "forward", None) for cls in _CONTAINERS]
@@ -71,6 +110,23 @@ class Input:
 
 class Rate(float):
     """A drop rate that no network has; in a step, it stands for the one of the call."""
+
+    def _compare(self, operation: Callable[[float, Any], bool], other: Any) -> bool:
+        if 0 < other < 1:
+            raise NotFusable("it goes by the size of its drop rate")
+        return operation(float(self), other)
+
+    def __lt__(self, other: Any) -> bool:
+        return self._compare(operator.lt, other)
+
+    def __le__(self, other: Any) -> bool:
+        return self._compare(operator.le, other)
+
+    def __gt__(self, other: Any) -> bool:
+        return self._compare(operator.gt, other)
+
+    def __ge__(self, other: Any) -> bool:
+        return self._compare(operator.ge, other)
 
 
 _RATE = Rate(0.4142135)
@@ -123,13 +179,15 @@ class Form:
         self.evaluation = self.training = self.rate = None
         self.reason = ""
         try:
-            for _, cls, _, settings in self.parts:
-                if settings is not None:
-                    _check_code(cls, dict(settings))
+            for path, cls, leaf, _, settings in self.parts:
+                if not leaf:
+                    _check_code(path or "it", cls, dict(settings))
             self.rate = _rate_argument(stock_class(module))
             self.evaluation, self.training = (_match(module, training) for training in (False, True))
             if self.rate is not None:
                 self.training = _with_rate(self.training, _match(module, True, self.rate))
+                if self.kind != "block" or _match(module, False, self.rate) != self.evaluation:
+                    raise NotFusable("its drop rate does more than drop path")
             if isinstance(self.evaluation, Block) != isinstance(self.training, Block):
                 raise NotFusable("it computes something else in training")
         except NotFusable as reason:
@@ -144,17 +202,16 @@ class Form:
 
     def holds(self, module: nn.Module) -> bool:
         """Whether a module of the same class has the same parts and settings inside."""
-        for path, cls, children, settings in self.parts:
+        for path, cls, leaf, children, settings in self.parts:
             part = submodule(module, path)
             if part is None or stock_class(part) is not cls:
                 return False
-            if children != ((is_depthwise(part),) if settings is None else _children(part)):
+            if children != ((is_depthwise(part),) if leaf else _children(part)):
                 return False
-            if settings is not None:
-                state = part.__dict__
-                for name, value in settings:
-                    if name not in state or not _same(state[name], value):
-                        return False
+            state = part.__dict__
+            for name, value in settings:
+                if name not in state or not _same(state[name], value):
+                    return False
         return True
 
 
@@ -195,22 +252,31 @@ def _is_plain(value: Any) -> bool:
     """Whether a setting is a value, which does not change in its place."""
     if isinstance(value, tuple):
         return all(isinstance(item, list) or _is_plain(item) for item in value)
-    return value is None or isinstance(value, int | float | str | torch.dtype | types.FunctionType | type)
+    return value is None or isinstance(
+        value, int | float | str | torch.dtype | types.FunctionType | types.BuiltinFunctionType | type
+    )
 
 
-def _parts(module: nn.Module, path: str = "") -> Iterator[tuple[str, type, tuple[Any, ...], list[Any] | None]]:
-    """Path and class of the modules inside that a trace tells apart, children and settings of those that it looks into.
+_CHANNELS = frozenset(("in_channels", "out_channels", "groups", "num_features"))
 
-    For the others, whether they are depthwise convolutions.
+
+def _parts(
+    module: nn.Module, path: str = ""
+) -> Iterator[tuple[str, type, bool, tuple[Any, ...], list[tuple[str, Any]]]]:
+    """Path and class of the modules inside that a trace tells apart; whether it does not look into one; its children.
+
+    Then its settings, which a forward may ask it for. Of those that a trace does not look into: whether they are
+    depthwise convolutions, and all settings but the numbers of channels, which differ between all blocks.
     """
     leaf = bool(path) and _is_leaf(module)
-    state = () if leaf else module.__dict__.items()
     settings = [
         (name, value)
-        for name, value in state
-        if name not in _OWN_STATE and not name.startswith("_effnet_ops") and not isinstance(value, Tensor)
+        for name, value in module.__dict__.items()
+        if name not in _OWN_STATE
+        and not name.startswith("_effnet_ops")
+        and (_is_plain(value) and name not in _CHANNELS if leaf else not isinstance(value, Tensor))
     ]
-    yield path, stock_class(module), (is_depthwise(module),) if leaf else _children(module), None if leaf else settings
+    yield path, stock_class(module), leaf, (is_depthwise(module),) if leaf else _children(module), settings
     for name, child in () if leaf else module._modules.items():
         if child is not None:
             yield from _parts(child, f"{path}.{name}" if path else name)
@@ -227,8 +293,9 @@ def _is_leaf(module: nn.Module) -> bool:
     return owner.__module__.startswith("torch.nn.") and owner not in _CONTAINERS and owner is not nn.Module
 
 
-def _check_code(cls: type[nn.Module], settings: dict[str, Any]) -> None:
+def _check_code(part: str, cls: type[nn.Module], settings: dict[str, Any]) -> None:
     """Raise `NotFusable` where a forward may do more than a trace sees, or something else the next time."""
+    _check_trusted(cls)
     code = getattr(getattr(cls, "forward", None), "__code__", None)
     names = set() if code is None else {*code.co_names}
     if asked := _STATE & names:
@@ -238,7 +305,8 @@ def _check_code(cls: type[nn.Module], settings: dict[str, Any]) -> None:
         if any(isinstance(item, nn.Module) for item in inside):
             raise NotFusable(f"{name} of {cls.__name__} keeps modules that are not registered")
         if name in names and not _is_plain(value) and _gate_function(value) is None:
-            raise NotFusable(f"the forward of {cls.__name__} reads {name}, a {type(value).__name__} that may change")
+            kind = type(value).__name__
+            raise NotFusable(f"{part} is {cls.__name__}, whose forward reads {name}, a {kind} that may change")
 
 
 def _rate_argument(cls: type[nn.Module]) -> str | None:
@@ -251,6 +319,27 @@ def _rate_argument(cls: type[nn.Module]) -> str | None:
 
 
 # Tracing
+
+
+class _Proxy(fx.Proxy):
+    """A value of the trace. torch.fx notes ``x += y`` as ``x + y``: of the input, that is not the same."""
+
+    def _in_place(self, operation: Callable[[Any, Any], Any], other: Any) -> Any:
+        if self.node.op == "placeholder":
+            raise NotFusable("it changes the tensor that it is given")
+        return operation(self, other)
+
+    def __iadd__(self, other: Any) -> Any:
+        return self._in_place(operator.add, other)
+
+    def __imul__(self, other: Any) -> Any:
+        return self._in_place(operator.mul, other)
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self._in_place(operator.truediv, other)
+
+    def __isub__(self, other: Any) -> Any:
+        return self._in_place(operator.sub, other)
 
 
 class _Trace(GraphAppendingTracer):
@@ -282,6 +371,9 @@ class _Trace(GraphAppendingTracer):
         if any(tensor._version for tensor, _ in self._tensors.values()):
             raise NotFusable("its forward changes parameters or buffers")
         self.y: fx.Node = y.node
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
@@ -477,7 +569,7 @@ def _kind(module: nn.Module) -> str:
         return "conv"
     if known(NORMS, module) is not None or isinstance(module, _NORMS):
         return "norm"
-    if isinstance(module, nn.ZeroPad2d | nn.ConstantPad2d):
+    if stock_class(module) in (nn.ZeroPad2d, nn.ConstantPad2d):
         return "pad"
     return "drop" if stock_class(module) in DROP_PATHS else "module"
 
@@ -511,6 +603,8 @@ def _functional_pad(node: fx.Node) -> _Read:
         pad, inner = _step(pad), [pad]
     else:
         pad = tuple(pad)
+        if len(pad) != 4 or any(isinstance(side, fx.Node) or side < 0 for side in pad):
+            return None, None, []
     return Op("pad", value=pad), node.args[0], inner
 
 
@@ -590,18 +684,30 @@ def _match(module: nn.Module, training: bool, rate: str | None = None) -> Block 
     used: set[fx.Node] = {trace.x.node}
     shortcut = None
     if trace.y.target in _SUMS and len(trace.y.args) == 2 and not trace.y.kwargs:
-        used.add(trace.y)
-        chains = [_chain(trace, node, used) for node in trace.y.args]
+        paths: list[set[fx.Node]] = [set(), set()]
+        chains = [_chain(trace, node, own) for node, own in zip(trace.y.args, paths, strict=True)]
+        if paths[0] & paths[1]:
+            raise NotFusable("both parts of its sum use the same values")
+        used |= {trace.y, *paths[0], *paths[1]}
         chains.sort(key=lambda chain: sum(op.kind == "conv" for op in chain))
         shortcut, chain = chains
     else:
         chain = _chain(trace, trace.y, used)
     for node in trace.graph.nodes:
+        if trace.x.node in node.args[:1] and _changes_its_input(node):
+            raise NotFusable("it changes the tensor that it is given")
         if node not in used and not (node.target in _QUESTIONS and not node.users):
             raise NotFusable(_unknown(trace, node))
     if shortcut is None and len(chain) == 1 and chain[0].kind == "excite":
         return chain[0]
     return _block(module, chain, None if shortcut is None else tuple(shortcut))
+
+
+def _changes_its_input(node: fx.Node) -> bool:
+    """Whether a function or method works in place; modules are called as they are."""
+    name = _name(node.target)
+    in_place = name.endswith("_") and not name.endswith("__")
+    return node.op != "call_module" and (in_place or node.kwargs.get("inplace") is True)
 
 
 def _with_rate(plain: Block | Op, rated: Block | Op) -> Block | Op:
@@ -714,9 +820,17 @@ def _block(module: nn.Module, chain: list[Op], shortcut: tuple[Op, ...] | None) 
     project_norm = rest.pop(0) if rest and rest[0].kind == "norm" else None
     last, rest = _activations(module, rest) if project_norm is not None else ((), rest)
     depthwise = (conv, norm, activations)
+    if sum(any(_draws(module, op) for op in ops) for ops in (before, rest, shortcut or ())) > 1:
+        raise NotFusable("it draws random numbers in front of the block and behind it")
     return Block(
         tuple(before), expand, tuple(pads), depthwise, excite, (project, project_norm, last), tuple(rest), shortcut
     )
+
+
+def _draws(module: nn.Module, op: Op) -> bool:
+    """Whether a step draws random numbers."""
+    part = submodule(module, op.path) if op.path else None
+    return op.kind == "drop" or any(isinstance(inner, _DROPOUTS) for inner in (part.modules() if part else ()))
 
 
 def _activations(module: nn.Module, ops: list[Op]) -> tuple[tuple[Op, ...], list[Op]]:

@@ -296,6 +296,10 @@ def _why_not(module: nn.Module, layer: type[FusedLayer]) -> str:
         return "its forward was replaced on the instance"
     if getattr(module, "qconfig", None) is not None:
         return "it is prepared for quantization"
+    for name in ("__getstate__", "__setstate__", "__reduce__", "__reduce_ex__", "__copy__", "__deepcopy__"):
+        owner = next((cls for cls in stock_class(module).__mro__ if name in vars(cls)), object)
+        if owner.__module__.partition(".")[0] not in ("torch", "builtins"):
+            return f"{owner.__name__} has a {name} of its own"
     try:
         describe(layer, module)
     except NotFusable as reason:
