@@ -342,6 +342,26 @@ class NormThatChecks(OwnBlock):
         self.middle[1] = CheckingNorm(WIDE)
 
 
+class TwiceShifted(nn.Module):
+    """Nearly hardswish."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * F.relu6(x.add(3, alpha=2)) / 6
+
+
+class NearlyHardswish(OwnBlock):
+    def __init__(self) -> None:
+        super().__init__(act=TwiceShifted)
+
+
+class OneGate(OwnBlock):
+    """One gate for all channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate.expand = nn.Conv2d(4, 1, 1)
+
+
 class Reduces(OwnBlock):
     def __reduce__(self) -> tuple:
         return Reduces, ()
@@ -357,6 +377,8 @@ REFUSED: dict[str, tuple[type[OwnBlock], str]] = {
     "a gate for an activation": (SigmoidBlock, "sigmoid is no activation that is fused"),
     "draws in two places": (DrawsTwice, "it draws random numbers"),
     "a norm with a method of its own": (NormThatChecks, "CheckingNorm"),
+    "nearly an activation": (NearlyHardswish, "act is TwiceShifted"),
+    "one gate for all channels": (OneGate, "makes 1 gates for"),
     "its own way to be copied": (Reduces, "Reduces has a __reduce__ of its own"),
     "writes attributes": (Remembers, "its forward changes attributes"),
     "writes buffers": (Counts, "its forward changes parameters or buffers"),

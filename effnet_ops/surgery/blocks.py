@@ -154,6 +154,8 @@ def _squeeze_excite(module: nn.Module, op: Op) -> SqueezeExcitePlan:
     if name not in GATES.values():
         raise NotFusable(f"{name} is no gate that is fused")
     convs = (_pointwise(module, reduce), _pointwise(module, expand))
+    if convs[0].in_channels != convs[1].out_channels:
+        raise NotFusable(f"{expand.path} makes {convs[1].out_channels} gates for {convs[0].in_channels} channels")
     return SqueezeExcitePlan(*convs, _activation(module, between), name)
 
 

@@ -618,12 +618,13 @@ def _step(node: fx.Node) -> Step:
 
 def _written_out(trace: _Trace, node: fx.Node) -> _Read:
     """x * sigmoid(x), relu6(x + 3) / 6, x times either, and squeeze-and-excitation."""
-    if node.target in (operator.truediv, torch.div, "div", "div_") and node.args[1:] == (6,):
+    if node.target in (operator.truediv, torch.div, "div", "div_") and node.args[1:] == (6,) and not node.kwargs:
         top = node.args[0]
         factors = top.args if isinstance(top, fx.Node) and top.target in _PRODUCTS else (None, top)
         for x, clipped in (factors, factors[::-1]) if len(factors) == 2 else ():
             op, moved, _ = _read(trace, clipped)
-            shifted = isinstance(moved, fx.Node) and moved.target in _SUMS and moved.args[1:] == (3,)
+            added = isinstance(moved, fx.Node) and moved.target in _SUMS and not moved.kwargs
+            shifted = added and moved.args[1:] == (3,)
             if op is None or op.value != "relu6" or not shifted:
                 continue
             if x is None:
