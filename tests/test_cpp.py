@@ -14,7 +14,7 @@ import torch
 from networks import relative_difference, with_statistics
 
 import effnet_ops
-from effnet_ops import deployment
+from effnet_ops import _native, deployment
 from effnet_ops.ops._library import OPERATORS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,9 +37,10 @@ def call(*command: str | Path, cwd: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not LIBRARY.is_file(), reason="libeffnet_ops.so was not built")
-@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
+@pytest.mark.skipif(_native.module is None, reason="the package was built without its C++ part")
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake, which builds the program, is not installed")
 def test_cpp_program_runs_a_package(tmp_path: Path) -> None:
+    assert LIBRARY.is_file(), "the C++ part was built, and its library for programs without Python was not"
     model = with_statistics(timm.create_model("efficientnet_b0")).eval()
     effnet_ops.replace_layers(model)
     x = torch.randn(3, 3, 64, 64)

@@ -25,29 +25,43 @@ struct Reduction {
     }
 };
 
-// out[c] = sum over parts of partial[part][c].
-template <class A>
-inline void sum_parts(int64_t parts, int64_t channels, const A* partial, A* out) {
-    const Buffer<double> sums = zeros<double>(channels);
-    for (int64_t part = 0; part < parts; ++part)
-        for (int64_t c = 0; c < channels; ++c) sums[c] += double(partial[part * channels + c]);
-    for (int64_t c = 0; c < channels; ++c) out[c] = A(sums[c]);
-}
+// Sums of each channel that parts of the pixels form on their own: [parts][K][channels], added up in fp64.
+template <class A, int K>
+class PartialSums {
+  public:
+    PartialSums(int64_t parts, int64_t channels)
+        : parts_(parts), channels_(channels), sums_(zeros<A>(parts * K * channels)) {}
+
+    A* of(int64_t part, int which) const { return sums_ + (part * K + which) * channels_; }
+    void add(int64_t part, int which, int64_t c, int n, Vec<A> sum) const {
+        A* const to = of(part, which) + c;
+        store(to, load(to, n) + sum, n);
+    }
+    void total(int which, A* to) const {
+        const Buffer<double> sums = zeros<double>(channels_);
+        for (int64_t part = 0; part < parts_; ++part)
+            for (int64_t c = 0; c < channels_; ++c) sums[c] += double(of(part, which)[c]);
+        for (int64_t c = 0; c < channels_; ++c) to[c] = A(sums[c]);
+    }
+
+  private:
+    int64_t parts_, channels_;
+    Buffer<A> sums_;
+};
 
 template <class A>
 inline void column_sums(int64_t pixels, int64_t channels, const A* x, A* out) {
     const Reduction reduction(pixels);
-    const Buffer<A> partial = zeros<A>(reduction.parts * channels);
+    const PartialSums<A, 1> partial(reduction.parts, channels);
     reduction.blocks([&](int64_t part, int64_t first, int64_t count) {
         for (int64_t c = 0; c < channels; c += lanes<A>) {
             const int n = int(smaller(lanes<A>, channels - c));
             Vec<A> sum = {};
             for (int64_t p = first; p < first + count; ++p) sum += load(x + p * channels + c, n);
-            A* to = partial + part * channels + c;
-            store(to, load(to, n) + sum, n);
+            partial.add(part, 0, c, n, sum);
         }
     });
-    sum_parts<A>(reduction.parts, channels, partial, out);
+    partial.total(0, out);
 }
 
 // The vectors of one normalisation. Without one (gamma null) they are the identity with beta as the shift.

@@ -12,7 +12,7 @@ void depthwise(const DepthwiseShape& s, const void* x, const void* weight, const
     epilogue.channels = s.channels;
     epilogue.shift = static_cast<const A*>(bias);
     epilogue.activation = activation;
-    depthwise_forward(s, Source<T>({x}, s.channels, s.height * s.width), static_cast<const A*>(weight), epilogue);
+    depthwise_forward(s, Source<T>(x, s.channels), static_cast<const A*>(weight), epilogue);
 }
 
 namespace {
@@ -118,7 +118,7 @@ void depthwise_backward(const DepthwiseShape& s, const void* grad, const void* x
                         Activation activation, void* grad_x, void* grad_weight, void* grad_bias) {
     using A = Compute<T>;
     const int64_t pixels = s.batch * s.out_height * s.out_width;
-    const Source<T> input({x}, s.channels, s.height * s.width), grad_y({grad}, s.channels, 1);
+    const Source<T> input(x, s.channels), grad_y(grad, s.channels);
     const A* const w = static_cast<const A*>(weight);
     Buffer<A> own(grad_y.direct() && activation == Activation::none ? 0 : pixels * s.channels);
     const A* g = own;

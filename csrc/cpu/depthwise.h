@@ -406,7 +406,7 @@ template <class T, class O>
 inline void depthwise_gradients_stored(const DepthwiseShape& s, const Compute<T>* grad, const Source<T>& x,
                                        const Compute<T>* weight, O* grad_x, Compute<T>* grad_weight) {
     using A = Compute<T>;
-    const Source<A> grad_rows({grad}, s.channels, 1);
+    const Source<A> grad_rows(grad, s.channels);
     const StageStored<A> stage_gradient{grad_rows, s.out_height, s.out_width};
     const StageStored<T> stage_input{x, s.height, s.width};
     Epilogue<O> epilogue;

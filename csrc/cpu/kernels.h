@@ -33,14 +33,6 @@ struct Norm {
     const void* shift = nullptr;  // beta
 };
 
-// A tensor [pixels][channels] that is read through a prologue: activation(norm(data)) * gate[image].
-struct Operand {
-    const void* data = nullptr;
-    Norm norm;
-    Activation activation = Activation::none;
-    const void* gate = nullptr;  // [images][channels]
-};
-
 struct DepthwiseShape {
     int64_t batch, channels, height, width, out_height, out_width;
     int64_t kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w, pad_top, pad_left;

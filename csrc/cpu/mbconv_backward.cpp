@@ -58,7 +58,10 @@ class ProjectBackward {
                     for_each_block(
                         start + image_.begin(within), start + image_.begin(within + 1), pixel_block,
                         [&](int64_t first, int64_t count) {
-                            stage(norm_gradient, first, count, rows);
+                            norm_gradient.stage(
+                                first, count,
+                                [&](int64_t p, int64_t at, int n) { return load(grad_ + at, n) * drop_path(p); },
+                                steps_.projected, rows, out_step_);
                             weights.multiply(
                                 Left<A>::rows(rows, out_, out_step_), first, count, begin, smaller(end, vectors),
                                 Finish<A>{wide, channels_, channels_, Activation::none}, [&](int64_t c, int64_t width) {
@@ -136,21 +139,6 @@ class ProjectBackward {
         });
         partial.total(0, sums3_.shift);
         partial.total(1, sums3_.scale);
-    }
-
-    // ā3 of a block of pixels.
-    void stage(const NormGradient<A>& norm_gradient, int64_t first, int64_t count, A* to) const {
-        for_each_vectors<A>(out_, [&](auto size, int64_t c, int n) {
-            constexpr int N = decltype(size)::value;
-            const auto gradient = norm_gradient.template columns<N>(c, n);
-            for (int64_t p = 0; p < count; ++p)
-#pragma GCC unroll 2
-                for (int i = 0; i < N; ++i) {
-                    const int64_t at = (first + p) * out_ + c + i * L;
-                    store(to + p * out_step_ + c + i * L,
-                          gradient(i, load(grad_ + at, n) * drop_path(first + p), load(steps_.projected + at, n)));
-                }
-        });
     }
 
     // z of a few channels of a block, and its sums with z̄.
@@ -363,17 +351,9 @@ void expand_backward_stored(const Steps<T>& steps, const void* grad, const void*
         [&](int64_t part, const Memory& own) {
             if (weight_gradient != nullptr) weight_sums.clear(part, 0, round_up(in, S));
             for_each_block(parts.begin(part), parts.begin(part + 1), rows, [&](int64_t first, int64_t count) {
-                for_each_vectors<A>(channels, [&](auto size, int64_t c, int n) {
-                    constexpr int N = decltype(size)::value;
-                    const auto gradient = norm_gradient.template columns<N>(c, n);
-                    for (int64_t p = 0; p < count; ++p)
-#pragma GCC unroll 2
-                        for (int i = 0; i < N; ++i) {
-                            const int64_t at = (first + p) * channels + c + i * L;
-                            store(own.gradient + p * step + c + i * L,
-                                  gradient(i, load(activated_gradient + at, n), load(expanded + at, n)));
-                        }
-                });
+                norm_gradient.stage(
+                    first, count, [&](int64_t, int64_t at, int n) { return load(activated_gradient + at, n); },
+                    expanded, own.gradient, step);
                 if (grad_x != nullptr)
                     weights.multiply(Left<A>::rows(own.gradient, channels, step), first, count, finish);
                 if (weight_gradient == nullptr) return;

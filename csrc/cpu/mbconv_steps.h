@@ -53,11 +53,11 @@ struct Steps {
     }
 
     SqueezeExciteShape excitation_shape(int64_t images) const { return {images, image_out, channels, block.reduced}; }
-    Source<T> input(const void* x) const { return Source<T>({x}, block.in, image_in); }
+    Source<T> input(const void* x) const { return Source<T>(x, block.in); }
 
     // activation(norm(data)) of an expanded tensor.
-    Source<T> activated(const void* data, const NormVectors<A>& norm, int64_t image_pixels) const {
-        return Source<T>({data, norm.norm(), block.activation}, channels, image_pixels);
+    Source<T> activated(const void* data, const NormVectors<A>& norm) const {
+        return Source<T>(data, channels, norm.norm(), block.activation);
     }
 
     // F1: the expanded tensor, where `expanded` is not null, and its statistics.

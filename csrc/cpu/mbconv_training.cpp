@@ -51,7 +51,7 @@ class Project {
     }
 
     void without_gate(int64_t batch) const {
-        const Source<T> from = steps_.activated(steps_.convolved, norm_, steps_.image_out);
+        const Source<T> from = steps_.activated(steps_.convolved, norm_);
         parallel_tasks(
             batch * image_.parts, [&] { return Scratch<A>(pixel_block * step_); },
             [&](int64_t task, A* rows) {
@@ -159,7 +159,7 @@ void mbconv_training(const Block& block, const void* x, void* y, const BlockSave
             const MadeRows<T> rows(steps, x);
             steps.convolve(StageMade<T>{steps, rows, norm1});
         } else {
-            const Source<T> from = steps.activated(expanded, norm1, steps.image_in);
+            const Source<T> from = steps.activated(expanded, norm1);
             steps.convolve(StageStored<T>{from, steps.shape.height, steps.shape.width});
         }
     }

@@ -36,40 +36,26 @@ struct NormColumns {
     EFFNET_INLINE Vec<A> operator()(int i, Vec<A> a) const { return (a - mean[i]) * scale[i] + shift[i]; }
 };
 
-// A range of pixels cut at image boundaries: body(image, first pixel, count).
-template <class Body>
-inline void for_each_image(int64_t first, int64_t count, int64_t image_pixels, const Body& body) {
-    for (int64_t image = first / image_pixels; count > 0; ++image) {
-        const int64_t here = smaller(count, (image + 1) * image_pixels - first);
-        body(image, first, here);
-        first += here;
-        count -= here;
-    }
-}
-
-// A typed Operand: the value at (pixel, channel) is activation((data - mean) * scale + shift) * gate[image of the
-// pixel].
+// A tensor [pixels][channels] that is read through a prologue: activation((data - mean) * scale + shift).
 template <class T>
 struct Source {
     using A = Compute<T>;
     const T* data;
-    const A *mean, *scale, *shift, *gate;
+    const A *mean, *scale, *shift;
     Activation activation;
-    int64_t channels, image_pixels;
+    int64_t channels;
 
-    Source(const Operand& from, int64_t channels, int64_t image_pixels)
-        : data(static_cast<const T*>(from.data)),
-          mean(static_cast<const A*>(from.norm.mean)),
-          scale(static_cast<const A*>(from.norm.scale)),
-          shift(static_cast<const A*>(from.norm.shift)),
-          gate(static_cast<const A*>(from.gate)),
-          activation(from.activation),
-          channels(channels),
-          image_pixels(image_pixels) {}
+    Source(const void* data, int64_t channels, const Norm& norm = {}, Activation activation = Activation::none)
+        : data(static_cast<const T*>(data)),
+          mean(static_cast<const A*>(norm.mean)),
+          scale(static_cast<const A*>(norm.scale)),
+          shift(static_cast<const A*>(norm.shift)),
+          activation(activation),
+          channels(channels) {}
 
     // Nothing to apply and nothing to convert: a product may read the memory itself.
     bool direct() const { return sizeof(T) == sizeof(A) && plain(); }
-    bool plain() const { return mean == nullptr && gate == nullptr && activation == Activation::none; }
+    bool plain() const { return mean == nullptr && activation == Activation::none; }
 
     // Channels [c, c + n) of `count` pixels, `step` values from one pixel to the next, zeros up to each pixel's next
     // whole vector.
@@ -82,42 +68,24 @@ struct Source {
             }
             return;
         }
-        for_each_image(first, count, image_pixels, [&](int64_t image, int64_t begin, int64_t pixels) {
-            for_each_vectors<A>(n, [&](auto size, int64_t i, int valid) {
-                stage_vectors<size.value>(begin, pixels, c + i, valid,
-                                          gate == nullptr ? nullptr : gate + image * channels,
-                                          to + (begin - first) * step + i, step);
-            });
+        for_each_vectors<A>(n, [&](auto size, int64_t i, int valid) {
+            stage_vectors<size.value>(first, count, c + i, valid, to + i, step);
         });
-    }
-
-    // sum over `count` pixels of activation(norm(data)) * other(pixel), one vector of channels, without the gate.
-    template <class Other>
-    Vec<A> activated_sum(int64_t first, int64_t count, int64_t c, int n, const Other& other) const {
-        const NormColumns<A, 1> norm(mean, scale, shift, c, n);
-        Vec<A> sum = {};
-        with_activation(activation, [&](auto kind) {
-            for (int64_t p = first; p < first + count; ++p)
-                sum += activate<A>(norm(0, load(data + p * channels + c, n)), kind.value) * other(p);
-        });
-        return sum;
     }
 
   private:
     template <int N>
-    void stage_vectors(int64_t first, int64_t count, int64_t c, int n, const A* image_gate, A* to, int64_t step) const {
+    void stage_vectors(int64_t first, int64_t count, int64_t c, int n, A* to, int64_t step) const {
         constexpr int L = lanes<A>;
         const NormColumns<A, N> norm(mean, scale, shift, c, n);
-        Vec<A> g[N];
-        for (int i = 0; i < N; ++i) g[i] = image_gate == nullptr ? broadcast(A(1)) : load(image_gate + c + i * L, n);
         const T* from = data + first * channels + c;
         const int64_t from_step = channels;
         with_activation(activation, [&](auto kind) {
             for (int64_t p = 0; p < count; ++p, from += from_step, to += step) {
+                // The next row: pixels are further apart than the processor looks ahead.
                 __builtin_prefetch(from + count * from_step);
 #pragma GCC unroll 2
-                for (int i = 0; i < N; ++i)
-                    store(to + i * L, activate<A>(norm(i, load(from + i * L, n)), kind.value) * g[i]);
+                for (int i = 0; i < N; ++i) store(to + i * L, activate<A>(norm(i, load(from + i * L, n)), kind.value));
             }
         });
     }

@@ -4,6 +4,17 @@ EFFNET_NAMESPACE_BEGIN
 
 namespace {
 
+// A range of pixels cut at image boundaries: body(image, first pixel, count).
+template <class Body>
+inline void for_each_image(int64_t first, int64_t count, int64_t image_pixels, const Body& body) {
+    for (int64_t image = first / image_pixels; count > 0; ++image) {
+        const int64_t here = smaller(count, (image + 1) * image_pixels - first);
+        body(image, first, here);
+        first += here;
+        count -= here;
+    }
+}
+
 // to = from * scale[image][channel] + shift[image][channel]; shift may be null.
 template <class T>
 void scale_and_shift(const SqueezeExciteShape& s, const T* from, const Compute<T>* scale, const Compute<T>* shift,
@@ -34,7 +45,7 @@ void squeeze_excite(const SqueezeExciteShape& s, const void* x, const SqueezeExc
                     void* pooled) {
     using A = Compute<T>;
     A* const mean = static_cast<A*>(pooled);
-    pool(s.batch, s.pixels, Source<T>({x}, s.channels, s.pixels), mean);
+    pool(s.batch, s.pixels, s.channels, static_cast<const T*>(x), mean);
     const Excitation<A> excitation(s, params, mean);
     scale_and_shift(s, static_cast<const T*>(x), static_cast<const A*>(excitation.gate), static_cast<const A*>(nullptr),
                     static_cast<T*>(y));
@@ -45,14 +56,16 @@ void squeeze_excite_backward(const SqueezeExciteShape& s, const void* grad, cons
                              const SqueezeExciteParams& params, void* grad_x, const SqueezeExciteGrads& grads) {
     using A = Compute<T>;
     const A* const mean = static_cast<const A*>(pooled);
-    const T* const g = static_cast<const T*>(grad);
+    const T *const g = static_cast<const T*>(grad), *const from = static_cast<const T*>(x);
     const Excitation<A> excitation(s, params, mean);
     const Buffer<A> gate_gradient(s.batch * s.channels), pool_gradient(s.batch * s.channels);
-    const Source<T> input({x}, s.channels, s.pixels);
-    image_sums<A>(
-        s.batch, s.pixels, s.channels, A(1), gate_gradient, [&](int64_t first, int64_t count, int64_t c, int n) {
-            return input.activated_sum(first, count, c, n, [&](int64_t p) { return load(g + p * s.channels + c, n); });
-        });
+    image_sums<A>(s.batch, s.pixels, s.channels, A(1), gate_gradient,
+                  [&](int64_t first, int64_t count, int64_t c, int n) {
+                      Vec<A> sum = {};
+                      for (int64_t at = first * s.channels + c; count > 0; --count, at += s.channels)
+                          sum += load(from + at, n) * load(g + at, n);
+                      return sum;
+                  });
     excitation_backward<A>(s, params, mean, excitation, gate_gradient, pool_gradient, grads);
     if (grad_x == nullptr) return;
     scale_and_shift(s, g, static_cast<const A*>(excitation.gate), static_cast<const A*>(pool_gradient),

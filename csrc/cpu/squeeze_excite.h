@@ -32,13 +32,15 @@ inline void image_sums(int64_t batch, int64_t pixels, int64_t channels, A factor
         }
 }
 
-// pooled[image][c] = mean over the image of x read through its normalisation and activation.
+// pooled[image][c] = mean over the image of x.
 template <class T>
-inline void pool(int64_t batch, int64_t pixels, const Source<T>& x, Compute<T>* pooled) {
+inline void pool(int64_t batch, int64_t pixels, int64_t channels, const T* x, Compute<T>* pooled) {
     using A = Compute<T>;
-    image_sums<A>(batch, pixels, x.channels, A(1) / A(pixels), pooled,
+    image_sums<A>(batch, pixels, channels, A(1) / A(pixels), pooled,
                   [&](int64_t first, int64_t count, int64_t c, int n) {
-                      return x.activated_sum(first, count, c, n, [](int64_t) { return broadcast(A(1)); });
+                      Vec<A> sum = {};
+                      for (int64_t p = first; p < first + count; ++p) sum += load(x + p * channels + c, n);
+                      return sum;
                   });
 }
 

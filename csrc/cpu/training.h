@@ -114,30 +114,6 @@ class Moments {
     Buffer<double> means_, squares_;
 };
 
-// Sums of each channel that parts of the pixels form on their own: [parts][K][channels], added up in fp64.
-template <class A, int K>
-class PartialSums {
-  public:
-    PartialSums(int64_t parts, int64_t channels)
-        : parts_(parts), channels_(channels), sums_(zeros<A>(parts * K * channels)) {}
-
-    A* of(int64_t part, int which) const { return sums_ + (part * K + which) * channels_; }
-    void add(int64_t part, int which, int64_t c, int n, Vec<A> sum) const {
-        A* const to = of(part, which) + c;
-        store(to, load(to, n) + sum, n);
-    }
-    void total(int which, A* to) const {
-        const Buffer<double> sums = zeros<double>(channels_);
-        for (int64_t part = 0; part < parts_; ++part)
-            for (int64_t c = 0; c < channels_; ++c) sums[c] += double(of(part, which)[c]);
-        for (int64_t c = 0; c < channels_; ++c) to[c] = A(sums[c]);
-    }
-
-  private:
-    int64_t parts_, channels_;
-    Buffer<A> sums_;
-};
-
 // Where the gradients of a normalisation's parameters go: to the caller, or to memory of their own.
 template <class A>
 struct NormSums {
@@ -181,6 +157,22 @@ class NormGradient {
             made.slope[i] = load(slope_ + c, n);
         }
         return made;
+    }
+
+    // dL/da of `count` pixels from `first` on, `step` values apart; t_of(pixel, at, n) is t at value number `at`.
+    template <class T, class Gradient>
+    void stage(int64_t first, int64_t count, const Gradient& t_of, const T* a, A* to, int64_t step) const {
+        const int64_t channels = norm_.channels;
+        for_each_vectors<A>(channels, [&](auto size, int64_t c, int n) {
+            constexpr int N = decltype(size)::value;
+            const auto gradient = columns<N>(c, n);
+            for (int64_t p = 0; p < count; ++p)
+#pragma GCC unroll 2
+                for (int i = 0; i < N; ++i) {
+                    const int64_t vector = c + i * lanes<A>, at = (first + p) * channels + vector;
+                    store(to + p * step + vector, gradient(i, t_of(first + p, at, n), load(a + at, n)));
+                }
+        });
     }
 
   private:
@@ -267,6 +259,21 @@ class Weights {
     void multiply(const Left<A>& left, int64_t first, int64_t count, const Finish<O>& finish) const {
         multiply_rows(left, first, count, panels_, 0, vectors(), static_cast<const A*>(bias_), finish);
     }
+    // All pixels of a tensor, in parallel.
+    template <class T, class O>
+    void multiply(const Source<T>& x, int64_t pixels, const Finish<O>& finish) const {
+        const Parts parts{pixels, larger(1, ceil_div(pixels, pixel_block))};
+        const int64_t pairs = ceil_div(vectors(), 2), groups = smaller(pairs, ceil_div(8, parts.parts));
+        parallel_tasks(
+            parts.parts * groups, [&] { return StagedRows<T>(x, pixel_block, false); },
+            [&](int64_t task, const StagedRows<T>& rows) {
+                const int64_t part = task / groups, group = task % groups, first = parts.begin(part);
+                const auto left = Left<A>::rows(rows(first, parts.size(part)), x.channels, rows.step());
+                multiply_rows(left, first, parts.size(part), panels_, 2 * (pairs * group / groups),
+                              smaller(vectors(), 2 * (pairs * (group + 1) / groups)), static_cast<const A*>(bias_),
+                              finish);
+            });
+    }
     // `count` rows times the columns [c, c + width), at most a slab and from a whole vector on, to [count][slab].
     void multiply_slab(const Left<A>& left, int64_t count, int64_t c, int64_t width, A* to) const {
         const A* const bias = bias_;
@@ -325,6 +332,30 @@ class WeightSums {
     Buffer<A> sums_;
 };
 
+// The gradient of the weights [rows][x.channels] of a product, from the gradient of its result, [pixels][rows].
+template <class T>
+inline void weight_gradient(int64_t pixels, const Compute<T>* grad, int64_t rows, const Source<T>& x, Compute<T>* to) {
+    using A = Compute<T>;
+    constexpr int S = slab<A>;
+    const int64_t in = x.channels, slabs = ceil_div(in, S);
+    const Parts parts = Parts::for_sums(pixels, pixels, rows * slabs * S);
+    const int64_t groups = smaller(slabs, ceil_div(8, parts.parts));
+    const WeightSums<A> sums(parts.parts, rows, in);
+    parallel_tasks(
+        parts.parts * groups, [&] { return StagedRows<T>(x, pixel_block, true); },
+        [&](int64_t task, const StagedRows<T>& values) {
+            const int64_t part = task / groups, group = task % groups;
+            const int64_t begin = slabs * group / groups * S, end = slabs * (group + 1) / groups * S;
+            sums.clear(part, begin, end - begin);
+            for_each_block(parts.begin(part), parts.begin(part + 1), pixel_block, [&](int64_t first, int64_t count) {
+                const A* const right = values(first, count);
+                for (int64_t c = begin; c < smaller(end, in); c += S)
+                    sums.add(part, count, grad + first * rows, rows, right + c, values.step(), c, smaller(S, in - c));
+            });
+        });
+    sums.total(to);
+}
+
 // Mean of each channel and sums of products of deviations from it, in fp64: what the statistics of any linear map of x
 // follow from, however close it comes to cancelling x.
 template <class T>
@@ -335,7 +366,7 @@ class InputMoments {
     InputMoments(const Source<T>& x, int64_t pixels)
         : pixels_(pixels), channels_(x.channels), mean_(x.channels), products_(x.channels * x.channels) {
         // Deviations from a pivot, and a one whose products are their sums.
-        const Buffer<double> pivot = first_mean(x);
+        const Buffer<double> pivot = first_mean(x, pixels);
         const int64_t columns = channels_ + 1, step = round_up(columns, slab<double>);
         const Parts parts = Parts::for_sums(pixels, pixels, columns * step);
         const WeightSums<double> sums(parts.parts, columns, columns);
@@ -397,8 +428,8 @@ class InputMoments {
 
   private:
     // Of the first few pixels: near enough to every value for fp64.
-    static Buffer<double> first_mean(const Source<T>& x) {
-        const int64_t count = smaller(16, x.image_pixels);
+    static Buffer<double> first_mean(const Source<T>& x, int64_t pixels) {
+        const int64_t count = smaller(16, pixels);
         const StagedRows<T> rows(x, count, false);
         const A* const from = rows(0, count);
         Buffer<double> mean = zeros<double>(x.channels);

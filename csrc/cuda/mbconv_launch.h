@@ -9,7 +9,7 @@
 
 #include "mbconv.cuh"
 #include "planning.h"
-#include "project.cuh"
+#include "pointwise.cuh"
 
 namespace effnet::cuda {
 

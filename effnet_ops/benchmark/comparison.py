@@ -141,20 +141,21 @@ class Reference:
 
 
 @dataclass
-class _Entrant:
-    """A provider in the comparison, with what has been measured of it so far."""
+class Entrant:
+    """One of those that are compared, in a process of its own, with what has been measured of it so far."""
 
-    provider: Provider
+    name: str
     process: Process | None = None
     problem: str = ""
     error: float = 0.0
     choice: str = ""
     memory: int | None = None
+    saved: int | None = None
     rounds: list[Round] = field(default_factory=list)
 
     @contextlib.contextmanager
     def guarded(self) -> Iterator[None]:
-        """A failure ends this provider's part and nobody else's."""
+        """A failure ends this one's part and nobody else's."""
         try:
             yield
         except Failed as failure:
@@ -166,16 +167,14 @@ class _Entrant:
             self.process.close()
             self.process = None
 
-    def row(self, settings: Settings, run: str) -> Row:
-        choice = self.choice or None
+    def row(self, settings: Settings, run: str, mode: str = "forward") -> Row:
+        what = {"run": run, "mode": mode, "choice": self.choice or None}
         if self.problem:
-            return settings.row(self.provider.name, run=run, problem=self.problem, choice=choice)
+            return settings.row(self.name, problem=self.problem, **what)
         times = [1e3 * second for turn in self.rounds for second in turn.seconds]
         p20, p50, p80 = percentiles(times)
         return settings.row(
-            self.provider.name,
-            run=run,
-            choice=choice,
+            self.name,
             p20=p20,
             p50=p50,
             p80=p80,
@@ -183,8 +182,17 @@ class _Entrant:
             round_medians=[1e3 * statistics.median(turn.seconds) for turn in self.rounds],
             error=self.error,
             idle_load=statistics.median(turn.idle_load for turn in self.rounds),
+            saved_bytes=self.saved,
             peak_rss_bytes=self.memory,
+            **what,
         )
+
+
+@dataclass
+class _Contender(Entrant):
+    """A provider."""
+
+    provider: Provider = field(kw_only=True)
 
 
 def compare(
@@ -212,11 +220,11 @@ def compare(
         job = Job(Path(folder), settings.dtype, settings.threads)
         report("reference in fp64", 0, 1)
         reference = prepare(job, model, settings.size)
-        entrants = [_Entrant(provider) for provider in providers]
+        entrants = [_Contender(provider.name, provider=provider) for provider in providers]
         try:
             _start(job, entrants, reference, report)
             with quiet():
-                _measure(entrants, settings, report)
+                take_turns(entrants, settings, report)
                 _finish(entrants, reference)
         finally:
             for entrant in entrants:
@@ -239,7 +247,7 @@ def prepare(job: Job, model: nn.Module, size: tuple[int, ...]) -> Reference:
     return Reference(model, inputs, job.dtype)
 
 
-def _start(job: Job, entrants: list[_Entrant], reference: Reference, report: Report) -> None:
+def _start(job: Job, entrants: list[_Contender], reference: Reference, report: Report) -> None:
     """Build each provider in its process, one after the other, and check what it computes."""
     unexported = _export(job, entrants, report)
     for done, entrant in enumerate(entrants):
@@ -255,7 +263,7 @@ def _start(job: Job, entrants: list[_Entrant], reference: Reference, report: Rep
             entrant.error = reference.check(entrant.process.ask("logits"), entrant.provider.remark)
 
 
-def _export(job: Job, entrants: list[_Entrant], report: Report) -> str:
+def _export(job: Job, entrants: list[_Contender], report: Report) -> str:
     """Write the ONNX file in a process of its own, if somebody needs it; the problem, or ""."""
     if not any(entrant.provider.exports for entrant in entrants):
         return ""
@@ -270,8 +278,8 @@ def _export(job: Job, entrants: list[_Entrant], report: Report) -> str:
     return ""
 
 
-def _measure(entrants: list[_Entrant], settings: Settings, report: Report) -> None:
-    """Rounds in which every provider has one turn, in an order that changes; the first does not count.
+def take_turns(entrants: Sequence[Entrant], settings: Settings, report: Report) -> None:
+    """Rounds in which everybody has one turn, in an order that changes; the first does not count.
 
     A process that has waited for the others to load has lost its place in the caches, and perhaps in memory.
     """
@@ -287,7 +295,7 @@ def _measure(entrants: list[_Entrant], settings: Settings, report: Report) -> No
     report("measuring", settings.rounds, settings.rounds)
 
 
-def _finish(entrants: list[_Entrant], reference: Reference) -> None:
+def _finish(entrants: list[_Contender], reference: Reference) -> None:
     """Memory, and the outputs once more: what computed nonsense while it was timed has no time."""
     for entrant in entrants:
         if entrant.process is None:

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import random
-import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 import effnet_ops
 from effnet_ops.benchmark import models
-from effnet_ops.benchmark.comparison import FLOOR, PATIENCE, Process, Report, Settings, run_name
-from effnet_ops.benchmark.gate import Failed, gate, relative_error
+from effnet_ops.benchmark.comparison import FLOOR, PATIENCE, Entrant, Process, Report, Settings, run_name, take_turns
+from effnet_ops.benchmark.gate import gate, relative_error
 from effnet_ops.benchmark.providers import LAYOUTS
 from effnet_ops.benchmark.rows import Row
-from effnet_ops.benchmark.timing import percentiles
-from effnet_ops.benchmark.worker import PeakMemory, measured_round
+from effnet_ops.benchmark.worker import PeakMemory, Round, Turns, saved_bytes
 
 CLASSES = 1000
 
@@ -69,6 +64,7 @@ class TrainingStep:
         self._first = self._forward().detach().float()
         self._optimizer = torch.optim.SGD(self._model.parameters(), lr=1e-4, momentum=0.9)
         self._step()
+        self._turns = Turns()
 
     def _forward(self) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=self._dtype == "bfloat16"):
@@ -83,27 +79,13 @@ class TrainingStep:
         """Those of the first forward pass in training mode, before any step."""
         return self._first
 
-    def round(self, seconds: float) -> list[float]:
-        """Seconds of each step, for about ``seconds``, at least two steps."""
-        return measured_round(self._step, seconds, warm_up=1, least=2)
+    def round(self, seconds: float) -> Round:
+        """Steps for about ``seconds``, at least two."""
+        return self._turns.round(self._step, seconds, warm_up=1, least=2)
 
     def saved_bytes(self) -> int:
-        """Bytes of the distinct storages that autograd keeps between forward and backward, parameters apart."""
-        owned = {t.untyped_storage().data_ptr() for t in (*self._model.parameters(), *self._model.buffers())}
-        sizes: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in owned:
-                sizes[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        # The graph holds what it packed until `loss` goes, so no address is used twice.
-        with saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = F.cross_entropy(self._forward().float(), self._target)
-        total = sum(sizes.values())
-        del loss
-        return total
+        """Bytes that autograd keeps between forward and backward."""
+        return saved_bytes(lambda: F.cross_entropy(self._forward().float(), self._target), self._model)
 
     def peak_memory(self) -> int | None:
         """Bytes by which a step raises the process's resident memory at its peak; None where it is not Linux."""
@@ -115,50 +97,6 @@ class TrainingStep:
 def images(settings: Settings) -> Tensor:
     """The batch that all variants train on, contiguous float32."""
     return torch.randn(settings.size, generator=torch.Generator().manual_seed(0))
-
-
-@dataclass
-class _Entrant:
-    variant: Variant
-    process: Process | None = None
-    problem: str = ""
-    error: float = 0.0
-    saved: int | None = None
-    memory: int | None = None
-    rounds: list[list[float]] = field(default_factory=list)
-
-    @contextlib.contextmanager
-    def guarded(self) -> Iterator[None]:
-        """A failure ends this variant's part and nobody else's."""
-        try:
-            yield
-        except Failed as failure:
-            self.problem = str(failure)
-            self.close()
-
-    def close(self) -> None:
-        if self.process is not None:
-            self.process.close()
-            self.process = None
-
-    def row(self, settings: Settings, run: str) -> Row:
-        if self.problem:
-            return settings.row(self.variant.name, mode="step", run=run, problem=self.problem)
-        times = [1e3 * second for turn in self.rounds for second in turn]
-        p20, p50, p80 = percentiles(times)
-        return settings.row(
-            self.variant.name,
-            mode="step",
-            run=run,
-            p20=p20,
-            p50=p50,
-            p80=p80,
-            repetitions=len(times),
-            round_medians=[1e3 * statistics.median(turn) for turn in self.rounds],
-            error=self.error,
-            saved_bytes=self.saved,
-            peak_rss_bytes=self.memory,
-        )
 
 
 def compare_training(
@@ -180,17 +118,17 @@ def compare_training(
         torch.save(model, Path(folder, "model.pt"))
         report("reference in fp64", 0, 1)
         exact, allowed = _reference(model, settings)
-        entrants = [_Entrant(variant) for variant in variants]
+        entrants = [Entrant(variant.name) for variant in variants]
         try:
-            for done, entrant in enumerate(entrants):
-                report(f"loading {entrant.variant.name}", done, len(entrants))
-                _start(entrant, settings, Path(folder), exact, allowed)
-            _measure(entrants, settings, report)
+            for done, (entrant, variant) in enumerate(zip(entrants, variants, strict=True)):
+                report(f"loading {variant.name}", done, len(variants))
+                _start(entrant, variant, settings, Path(folder), exact, allowed)
+            take_turns(entrants, settings, report)
         finally:
             for entrant in entrants:
                 entrant.close()
     run = run_name()
-    return [entrant.row(settings, run) for entrant in entrants]
+    return [entrant.row(settings, run, "step") for entrant in entrants]
 
 
 def _reference(model: nn.Module, settings: Settings) -> tuple[Tensor, float]:
@@ -203,27 +141,12 @@ def _reference(model: nn.Module, settings: Settings) -> tuple[Tensor, float]:
     return exact, 2 * max(relative_error(y, exact) for y in found) + FLOOR[settings.dtype]
 
 
-def _start(entrant: _Entrant, settings: Settings, folder: Path, exact: Tensor, allowed: float) -> None:
-    log = folder / f"{entrant.variant.name}.log"
-    entrant.process = Process(TrainingStep, (entrant.variant, settings, folder), log)
+def _start(entrant: Entrant, variant: Variant, settings: Settings, folder: Path, exact: Tensor, allowed: float) -> None:
+    entrant.process = Process(TrainingStep, (variant, settings, folder), folder / f"{variant.name}.log")
     with entrant.guarded():
         entrant.process.receive(PATIENCE)
         entrant.error = gate("the logits", relative_error(entrant.process.ask("logits"), exact), allowed)
-        if entrant.variant.compiled is None:
+        if variant.compiled is None:
             # A compiled step saves what its partitioner chooses, out of the hooks' sight.
             entrant.saved = entrant.process.ask("saved_bytes")
         entrant.memory = entrant.process.ask("peak_memory")
-
-
-def _measure(entrants: list[_Entrant], settings: Settings, report: Report) -> None:
-    """Rounds in which every variant has one turn, in an order that changes; the first does not count."""
-    order = random.Random()
-    for done in range(-1, settings.rounds):
-        report("measuring" if done >= 0 else "warming up", max(done, 0), settings.rounds)
-        running = [entrant for entrant in entrants if entrant.process]
-        for entrant in order.sample(running, len(running)):
-            with entrant.guarded():
-                turn = entrant.process.ask("round", settings.seconds)
-                if done >= 0:
-                    entrant.rounds.append(turn)
-    report("measuring", settings.rounds, settings.rounds)

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 import effnet_ops
 from effnet_ops.benchmark.providers import Job, Provider, Runner
@@ -74,7 +75,7 @@ class Measured:
         self._runner = _fastest(list(provider.candidates(job)), self._inputs[0])
         self._prepared = [self._runner.prepare(x) for x in self._inputs]
         self._next = 0
-        self._mark = time.process_time(), time.perf_counter()
+        self._turns = Turns()
 
     def choice(self) -> str:
         return self._runner.choice
@@ -82,16 +83,12 @@ class Measured:
     def logits(self) -> list[Tensor]:
         """The output for each input, as float32."""
         results = [self._runner.logits(self._runner.run(x)).float().clone() for x in self._prepared]
-        self._rest()
+        self._turns.rest()
         return results
 
     def round(self, seconds: float) -> Round:
         """Call for about ``seconds``, at least `LEAST` times, each time on the next input."""
-        cpu, wall = time.process_time(), time.perf_counter()
-        idle_load = (cpu - self._mark[0]) / max(wall - self._mark[1], 1e-9)
-        times = measured_round(self._call, seconds, WARM_UP, LEAST)
-        self._rest()
-        return Round(times, idle_load)
+        return self._turns.round(self._call, seconds, WARM_UP, LEAST)
 
     def peak_memory(self) -> int | None:
         """Bytes by which one inference raises the process's resident memory at its peak; None where it is not Linux."""
@@ -103,23 +100,51 @@ class Measured:
         self._next = (self._next + 1) % len(self._prepared)
         self._runner.run(self._prepared[self._next])
 
-    def _rest(self) -> None:
+
+class Turns:
+    """Rounds of calls, and what the process does between them."""
+
+    def __init__(self) -> None:
+        self._mark = time.process_time(), time.perf_counter()
+
+    def round(self, call: Callable[[], object], seconds: float, warm_up: int, least: int) -> Round:
+        """Call for about ``seconds``, at least ``least`` times, after some calls that do not count."""
+        cpu, wall = time.process_time(), time.perf_counter()
+        idle_load = (cpu - self._mark[0]) / max(wall - self._mark[1], 1e-9)
+        for _ in range(warm_up):
+            call()
+        times: list[float] = []
+        end = time.perf_counter() + seconds
+        while len(times) < least or time.perf_counter() < end:
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+        self.rest()
+        return Round(times, idle_load)
+
+    def rest(self) -> None:
         """Idle time counts from a little later, when the threads of the last call have gone to sleep."""
         time.sleep(0.02)
         self._mark = time.process_time(), time.perf_counter()
 
 
-def measured_round(call: Callable[[], object], seconds: float, warm_up: int, least: int) -> list[float]:
-    """Seconds of each call, for about ``seconds`` and at least ``least`` calls, after some that do not count."""
-    for _ in range(warm_up):
-        call()
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(times) < least or time.perf_counter() < end:
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return times
+def saved_bytes(run: Callable[[], object], model: nn.Module) -> int:
+    """Bytes of the distinct storages that autograd keeps of ``run`` for the backward pass, the model's own apart."""
+    owned = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    # The graph holds what it packed until the result goes, so no address is used twice.
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = run()
+    total = sum(sizes.values())
+    del result
+    return total
 
 
 class PeakMemory:

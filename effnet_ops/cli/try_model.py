@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from effnet_ops.benchmark import models
 from effnet_ops.benchmark.timing import interleave
+from effnet_ops.benchmark.worker import saved_bytes
 from effnet_ops.cli.bench import progress
 from effnet_ops.cli.console import bad_input, console, fail, need, need_file, show
 from effnet_ops.cli.try_parity import Examination, Report, examine, tensors_in
@@ -170,7 +171,7 @@ def measure(model: nn.Module, x: Tensor, seconds: float, report: Report) -> dict
             found[name]["inference ms"] = 1e3 * timing.p50
     training = {name: networks[name].train() for name in ("stock", "replaced")}
     for name, m in training.items():
-        found[name]["kept MB"] = _kept(m, x) / 1e6
+        found[name]["kept MB"] = saved_bytes(lambda m=m: m(x), m) / 1e6
     if seconds > 0:
         for name, timing in interleave({name: _training(m, x) for name, m in training.items()}, seconds).items():
             found[name]["training ms"] = 1e3 * timing.p50
@@ -191,23 +192,6 @@ def _training(model: nn.Module, x: Tensor) -> Callable[[], object]:
         sum(y.sum() for y in tensors_in(model(x))).backward()
 
     return call
-
-
-def _kept(model: nn.Module, x: Tensor) -> int:
-    """Bytes of the tensors, each once and without parameters, that a forward pass keeps for the backward pass."""
-    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = model(x)
-    del output
-    return sum(kept.values())
 
 
 def _show(name: str, x: Tensor, found: Examination, gains: dict[str, dict[str, float]]) -> None:

@@ -1,4 +1,5 @@
-// The second half of a block in inference: the gated product, with normalisation, drop path and residual behind it.
+// A 1x1 convolution of gated rows, with normalisation, drop path and residual behind it: the second half of a block in
+// inference.
 //
 // A block of threads makes 32 rows by 32 columns with each warp, or, where there are too few of these to fill the GPU,
 // one such square with eight warps that share its depth and add up at the end. Operands pass through registers, where x
