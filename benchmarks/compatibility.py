@@ -145,8 +145,9 @@ Written by `make compatibility` from `benchmarks/results/compatibility.jsonl`; d
 weights, small images, two threads of a CPU. Blocks, depthwise convolutions and squeeze-and-excitation layers (those
 that are in no replaced block): replaced of found. fp64: the largest difference of the replaced from the stock network,
 both in fp64, of evaluation, training, its gradients and statistics, and of the optimized copy. fp32: our error in
-evaluation and of the gradients as a multiple of the stock network's own, against fp64. One draw: with ReLU6 a gradient jumps
-where rounding moves a value across a corner, and both errors are of such jumps. In the remarks, why layers were left.
+evaluation and of the gradients as a multiple of the stock network's own, against fp64. One draw: with ReLU6 a
+gradient jumps where rounding moves a value across a corner, and both errors are of such jumps. In the remarks, why
+layers were left.
 """
 
 
