@@ -112,7 +112,7 @@ def problems_for(file: str) -> list[Callable[[Kernels], object]]:
         return depthwise_problems(PLANES)
     if file.startswith(("depthwise", "reduction")):
         return depthwise_problems(DEPTHWISE)
-    if file.startswith(("mbconv", "project")):
+    if file.startswith(("mbconv", "pointwise")):
         return block_problems()
     raise ValueError(f"no problems that exercise the barriers of {file}")
 
@@ -122,7 +122,7 @@ def report_without(kernels: Kernels, *names: str) -> str | None:
     for multiprocessors in (1, 4):
         for problem in problems_for(names[0]):
             # The first blocks show what all do.
-            few = {"blocks": (0, 4)} if names[0].startswith("project") else {}
+            few = {"blocks": (0, 4)} if names[0].startswith("pointwise") else {}
             kernels.reset(multiprocessors=multiprocessors, **few)
             for name in names:
                 kernels.sabotage(*BARRIERS[name])
