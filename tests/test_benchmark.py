@@ -313,6 +313,7 @@ def test_optional_peer_is_right(name: str) -> None:
         assert measured.problem is None and measured.error < 1e-4
 
 
+@pytest.mark.slow
 def test_training_steps_are_measured_side_by_side() -> None:
     """Ours beside eager PyTorch, right, with less memory; a variant that cannot be built has its reason."""
     broken = Variant("broken", "no_such_layout")
@@ -368,6 +369,7 @@ def test_the_command_fails_where_a_row_has_no_time(monkeypatch: pytest.MonkeyPat
     assert [r.problem for r in Results(path).rows] == ["wrong [result]"]
 
 
+@pytest.mark.slow
 def test_our_own_models_are_plain_pytorch_for_the_peers() -> None:
     providers = [PROVIDERS[name] for name in ["onnxruntime"] if not PROVIDERS[name].missing()]
     rows = compare(replace(TINY, model="effnet_ops:efficientnet_lite0"), [*providers, FAKES["backend"]])

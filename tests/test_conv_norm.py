@@ -208,6 +208,7 @@ with torch.inference_mode():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="how memory is kept is glibc's")
 def test_large_outputs_are_not_faulted_in_at_each_call() -> None:
     """The first two outputs have 12.8 MB each, 6272 pages; where glibc puts them takes some calls to settle."""

@@ -70,6 +70,7 @@ def test_every_part_has_rows(measured: Path) -> None:
     assert {"torch", "triton", "timm"} <= set(first["environment"]["versions"]) and "commit" in first["environment"]
 
 
+@pytest.mark.slow
 def test_second_run_goes_on_where_the_first_stopped(tmp_path: Path) -> None:
     output = tmp_path / "machine.jsonl"
     stopped = run("baselines.py", "--dry-run", "--part", "machine", "--seconds", "-1", "--output", str(output))
@@ -83,6 +84,7 @@ def test_second_run_goes_on_where_the_first_stopped(tmp_path: Path) -> None:
     assert len(keys) == len(set(keys)) == complete.count('"key"')
 
 
+@pytest.mark.slow
 def test_page_from_rows(measured: Path, tmp_path: Path) -> None:
     done = run("report.py", "--output", str(tmp_path / "gpu.md"), "--results", str(measured.parent))
     assert done.returncode == 0, done.stderr
@@ -173,6 +175,7 @@ esac"""
         tools.counters(["true"], counters.METRICS, end=math.inf)
 
 
+@pytest.mark.slow
 def test_rows_of_counters_and_traffic(measured: Path, tmp_path: Path) -> None:
     """From a kernel's row to what limits it, with a tool that runs the program and prints what another would."""
     key = "kernels | depthwise | effnet_ops cuda | 2x96x32x32 k3 s2 | bf16 | forward"
@@ -428,6 +431,7 @@ def test_order_of_a_lent_gpu() -> None:
     assert {need for one in lent.parts(REAL) for need in one.needs} == made
 
 
+@pytest.mark.slow
 def test_every_part_of_a_lent_gpu_has_rows() -> None:
     """Its pattern fits rows that its script has."""
     everything = {"baselines": baselines.PARTS, "ours": ours.PARTS, "smoke": {"smoke": smoke.smoke}}
@@ -483,6 +487,7 @@ def test_rows_know_their_commit_without_a_history(monkeypatch: pytest.MonkeyPatc
     assert Session("cpu", None).environment["commit"] == "0123abc"
 
 
+@pytest.mark.slow
 def test_reduced_table_under_the_sanitizer(tmp_path: Path) -> None:
     """The tool is one that runs the program it is given, and finds nothing."""
     script = 'shift 4; "$@" && echo "========= ERROR SUMMARY: 0 errors"'
@@ -507,6 +512,7 @@ print(json.dumps(counts))
 """
 
 
+@pytest.mark.slow
 def test_precompiled_kernels_are_those_that_real_tensors_ask_for(tmp_path: Path) -> None:
     """Another process, with real tensors, finds all of them in the cache, and compiles nothing."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(BENCHMARKS)}

@@ -328,8 +328,9 @@ def test_methods_and_feature_maps_keep_working() -> None:
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_compiles_to_one_graph(dtype: torch.dtype | None) -> None:
-    model = with_statistics(timm.create_model("efficientnet_b0"), SIZE)
+@pytest.mark.parametrize("name", ["test_efficientnet", pytest.param("efficientnet_b0", marks=pytest.mark.slow)])
+def test_compiles_to_one_graph(name: str, dtype: torch.dtype | None) -> None:
+    model = with_statistics(timm.create_model(name), SIZE)
     optimized, x = optimize_for_inference(model, dtype=dtype), torch.randn(1, 3, SIZE, SIZE)
     torch._dynamo.reset()
     with torch.inference_mode():

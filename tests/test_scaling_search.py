@@ -119,6 +119,7 @@ def test_what_was_done_before_a_failure_is_kept(tmp_path: Path) -> None:
     assert run(log, results, fail_at=4).new == 2 * len(run(log, results, fail_at=4).points) - 3
 
 
+@pytest.mark.slow
 def test_processes_do_not_change_the_results(tmp_path: Path) -> None:
     alone, together = (
         scaling.search(TINY, **SMALL_GRID, target=3.0, objective=QUICK, seeds=(3,), workers=workers)

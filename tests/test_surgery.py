@@ -41,6 +41,8 @@ from effnet_ops import backends, replace_layers, restore_layers
 from effnet_ops.surgery import replace
 from effnet_ops.surgery.fused import FusedLayer
 
+SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in ("efficientnet_pytorch", "geffnet")]
+
 
 @pytest.fixture
 def x() -> Tensor:
@@ -715,7 +717,7 @@ def test_drop_path_is_drawn_in_the_precision_of_autocast(x: Tensor) -> None:
 # Transformations of PyTorch
 
 
-@pytest.mark.parametrize("name", ["timm", "torchvision", "efficientnet_pytorch", "geffnet"])
+@pytest.mark.parametrize("name", ["timm", "torchvision", *SLOWER])
 def test_compile_without_graph_break(name: str, x: Tensor) -> None:
     block = BLOCKS[name]()
     replace_layers(block)

@@ -153,7 +153,9 @@ def draw(name: str) -> str:
     return ", ".join(over)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name.endswith("b3") else []) for name in NETWORKS]
+)
 def test_error_is_at_most_twice_the_stock_models(name: str) -> None:
     problems = [draw(name)]
     if has_corners(NETWORKS[name][1]()):

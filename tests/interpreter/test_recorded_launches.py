@@ -81,7 +81,9 @@ def same(found: Any, expected: Any) -> bool:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["residual", "no_expansion_residual", "lite", "folded", "b0_style"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("residual", marks=pytest.mark.slow), "no_expansion_residual", "lite", "folded", "b0_style"]
+)
 def test_inference(name: str, dtype: torch.dtype, interpreted: list[str]) -> None:
     check_inference(name, dtype, interpreted)
 
@@ -102,7 +104,7 @@ def test_inference_with_a_call(name: str, dtype: torch.dtype, interpreted: list[
 
 
 @pytest.mark.parametrize("save_expanded", [True, False])
-@pytest.mark.parametrize("name", ["residual", "no_expansion_residual"])
+@pytest.mark.parametrize("name", [pytest.param("residual", marks=pytest.mark.slow), "no_expansion_residual"])
 def test_training_step(name: str, save_expanded: bool, interpreted: list[str]) -> None:
     check_training_step(name, save_expanded, interpreted)
 
