@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from operator import is_
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -331,13 +331,20 @@ def may_keep(state: Sequence[Any], weight: Tensor | None) -> bool:
     return all(p.grad_fn is None for p in state if isinstance(p, Tensor))
 
 
-class MBConvInference:
-    """`mbconv` in evaluation without gradients, for one block: what was checked at one call is not checked at the next.
+class BlockInference:
+    """A block in evaluation without gradients: what was checked at one call is not checked at the next.
 
     A block has some twenty parameters to check.
     """
 
     __slots__ = ("_checked",)
+    _function: ClassVar[Callable[..., Tensor]]
+    _call: ClassVar[type]
+    _operator: ClassVar[Any]
+
+    @staticmethod
+    def _runs_reference(x: Tensor, groups: Sequence[Any], stride: tuple[int, int]) -> bool:
+        raise NotImplementedError
 
     def __init__(self) -> None:
         # One tuple, which threads that run the same block exchange as a whole: key, state, what the operator takes
@@ -355,31 +362,49 @@ class MBConvInference:
         gate: str,
         residual: bool,
     ) -> Tensor:
-        """The block's output for x; the arguments are those of `mbconv`.
+        """The block's output for x; the arguments are those of the block's function.
 
-        ``block()`` gives expand, depthwise, squeeze_excite and project; ``state`` is all that these are made of, the
-        depthwise weight first: while it holds the same objects as before, they are not asked for.
+        ``block()`` gives the groups of its parameters; ``state`` is all that these are made of, the weight of the k x k
+        convolution first: while it holds the same objects as before, they are not asked for.
         """
         weight = state[0]
         key = (x.shape[1:], x.dtype, x.device, weight.dtype, weight.device, backends.requested())
         checked = self._checked
         if checked is not None and key == checked[0] and all(map(is_, state, checked[1])):
             _, _, arguments, prepared = checked
-            return prepared.run(x, lambda x: ops.mbconv_inference.run(x, *arguments))
+            return prepared.run(x, lambda x: self._operator.run(x, *arguments))
         groups = block()
         settings = dict(stride=stride, activation=activation, gate=gate, residual=residual)
-        y = mbconv(x, *groups, padding=padding, training=False, **settings)
-        expand, depthwise, _, project = groups
-        convs = [conv for conv in (expand, depthwise, project) if conv is not None]
+        y = self._function(x, *groups, padding=padding, training=False, **settings)
         self._checked = None
-        operation = _block_operation(x, groups, False)
-        if may_keep(state, weight) and not _block_runs_reference(x, convs, depthwise, stride, operation):
-            call = ops.MBConvCall.of(x, *groups, padding=checks.padding_sides(padding), **settings)
+        if may_keep(state, weight) and not self._runs_reference(x, groups, stride):
+            call = self._call.of(x, *groups, padding=checks.padding_sides(padding), **settings)
             if not call.uses_batch():
-                arguments = ops.mbconv_inference.signature.flatten(call)[1:]
+                arguments = self._operator.signature.flatten(call)[1:]
                 tensors = [p for p in arguments if isinstance(p, Tensor)]
                 self._checked = key, state, arguments, ops.PreparedCalls(tensors)
         return y
+
+
+class MBConvInference(BlockInference):
+    """`mbconv` for one block."""
+
+    __slots__ = ()
+    _function, _call, _operator = staticmethod(mbconv), ops.MBConvCall, ops.mbconv_inference
+
+    @staticmethod
+    def _runs_reference(x: Tensor, groups: Sequence[Any], stride: tuple[int, int]) -> bool:
+        expand, depthwise, _, project = groups
+        convs = [conv for conv in (expand, depthwise, project) if conv is not None]
+        return _block_runs_reference(x, convs, depthwise, stride, _block_operation(x, groups, False))
+
+
+class FusedMBConvInference(BlockInference):
+    """`fused_mbconv` for one block."""
+
+    __slots__ = ()
+    _function, _call, _operator = staticmethod(fused_mbconv), ops.FusedMBConvCall, ops.fused_mbconv_inference
+    _runs_reference = staticmethod(_fused_runs_reference)
 
 
 # Asked once: torch.compile does not trace the question, and torch.compiler's decorators import it, which takes seconds.
