@@ -345,6 +345,9 @@ class FusedBlock(Recognised):
         plan: AnyBlockPlan | None = self.plan(x)
         if plan is None or plan.mixed():
             return None
+        if x.is_cuda and isinstance(plan, FusedBlockPlan):
+            # There are no kernels of ours for it yet, and PyTorch's are faster than the reference.
+            return None
         return plan.run(x, rate)
 
 
