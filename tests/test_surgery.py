@@ -155,8 +155,8 @@ MISFITS: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "CondConvResidual chooses its weights",
     ),
     "edge residual": (
-        lambda: timm_blocks.EdgeResidual(CHANNELS, CHANNELS, exp_ratio=4, pw_kernel_size=3),
-        "conv_pwl",
+        lambda: timm_blocks.EdgeResidual(CHANNELS, CHANNELS, exp_ratio=4, act_layer=nn.GELU),
+        "bn1.act is GELU",
     ),
     "activation": (lambda: timm_inverted(act_layer=nn.GELU), "bn2.act is GELU"),
     "activations that differ": (lambda: changed(lambda b: setattr(b.bn1, "act", nn.ReLU())), "activations differ"),
