@@ -93,7 +93,8 @@ template <class T>
 void conv_norm_training(const DenseLayer& layer, const void* x, void* y, void* convolved,
                         const BatchStatistics& statistics) {
     using A = Compute<T>;
-    T* const a = static_cast<T*>(convolved);
+    const Buffer<T> own(convolved == nullptr ? pixels_of(layer.shape) * layer.shape.out : 0);
+    T* const a = convolved == nullptr ? static_cast<T*>(own) : static_cast<T*>(convolved);
     convolve_dense(layer.shape, x, layer.conv.weight, a, statistics);
     const NormVectors<A> norm = norm_of<A>(layer, statistics);
     const ImageScale<A> factor(layer);
@@ -110,7 +111,10 @@ void conv_norm_backward(const DenseLayer& layer, const void* grad, const void* x
                         const BatchStatistics& statistics, void* grad_x, const ConvNormGrads& grads) {
     using A = Compute<T>;
     const ConvolutionShape& s = layer.shape;
-    const T *const above = static_cast<const T*>(grad), *const a = static_cast<const T*>(convolved);
+    const Buffer<T> again(convolved == nullptr ? pixels_of(s) * s.out : 0);
+    if (convolved == nullptr) convolve_dense<T>(s, x, layer.conv.weight, again, {});
+    const T* const above = static_cast<const T*>(grad);
+    const T* const a = convolved == nullptr ? static_cast<T*>(again) : static_cast<const T*>(convolved);
     const NormVectors<A> norm = norm_of<A>(layer, statistics);
     const NormSums<A> sums(s.out, grads);
     const ImageScale<A> factor(layer);

@@ -202,11 +202,12 @@ struct Kernels {
     void (*sequence)(const Link* links, int64_t count, const void* x, void* y);
     void (*mbconv_training)(const Block&, const void* x, void* y, const BlockSaved&);
     void (*mbconv_backward)(const Block&, const void* grad, const void* x, const BlockSaved&, const BlockGrads&);
-    // `convolved` is what the normalisation reads, [pixels][out]; the statistics are of the batch, or null.
+    // `convolved` is what the normalisation reads, [pixels][out], null: made again in the backward pass. The statistics
+    // are of the batch, or null.
     void (*conv_norm_training)(const DenseLayer&, const void* x, void* y, void* convolved, const BatchStatistics&);
     void (*conv_norm_backward)(const DenseLayer&, const void* grad, const void* x, const void* convolved,
                                const BatchStatistics&, void* grad_x, const ConvNormGrads&);
-    // A block that is dense and has a projection; `convolved` null: made again in the backward pass.
+    // The same for a block that is dense and has a projection.
     void (*fused_mbconv_training)(const Block&, const void* x, void* y, const BlockSaved&);
     void (*fused_mbconv_backward)(const Block&, const void* grad, const void* x, const BlockSaved&, const BlockGrads&);
 };
