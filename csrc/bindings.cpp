@@ -716,6 +716,8 @@ cpu::PackedBlock unpack(const FusedPackedCall& call, Parameters& parameter) {
                           "expand_weight");
     block.expand_bias = parameter(*call.expand.bias, channels, "expand_bias");
     unpack_gate(call.reduce, call.excite, x, channels, parameter, block);
+    STD_TORCH_CHECK(block.reduced == 0 || call.project.weight.has_value(),
+                    "squeeze-and-excitation without a projection is left to the reference");
     block.out = channels;
     if (call.project.weight.has_value()) {
         STD_TORCH_CHECK(call.project.bias.has_value(), "project_weight needs project_bias");

@@ -309,10 +309,13 @@ def _block_runs_reference(
 
 
 def _fused_runs_reference(x: Tensor, groups: Sequence[Any], stride: tuple[int, int]) -> bool:
-    expand, _, project = groups
-    kernel = expand.weight.shape[2:]
-    tall = f"expand.weight {tuple(expand.weight.shape)} is taller than {_TALLEST}" if kernel[0] > _TALLEST else ""
-    uncovered = _uncovered_convs([expand] if project is None else [expand, project], tall)
+    expand, squeeze_excite, project = groups
+    kernel, otherwise = expand.weight.shape[2:], ""
+    if kernel[0] > _TALLEST:
+        otherwise = f"expand.weight {tuple(expand.weight.shape)} is taller than {_TALLEST}"
+    elif squeeze_excite is not None and project is None:
+        otherwise = "squeeze-and-excitation has no projection behind it"
+    uncovered = _uncovered_convs([expand] if project is None else [expand, project], otherwise)
     return _runs_reference(x, "fused_mbconv", uncovered, backends.Window(kernel, stride, (1, 1)))
 
 
