@@ -11,6 +11,18 @@ EFFNET_NAMESPACE_BEGIN
 
 namespace {
 
+// A pointwise convolution sees no rows: several short ones are one, which tiles of pixels divide better.
+DenseLayer with_long_rows(DenseLayer layer) {
+    ConvolutionShape& s = layer.shape;
+    const bool pointwise = s.kernel_h * s.kernel_w * s.stride_h * s.stride_w == 1 && s.height == s.out_height &&
+                           s.width == s.out_width && s.channels_last;
+    if (!pointwise) return layer;
+    int64_t rows = larger(1, smaller(s.height, pixel_block / larger(1, s.width)));
+    while (s.height % rows != 0) --rows;
+    s.height /= rows, s.out_height /= rows, s.width *= rows, s.out_width *= rows;
+    return layer;
+}
+
 template <class A>
 NormVectors<A> norm_of(const DenseLayer& layer, const BatchStatistics& batch) {
     const bool constant = batch.mean == nullptr;
@@ -90,9 +102,10 @@ void norm_sums(const T* grad, const T* a, const NormVectors<Compute<T>>& norm, c
 }  // namespace
 
 template <class T>
-void conv_norm_training(const DenseLayer& layer, const void* x, void* y, void* convolved,
+void conv_norm_training(const DenseLayer& given, const void* x, void* y, void* convolved,
                         const BatchStatistics& statistics) {
     using A = Compute<T>;
+    const DenseLayer layer = with_long_rows(given);
     const Buffer<T> own(convolved == nullptr ? pixels_of(layer.shape) * layer.shape.out : 0);
     T* const a = convolved == nullptr ? static_cast<T*>(own) : static_cast<T*>(convolved);
     convolve_dense(layer.shape, x, layer.conv.weight, a, statistics);
@@ -107,9 +120,10 @@ void conv_norm_training(const DenseLayer& layer, const void* x, void* y, void* c
 }
 
 template <class T>
-void conv_norm_backward(const DenseLayer& layer, const void* grad, const void* x, const void* convolved,
+void conv_norm_backward(const DenseLayer& given, const void* grad, const void* x, const void* convolved,
                         const BatchStatistics& statistics, void* grad_x, const ConvNormGrads& grads) {
     using A = Compute<T>;
+    const DenseLayer layer = with_long_rows(given);
     const ConvolutionShape& s = layer.shape;
     const Buffer<T> again(convolved == nullptr ? pixels_of(s) * s.out : 0);
     if (convolved == nullptr) convolve_dense<T>(s, x, layer.conv.weight, again, {});
