@@ -534,6 +534,16 @@ struct MBConvCall {
           activation(activation_of(in.name())) {}
 };
 
+void check_residual(bool residual, const cpu::DepthwiseShape& s, int64_t in, int64_t out) {
+    STD_TORCH_CHECK(!residual || (in == out && s.height == s.out_height && s.width == s.out_width),
+                    "residual needs an output of the input's size");
+}
+
+void check_dense(const Tensor& x, const Ints& kernel) {
+    STD_TORCH_CHECK(x.dim() == 4 && kernel.size() == 2, "x must be (N, C, H, W), kernel takes 2 numbers");
+    STD_TORCH_CHECK(kernel[0] <= 16, "dense kernels taller than 16 are left to the reference, got ", kernel[0]);
+}
+
 // The block as the kernels take it, and what keeps its memory alive.
 struct UnpackedBlock {
     Parameters parameter;
@@ -555,8 +565,7 @@ struct UnpackedBlock {
         block.project = call.project.params(parameter, block.out * s.channels, block.out);
         block.reduced = call.squeeze_excite.reduced();
         if (block.reduced != 0) block.squeeze_excite = call.squeeze_excite.params(parameter, s.channels);
-        STD_TORCH_CHECK(!call.residual || (block.in == block.out && s.height == s.out_height && s.width == s.out_width),
-                        "residual needs an output of the input's size");
+        check_residual(call.residual, s, block.in, block.out);
         block.residual = call.residual;
         block.drop_path = parameter(call.drop_path, s.batch, "drop_path");
         block.activation = call.activation;
@@ -579,6 +588,13 @@ const void* panels(Parameters& parameter, const Tensor& packed, const Tensor& x,
     return parameter.read(packed, name);
 }
 
+// Whether a dense convolution's weights are packed in pairs, which are of neighbouring channels then.
+bool in_pairs(const Tensor& packed, const Tensor& x) {
+    const bool pairs = packed.scalar_type() == ScalarType::BFloat16;
+    STD_TORCH_CHECK(!pairs || x.size(1) % 2 == 0, "pairs of bfloat16 need an even number of channels, got ", x.size(1));
+    return pairs;
+}
+
 // A convolution with its normalisation folded in; the weight is packed.
 struct PackedConv {
     OptionalTensor weight, bias;
@@ -586,6 +602,19 @@ struct PackedConv {
     static PackedConv required(Reader& in) { return {in.tensor(), in.tensor()}; }
     static PackedConv optional(Reader& in) { return {in.optional(), in.optional()}; }
 };
+
+void unpack_gate(const PackedConv& reduce, const PackedConv& excite, const Tensor& x, int64_t channels,
+                 Parameters& parameter, cpu::PackedBlock& block) {
+    if (reduce.weight.has_value()) {
+        STD_TORCH_CHECK(reduce.bias.has_value() && excite.weight.has_value() && excite.bias.has_value(),
+                        "squeeze-and-excitation takes two weights and two biases");
+        block.reduced = reduce.bias->numel();
+        block.reduce = panels(parameter, *reduce.weight, x, false, channels, block.reduced, "reduce_weight");
+        block.reduce_bias = parameter(*reduce.bias, block.reduced, "reduce_bias");
+        block.excite = panels(parameter, *excite.weight, x, false, block.reduced, channels, "excite_weight");
+        block.excite_bias = parameter(*excite.bias, channels, "excite_bias");
+    }
+}
 
 struct PackedBlockCall {
     Tensor x;
@@ -627,19 +656,10 @@ cpu::PackedBlock unpack(const PackedBlockCall& call, Parameters& parameter) {
     }
     block.depthwise = parameter(depthwise, s.kernel_h * s.kernel_w * channels, "depthwise_weight");
     block.depthwise_bias = parameter(*call.depthwise.bias, channels, "depthwise_bias");
-    if (call.reduce.weight.has_value()) {
-        STD_TORCH_CHECK(call.reduce.bias.has_value() && call.excite.weight.has_value() && call.excite.bias.has_value(),
-                        "squeeze-and-excitation takes two weights and two biases");
-        block.reduced = call.reduce.bias->numel();
-        block.reduce = panels(parameter, *call.reduce.weight, x, false, channels, block.reduced, "reduce_weight");
-        block.reduce_bias = parameter(*call.reduce.bias, block.reduced, "reduce_bias");
-        block.excite = panels(parameter, *call.excite.weight, x, false, block.reduced, channels, "excite_weight");
-        block.excite_bias = parameter(*call.excite.bias, channels, "excite_bias");
-    }
+    unpack_gate(call.reduce, call.excite, x, channels, parameter, block);
     block.project = panels(parameter, *call.project.weight, x, true, channels, block.out, "project_weight");
     block.project_bias = parameter(*call.project.bias, block.out, "project_bias");
-    STD_TORCH_CHECK(!call.residual || (block.in == block.out && s.height == s.out_height && s.width == s.out_width),
-                    "residual needs an output of the input's size");
+    check_residual(call.residual, s, block.in, block.out);
     block.residual = call.residual;
     block.activation = call.activation;
     block.squeeze_activation = call.squeeze_activation;
@@ -657,6 +677,72 @@ Results mbconv_packed(Reader& in) {
     if (s.batch == 0) return {y.finish()};
     return run(x, nhwc(x), parameter, y, [block](const cpu::Kernels& table, const void* from, void* to) {
         table.mbconv_packed(block, from, to);
+    });
+}
+
+struct FusedPackedCall {
+    Tensor x;
+    PackedConv expand, reduce, excite, project;
+    Ints kernel;
+    Window window;
+    bool residual;
+    Activation activation, squeeze_activation;
+    Gate gate;
+
+    explicit FusedPackedCall(Reader& in)
+        : x(in.tensor()),
+          expand(PackedConv::required(in)),
+          reduce(PackedConv::optional(in)),
+          excite(PackedConv::optional(in)),
+          project(PackedConv::optional(in)),
+          kernel(in.numbers()),
+          window(Window::undilated(in)),
+          residual(in.flag()) {
+        const std::string first = in.name(), second = in.name(), third = in.name();
+        activation = activation_of(first), squeeze_activation = activation_of(second), gate = gate_of(third);
+    }
+};
+
+cpu::PackedBlock unpack(const FusedPackedCall& call, Parameters& parameter) {
+    const Tensor& x = call.x;
+    check_dense(x, call.kernel);
+    cpu::PackedBlock block{};
+    const int64_t channels = call.expand.bias->numel();
+    block.depthwise_shape = depthwise_shape(x, Filter{call.kernel[0], call.kernel[1], channels}, call.window);
+    const cpu::DepthwiseShape& s = block.depthwise_shape;
+    block.in = x.size(1);
+    block.pairs = in_pairs(*call.expand.weight, x);
+    block.expand = panels(parameter, *call.expand.weight, x, block.pairs, s.kernel_h * s.kernel_w * block.in, channels,
+                          "expand_weight");
+    block.expand_bias = parameter(*call.expand.bias, channels, "expand_bias");
+    unpack_gate(call.reduce, call.excite, x, channels, parameter, block);
+    STD_TORCH_CHECK(block.reduced == 0 || call.project.weight.has_value(),
+                    "squeeze-and-excitation without a projection is left to the reference");
+    block.out = channels;
+    if (call.project.weight.has_value()) {
+        STD_TORCH_CHECK(call.project.bias.has_value(), "project_weight needs project_bias");
+        block.out = call.project.bias->numel();
+        block.project = panels(parameter, *call.project.weight, x, true, channels, block.out, "project_weight");
+        block.project_bias = parameter(*call.project.bias, block.out, "project_bias");
+    }
+    check_residual(call.residual, s, block.in, block.out);
+    block.residual = call.residual;
+    block.activation = call.activation;
+    block.squeeze_activation = call.squeeze_activation;
+    block.gate = call.gate;
+    return block;
+}
+
+Results fused_mbconv_packed(Reader& in) {
+    const FusedPackedCall call(in);
+    const Tensor& x = call.x;
+    Parameters parameter(x);
+    const cpu::PackedBlock block = unpack(call, parameter);
+    const cpu::DepthwiseShape& s = block.depthwise_shape;
+    const Output y(x, {s.batch, block.out, s.out_height, s.out_width});
+    if (s.batch == 0) return {y.finish()};
+    return run(x, nhwc(x), parameter, y, [block](const cpu::Kernels& table, const void* from, void* to) {
+        table.fused_mbconv_packed(block, from, to);
     });
 }
 
@@ -694,12 +780,13 @@ Results convolution_packed(Reader& in) {
     const Ints kernel = in.numbers();
     const Window window = Window::undilated(in);
     const Activation activation = activation_of(in.name());
-    STD_TORCH_CHECK(x.dim() == 4 && kernel.size() == 2, "x must be (N, C, H, W), kernel takes 2 numbers");
-    STD_TORCH_CHECK(kernel[0] <= 16, "kernels taller than 16 are not packed, got ", kernel[0]);
+    check_dense(x, kernel);
     const cpu::DepthwiseShape d = depthwise_shape(x, Filter{kernel[0], kernel[1], x.size(1)}, window);
-    const cpu::ConvolutionShape s = convolution_shape(d, bias.numel(), !x.is_contiguous());
+    cpu::ConvolutionShape s = convolution_shape(d, bias.numel(), !x.is_contiguous());
+    s.pairs = in_pairs(weight, x);
+    s.channels_last |= s.pairs;
     Parameters parameter(x);
-    const void* const weights = panels(parameter, weight, x, false, s.kernel_h * s.kernel_w * s.in, s.out, "weight");
+    const void* const weights = panels(parameter, weight, x, s.pairs, s.kernel_h * s.kernel_w * s.in, s.out, "weight");
     const Tensor y = empty_nhwc({s.batch, s.out, s.out_height, s.out_width}, x.scalar_type());
     if (s.batch == 0) return {y};
     const void* const shift = parameter(bias, s.out, "bias");
@@ -894,6 +981,186 @@ Results mbconv_backward(Reader& in) {
     return gradients.take(grad_x);
 }
 
+// Without `project` the block is one convolution with its normalisation and activation.
+struct FusedCall {
+    Tensor x;
+    ConvNormCall expand;
+    SqueezeExciteCall squeeze_excite;
+    ConvNormCall project;
+    OptionalTensor drop_path;
+    Window window;
+    bool residual;
+    Activation activation;
+
+    explicit FusedCall(Reader& in)
+        : x(in.tensor()),
+          expand(ConvNormCall::required(in)),
+          squeeze_excite(SqueezeExciteCall::optional(in)),
+          project(ConvNormCall::optional(in)),
+          drop_path(in.optional()),
+          window(Window::undilated(in)),
+          residual(in.flag()),
+          activation(activation_of(in.name())) {}
+
+    bool uses_batch() const { return expand.uses_batch() || project.uses_batch(); }
+};
+
+// The block as the kernels take it: a block whose middle convolution is dense, or a layer.
+struct UnpackedFused {
+    Parameters parameter;
+    cpu::Block block{};
+    bool projects;
+    Tensor input;
+
+    explicit UnpackedFused(const FusedCall& call)
+        : parameter(call.x), projects(call.project.weight.has_value()), input(nhwc(call.x)) {
+        const Tensor &x = call.x, &weight = *call.expand.weight;
+        STD_TORCH_CHECK(weight.dim() == 4 && weight.size(1) == x.size(1), "expand_weight must be (C, ", x.size(1),
+                        ", kh, kw)");
+        check_dense(x, {weight.size(2), weight.size(3)});
+        const cpu::DepthwiseShape s =
+            depthwise_shape(x, Filter{weight.size(2), weight.size(3), weight.size(0)}, call.window);
+        block.dense = true;
+        block.depthwise_shape = s;
+        block.in = x.size(1), block.out = projects ? call.project.weight->size(0) : s.channels;
+        block.depthwise = call.expand.params(parameter, weight.numel(), s.channels);
+        if (projects) block.project = call.project.params(parameter, block.out * s.channels, block.out);
+        block.reduced = call.squeeze_excite.reduced();
+        STD_TORCH_CHECK(block.reduced == 0 || projects,
+                        "squeeze-and-excitation without a projection is left to the reference");
+        if (block.reduced != 0) block.squeeze_excite = call.squeeze_excite.params(parameter, s.channels);
+        check_residual(call.residual, s, block.in, block.out);
+        block.residual = call.residual;
+        block.drop_path = parameter(call.drop_path, s.batch, "drop_path");
+        block.activation = call.activation;
+    }
+
+    const cpu::DepthwiseShape& shape() const { return block.depthwise_shape; }
+    Ints output_size() const { return {shape().batch, block.out, shape().out_height, shape().out_width}; }
+    cpu::DenseLayer layer() const {
+        cpu::ConvolutionShape s = convolution_shape(shape(), shape().channels, true);
+        s.in = block.in;
+        return {s, block.depthwise, block.activation, block.residual, block.drop_path};
+    }
+};
+
+// The tensors that its training hands from forward to backward, in the order of the schema.
+struct FusedStages {
+    Tensor expanded, projected, expand_mean, expand_var, project_mean, project_var, pooled;
+
+    static FusedStages read(Reader& in) {
+        // Braces evaluate from left to right.
+        return {in.tensor(), in.tensor(), in.tensor(), in.tensor(), in.tensor(), in.tensor(), in.tensor()};
+    }
+    Results behind(const Tensor& y) const {
+        return {y, expanded, projected, expand_mean, expand_var, project_mean, project_var, pooled};
+    }
+    cpu::BlockSaved saved() const {
+        const auto data = [](const Tensor& t) { return t.numel() == 0 ? nullptr : t.mutable_data_ptr(); };
+        cpu::BlockSaved to;
+        to.convolved = data(expanded), to.projected = data(projected);
+        to.depthwise = {data(expand_mean), data(expand_var)};
+        to.project = {data(project_mean), data(project_var)};
+        to.pooled = data(pooled);
+        return to;
+    }
+};
+
+Results fused_mbconv_inference(Reader& in) {
+    const FusedCall call(in);
+    const UnpackedFused unpacked(call);
+    STD_TORCH_CHECK(!call.uses_batch(), "fused_mbconv_inference needs running statistics for every normalisation");
+    const Output y(call.x, unpacked.output_size());
+    if (call.x.size(0) == 0) return {y.finish()};
+    // It belongs to these images.
+    if (call.drop_path.has_value() && Recording::current() != nullptr) Recording::current()->spoil();
+    return run(call.x, unpacked.input, unpacked.parameter, y,
+               [block = unpacked.block](const cpu::Kernels& table, const void* from, void* to) {
+                   table.fused_mbconv_inference(block, from, to);
+               });
+}
+
+Results fused_mbconv_training(Reader& in) {
+    const FusedCall call(in);
+    const bool save_expanded = in.flag();
+    const UnpackedFused unpacked(call);
+    const cpu::Block& block = unpacked.block;
+    const cpu::DepthwiseShape& s = unpacked.shape();
+    const ScalarType type = call.x.scalar_type(), wide = compute_type(type);
+    const auto stage = [&](bool made, int64_t channels) {
+        return made ? empty_nhwc({s.batch, channels, s.out_height, s.out_width}, type) : nothing(call.x);
+    };
+    const auto vector = [&](const ConvNormCall& conv, int64_t channels) {
+        Tensor v = torch::stable::empty({conv.uses_batch() ? channels : 0}, wide);
+        return s.batch == 0 ? torch::stable::fill_(v, 0.0) : v;
+    };
+    const FusedStages stages{
+        stage(save_expanded, s.channels),
+        stage(unpacked.projects, block.out),
+        vector(call.expand, s.channels),
+        vector(call.expand, s.channels),
+        vector(call.project, block.out),
+        vector(call.project, block.out),
+        torch::stable::empty(block.reduced != 0 ? Ints{s.batch, s.channels} : Ints{0}, wide),
+    };
+    const Output y(call.x, unpacked.output_size());
+    if (s.batch == 0) return stages.behind(y.finish());
+    const cpu::Kernels& kernels = kernels_for(call.x);
+    const void* const x = unpacked.input.const_data_ptr();
+    const cpu::BlockSaved saved = stages.saved();
+    if (unpacked.projects)
+        kernels.fused_mbconv_training(block, x, y.data(), saved);
+    else
+        kernels.conv_norm_training(unpacked.layer(), x, y.data(), saved.convolved, saved.depthwise);
+    return stages.behind(y.finish());
+}
+
+Results fused_mbconv_backward(Reader& in) {
+    const Tensor grad = in.tensor();
+    const FusedCall call(in);
+    FusedStages stages = FusedStages::read(in);
+    const Needs needs = in.flags();
+    const UnpackedFused unpacked(call);
+    const cpu::Block& block = unpacked.block;
+    const cpu::DepthwiseShape& s = unpacked.shape();
+    const int64_t pixels = s.batch * s.out_height * s.out_width;
+    STD_TORCH_CHECK(needs.size() == 11, "needs takes 11 flags, got ", needs.size());
+    STD_TORCH_CHECK(grad.numel() == pixels * block.out &&
+                        (stages.expanded.numel() == 0 || stages.expanded.numel() == pixels * s.channels) &&
+                        stages.projected.numel() == (unpacked.projects ? pixels * block.out : 0),
+                    "grad, expanded and projected must have the sizes that fused_mbconv_training gave them");
+    Gradients gradients(call.x);
+    int next = 1;
+    const auto add = [&](const OptionalTensor& p) { return gradients.add(p, needs[next++]); };
+    const auto add_conv = [&](const ConvNormCall& conv) -> cpu::ConvNormGrads {
+        return {add(conv.weight), add(conv.gamma), add(conv.beta)};
+    };
+    // In the order of the schema, which is that of the flags.
+    cpu::BlockGrads grads;
+    grads.depthwise = add_conv(call.expand);
+    const SqueezeExciteCall& gate = call.squeeze_excite;
+    grads.squeeze_excite = {add(gate.reduce_weight), add(gate.reduce_bias), add(gate.expand_weight),
+                            add(gate.expand_bias)};
+    grads.project = add_conv(call.project);
+    std::optional<Output> grad_x;
+    if (needs[0]) grad_x.emplace(call.x, Ints{s.batch, block.in, s.height, s.width});
+    if (s.batch != 0) {
+        const Tensor above = like_output(grad, call.x);
+        if (stages.expanded.numel() != 0) stages.expanded = nhwc(stages.expanded);
+        if (unpacked.projects) stages.projected = nhwc(stages.projected);
+        const cpu::Kernels& kernels = kernels_for(call.x);
+        const void *const x = unpacked.input.const_data_ptr(), *const from = above.const_data_ptr();
+        const cpu::BlockSaved saved = stages.saved();
+        grads.x = grad_x ? grad_x->data() : nullptr;
+        if (unpacked.projects)
+            kernels.fused_mbconv_backward(block, from, x, saved, grads);
+        else
+            kernels.conv_norm_backward(unpacked.layer(), from, x, saved.convolved, saved.depthwise, grads.x,
+                                       grads.depthwise);
+    }
+    return gradients.take(grad_x);
+}
+
 const bool threads_are_torch_threads = [] {
     cpu::set_threads([](int64_t count, void (*body)(int64_t, int64_t, void*),
                         void* context) { TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, 1, body, context)); },
@@ -913,6 +1180,8 @@ STABLE_TORCH_LIBRARY_IMPL(effnet_ops, CPU, m) {
     m.impl("squeeze_excite_backward", &effnet::boxed<effnet::squeeze_excite_backward>);
     m.impl("mbconv_inference", &effnet::boxed<effnet::mbconv_inference>);
     m.impl("mbconv_packed", &effnet::boxed<effnet::mbconv_packed>);
+    m.impl("fused_mbconv_inference", &effnet::boxed<effnet::fused_mbconv_inference>);
+    m.impl("fused_mbconv_packed", &effnet::boxed<effnet::fused_mbconv_packed>);
     m.impl("average_pool", &effnet::boxed<effnet::average_pool>);
     m.impl("pointwise_packed", &effnet::boxed<effnet::pointwise_packed>);
     m.impl("convolution_packed", &effnet::boxed<effnet::convolution_packed>);
@@ -920,4 +1189,6 @@ STABLE_TORCH_LIBRARY_IMPL(effnet_ops, CPU, m) {
     m.impl("conv_norm_inference", &effnet::boxed<effnet::conv_norm_inference>);
     m.impl("mbconv_training", &effnet::boxed<effnet::mbconv_training>);
     m.impl("mbconv_backward", &effnet::boxed<effnet::mbconv_backward>);
+    m.impl("fused_mbconv_training", &effnet::boxed<effnet::fused_mbconv_training>);
+    m.impl("fused_mbconv_backward", &effnet::boxed<effnet::fused_mbconv_backward>);
 }

@@ -3,7 +3,7 @@
 from effnet_ops import deployment, layers, scaling
 from effnet_ops.backends import available_backends, use_backend
 from effnet_ops.cuda_graphs import CUDAGraphs
-from effnet_ops.functional import depthwise_conv2d, mbconv, pointwise_conv2d, squeeze_excite
+from effnet_ops.functional import depthwise_conv2d, fused_mbconv, mbconv, pointwise_conv2d, squeeze_excite
 from effnet_ops.models import convert_state_dict, create_model, list_models
 from effnet_ops.ops import set_recompute
 from effnet_ops.params import BatchNormParams, ConvNormParams, SqueezeExciteParams
@@ -30,6 +30,7 @@ __all__ = [
     "create_model",
     "deployment",
     "depthwise_conv2d",
+    "fused_mbconv",
     "layers",
     "list_models",
     "mbconv",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from operator import is_
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -211,7 +211,67 @@ def mbconv(
     else:
         y, statistics = ops.mbconv(ops.MBConvCall.of(x, *groups, padding=sides, training=training, **keywords))
     if training:
-        _update_running_statistics((expand, depthwise, project), statistics, x, size)
+        inner, outer = x.shape[0] * x.shape[2] * x.shape[3], x.shape[0] * size[0] * size[1]
+        _update_running_statistics((expand, depthwise, project), statistics, (inner, outer, outer))
+    return y
+
+
+def fused_mbconv(
+    x: Tensor,
+    expand: ConvNormParams,
+    squeeze_excite: SqueezeExciteParams | None,
+    project: ConvNormParams | None,
+    *,
+    stride: int | Sequence[int],
+    padding: Padding,
+    activation: str = "silu",
+    gate: str = "sigmoid",
+    residual: bool,
+    drop_path: float | Tensor | None = None,
+    training: bool,
+) -> Tensor:
+    """One Fused-MBConv block (arXiv 2104.00298): expand, squeeze-and-excitation, project, drop path, residual.
+
+    The expansion is a dense k x k convolution. Statistics, gradients and `set_recompute` are as in `mbconv`.
+
+    Args:
+        x: (N, Cin, H, W), float32, float64, bfloat16 or float16.
+        expand: k x k to C channels with its normalisation.
+        squeeze_excite: the two small products on C channels, or None.
+        project: 1x1 to Cout channels with its normalisation, no activation; None leaves the one convolution, with its
+            normalisation and activation, and Cout = C.
+        stride, padding: of the dense convolution, as in `depthwise_conv2d`.
+        activation: after the first normalisation. gate: of the squeeze-and-excitation.
+        residual: add x; needs Cin = Cout and an output of x's size.
+        drop_path: a rate in [0, 1), drawn here where ``training``, or a scale (N,) per image that is applied always.
+        training: use batch statistics.
+
+    Returns:
+        (N, Cout, Ho, Wo) in the dtype of x.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device, size or name that does not fit, named in the message.
+    """
+    groups = (expand, squeeze_excite, project)
+    if isinstance(x, Proxy):
+        settings = dict(stride=stride, padding=padding, activation=activation, gate=gate, residual=residual)
+        settings |= dict(drop_path=drop_path, training=training)
+        return handle_torch_function(fused_mbconv, (x,), x, *groups, **settings)
+    stride, sides = checks.pair("stride", stride, 1), checks.padding_sides(padding)
+    size = _check_fused_mbconv(x, *groups, stride, sides, activation, gate, residual)
+    drop_path = _drop_path_scale(drop_path, x, training)
+    if training:
+        _check_batch_size([conv for conv in (expand, project) if conv is not None], x, size)
+    keywords = dict(stride=stride, activation=activation, gate=gate, residual=residual, drop_path=drop_path)
+    if _fused_runs_reference(x, groups, stride):
+        padding = checks.resolve_padding(sides, x.shape[2:], expand.weight.shape[2:], stride, (1, 1))
+        made = _run_reference(reference.fused_mbconv, x, *groups, padding=padding, training=training, **keywords)
+        y, statistics = made[:2]
+    else:
+        call = ops.FusedMBConvCall.of(x, *groups, padding=sides, training=training, **keywords)
+        y, statistics = ops.fused_mbconv(call)
+    if training:
+        _update_running_statistics((expand, project), statistics, [x.shape[0] * size[0] * size[1]] * 2)
     return y
 
 
@@ -244,10 +304,24 @@ def _tensors_in(values: Any) -> Iterator[Tensor]:
 def _block_runs_reference(
     x: Tensor, convs: Sequence[ConvNormParams], depthwise: ConvNormParams, stride: tuple[int, int], operation: str
 ) -> bool:
-    uncovered = _uncovered_filter(depthwise.weight, depthwise.weight.shape[0])
-    if any(conv.bias is not None and conv.norm is not None for conv in convs):
-        uncovered = "a convolution has both a bias and a normalisation"
+    uncovered = _uncovered_convs(convs, _uncovered_filter(depthwise.weight, depthwise.weight.shape[0]))
     return _runs_reference(x, operation, uncovered, backends.Window(depthwise.weight.shape[2:], stride, (1, 1)))
+
+
+def _fused_runs_reference(x: Tensor, groups: Sequence[Any], stride: tuple[int, int]) -> bool:
+    expand, squeeze_excite, project = groups
+    kernel, otherwise = expand.weight.shape[2:], ""
+    if kernel[0] > _TALLEST:
+        otherwise = f"expand.weight {tuple(expand.weight.shape)} is taller than {_TALLEST}"
+    elif squeeze_excite is not None and project is None:
+        otherwise = "squeeze-and-excitation has no projection behind it"
+    uncovered = _uncovered_convs([expand] if project is None else [expand, project], otherwise)
+    return _runs_reference(x, "fused_mbconv", uncovered, backends.Window(kernel, stride, (1, 1)))
+
+
+def _uncovered_convs(convs: Sequence[ConvNormParams], otherwise: str) -> str:
+    both = any(conv.bias is not None and conv.norm is not None for conv in convs)
+    return "a convolution has both a bias and a normalisation" if both else otherwise
 
 
 def may_keep(state: Sequence[Any], weight: Tensor | None) -> bool:
@@ -260,13 +334,20 @@ def may_keep(state: Sequence[Any], weight: Tensor | None) -> bool:
     return all(p.grad_fn is None for p in state if isinstance(p, Tensor))
 
 
-class MBConvInference:
-    """`mbconv` in evaluation without gradients, for one block: what was checked at one call is not checked at the next.
+class BlockInference:
+    """A block in evaluation without gradients: what was checked at one call is not checked at the next.
 
     A block has some twenty parameters to check.
     """
 
     __slots__ = ("_checked",)
+    _function: ClassVar[Callable[..., Tensor]]
+    _call: ClassVar[type]
+    _operator: ClassVar[Any]
+
+    @staticmethod
+    def _runs_reference(x: Tensor, groups: Sequence[Any], stride: tuple[int, int]) -> bool:
+        raise NotImplementedError
 
     def __init__(self) -> None:
         # One tuple, which threads that run the same block exchange as a whole: key, state, what the operator takes
@@ -284,31 +365,49 @@ class MBConvInference:
         gate: str,
         residual: bool,
     ) -> Tensor:
-        """The block's output for x; the arguments are those of `mbconv`.
+        """The block's output for x; the arguments are those of the block's function.
 
-        ``block()`` gives expand, depthwise, squeeze_excite and project; ``state`` is all that these are made of, the
-        depthwise weight first: while it holds the same objects as before, they are not asked for.
+        ``block()`` gives the groups of its parameters; ``state`` is all that these are made of, the weight of the k x k
+        convolution first: while it holds the same objects as before, they are not asked for.
         """
         weight = state[0]
         key = (x.shape[1:], x.dtype, x.device, weight.dtype, weight.device, backends.requested())
         checked = self._checked
         if checked is not None and key == checked[0] and all(map(is_, state, checked[1])):
             _, _, arguments, prepared = checked
-            return prepared.run(x, lambda x: ops.mbconv_inference.run(x, *arguments))
+            return prepared.run(x, lambda x: self._operator.run(x, *arguments))
         groups = block()
         settings = dict(stride=stride, activation=activation, gate=gate, residual=residual)
-        y = mbconv(x, *groups, padding=padding, training=False, **settings)
-        expand, depthwise, _, project = groups
-        convs = [conv for conv in (expand, depthwise, project) if conv is not None]
+        y = self._function(x, *groups, padding=padding, training=False, **settings)
         self._checked = None
-        operation = _block_operation(x, groups, False)
-        if may_keep(state, weight) and not _block_runs_reference(x, convs, depthwise, stride, operation):
-            call = ops.MBConvCall.of(x, *groups, padding=checks.padding_sides(padding), **settings)
+        if may_keep(state, weight) and not self._runs_reference(x, groups, stride):
+            call = self._call.of(x, *groups, padding=checks.padding_sides(padding), **settings)
             if not call.uses_batch():
-                arguments = ops.mbconv_inference.signature.flatten(call)[1:]
+                arguments = self._operator.signature.flatten(call)[1:]
                 tensors = [p for p in arguments if isinstance(p, Tensor)]
                 self._checked = key, state, arguments, ops.PreparedCalls(tensors)
         return y
+
+
+class MBConvInference(BlockInference):
+    """`mbconv` for one block."""
+
+    __slots__ = ()
+    _function, _call, _operator = staticmethod(mbconv), ops.MBConvCall, ops.mbconv_inference
+
+    @staticmethod
+    def _runs_reference(x: Tensor, groups: Sequence[Any], stride: tuple[int, int]) -> bool:
+        expand, depthwise, _, project = groups
+        convs = [conv for conv in (expand, depthwise, project) if conv is not None]
+        return _block_runs_reference(x, convs, depthwise, stride, _block_operation(x, groups, False))
+
+
+class FusedMBConvInference(BlockInference):
+    """`fused_mbconv` for one block."""
+
+    __slots__ = ()
+    _function, _call, _operator = staticmethod(fused_mbconv), ops.FusedMBConvCall, ops.fused_mbconv_inference
+    _runs_reference = staticmethod(_fused_runs_reference)
 
 
 # Asked once: torch.compile does not trace the question, and torch.compiler's decorators import it, which takes seconds.
@@ -404,10 +503,43 @@ def _check_mbconv(
         if squeeze_excite.activation is not None:
             checks.check_activation(squeeze_excite.activation)
     _check_conv_norm("project", project, (None, channels, 1, 1), x)
-    if residual and (project.weight.shape[0], *size) != tuple(x.shape[1:]):
-        out = (x.shape[0], project.weight.shape[0], *size)
-        raise ValueError(f"residual=True needs an output of x's shape {tuple(x.shape)}, but it is {out}")
+    _check_residual(residual, project.weight.shape[0], size, x)
     return size
+
+
+def _check_fused_mbconv(
+    x: Tensor,
+    expand: ConvNormParams,
+    squeeze_excite: SqueezeExciteParams | None,
+    project: ConvNormParams | None,
+    stride: tuple[int, int],
+    sides: tuple[int, ...],
+    activation: str,
+    gate: str,
+    residual: bool,
+) -> tuple[int, int]:
+    """Check every shape, dtype, device and name of a block; return its output size."""
+    checks.check_input(x)
+    checks.check_activation(activation)
+    checks.check_gate(gate)
+    _check_conv_norm("expand", expand, (None, x.shape[1], None, None), x)
+    channels = out_channels = expand.weight.shape[0]
+    size = checks.check_window(x, expand.weight.shape[2:], stride, sides, (1, 1))
+    if squeeze_excite is not None:
+        _check_squeeze_excite(*squeeze_excite[:4], x, channels)
+        if squeeze_excite.activation is not None:
+            checks.check_activation(squeeze_excite.activation)
+    if project is not None:
+        _check_conv_norm("project", project, (None, channels, 1, 1), x)
+        out_channels = project.weight.shape[0]
+    _check_residual(residual, out_channels, size, x)
+    return size
+
+
+def _check_residual(residual: bool, channels: int, size: tuple[int, int], x: Tensor) -> None:
+    if residual and (channels, *size) != tuple(x.shape[1:]):
+        out = (x.shape[0], channels, *size)
+        raise ValueError(f"residual=True needs an output of x's shape {tuple(x.shape)}, but it is {out}")
 
 
 def _check_batch_size(convs: list[ConvNormParams], x: Tensor, size: tuple[int, int]) -> None:
@@ -437,14 +569,15 @@ def _drop_path_scale(drop_path: float | Tensor | None, x: Tensor, training: bool
 def _update_running_statistics(
     convs: tuple[ConvNormParams | None, ...],
     statistics: Sequence[tuple[Tensor, Tensor] | None],
-    x: Tensor,
-    size: tuple[int, int],
+    counts: Sequence[int],
 ) -> None:
-    """Update the running buffers, but not when a checkpoint runs the block again for the backward pass."""
+    """Update the running buffers, but not when a checkpoint runs the block again for the backward pass.
+
+    ``counts`` are how many values a channel has before each normalisation.
+    """
     if context.recomputing():
         return
-    inner, outer = x.shape[0] * x.shape[2] * x.shape[3], x.shape[0] * size[0] * size[1]
-    for conv, used, count in zip(convs, statistics, (inner, outer, outer), strict=True):
+    for conv, used, count in zip(convs, statistics, counts, strict=True):
         if conv is not None and conv.norm is not None and used is not None:
             _update_norm(conv, *used, count)
 

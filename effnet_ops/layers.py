@@ -246,17 +246,11 @@ class MBConv(nn.Module):
         super().__init__()
         checks.check_activation(activation)
         checks.check_gate(gate)
-        check_rate("drop_path_rate", drop_path_rate)
-        checks.check_number("expand_ratio", expand_ratio, 0)
-        checks.check_number("se_ratio", se_ratio, 0)
         in_channels, out_channels = _channels(in_channels, out_channels)
+        channels, squeezed = _inner_channels(in_channels, expand_ratio, se_ratio, drop_path_rate)
         stride = checks.pair("stride", stride, 1)
         padding = _half(kernel_size) if padding is None else padding
         factory = {"device": device, "dtype": dtype}
-        channels = expanded_channels(in_channels, expand_ratio)
-        if channels < 1:
-            raise ValueError(f"expand_ratio must leave a channel of {in_channels}, got {expand_ratio!r}")
-        squeezed = squeezed_channels(in_channels, se_ratio)
 
         def norm(size: int) -> nn.BatchNorm2d:
             return nn.BatchNorm2d(size, eps, momentum, **factory)
@@ -279,8 +273,7 @@ class MBConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if context.is_leaf(self, x):
             return context.leaf(self, x)
-        drop = self.training and self.residual and self.drop_path_rate > 0.0
-        drop_path = reference.drop_path_scale(x, self.drop_path_rate) if drop else None
+        drop_path = _drawn_drop_path(self, x)
         # Exporters to ONNX fold the normalisations that they see as modules.
         groups = None if isinstance(x, Proxy) or backends.exports_to_onnx() else self._groups()
         if groups is None:
@@ -317,19 +310,12 @@ class MBConv(nn.Module):
         training = _shared_mode(bn_depthwise, bn_project, *(expand[1:] if expand else ()))
         if not fits or training is None:
             return None
-        se, se_params = self._modules["se"], None
-        if _is_plain(se, SqueezeExcite):
-            se_params = se.parameter_group()
-            if se_params is None:
-                return None
-        elif not _is_plain(se, nn.Identity):
-            return None
+        se_fits, se_params = _squeeze_excite_params(self._modules["se"])
         expand_params = _conv_norm_params(*expand, training) if expand else None
         depthwise_params = _conv_norm_params(depthwise, bn_depthwise, training)
         project_params = _conv_norm_params(project, bn_project, training)
-        for params in (expand_params, depthwise_params, project_params):
-            if params is not None and params.bias is not None and params.norm is not None:
-                return None
+        if not se_fits or _has_bias_and_norm(expand_params, depthwise_params, project_params):
+            return None
         return expand_params, depthwise_params, se_params, project_params, depthwise, training
 
     def _run_children(self, x: Tensor, drop_path: Tensor | None) -> Tensor:
@@ -338,14 +324,161 @@ class MBConv(nn.Module):
         for conv, norm in (depthwise,) if expand is None else (expand, depthwise):
             h = reference.activate(norm(conv(h)), self.activation)
         conv, norm = project
-        h = norm(conv(self.se(h)))
-        if drop_path is not None:
-            # The factor in bfloat16 would be off by up to 0.4 %, alike for all images.
-            h = (h * drop_path[:, None, None, None]).to(h.dtype)
-        return h + x if self.residual else h
+        return _joined(self, x, norm(conv(self.se(h))), drop_path)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}, residual={self.residual}, drop_path_rate={self.drop_path_rate}"
+
+
+class FusedMBConv(nn.Module):
+    """Fused-MBConv (arXiv 2104.00298), as one call of `effnet_ops.fused_mbconv`.
+
+    Input (N, Cin, H, W), output (N, Cout, Ho, Wo). Children: ``conv_exp``, ``bn1``, ``se``, ``conv_pwl``, ``bn2``;
+    without expansion the one convolution ``conv`` from Cin to Cout, ``bn1``, ``se``. The input is added where stride is
+    1 and Cin = Cout. Each normalisation follows its own training flag, so frozen ones stay frozen.
+
+    Args:
+        in_channels, out_channels: Cin, Cout.
+        kernel_size, stride: of the dense convolution: an int or (vertical, horizontal).
+        expand_ratio: t; where t * Cin = Cin there is no expansion.
+        se_ratio: width of squeeze-and-excitation relative to Cin; 0 leaves it out.
+        padding, activation, gate, drop_path_rate, eps, momentum: as in `MBConv`.
+
+    Raises ValueError for a size, ratio or name that does not fit.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int] = 3,
+        stride: int | Sequence[int] = 1,
+        *,
+        expand_ratio: float = 4.0,
+        se_ratio: float = 0.0,
+        padding: Padding | None = None,
+        activation: str = "silu",
+        gate: str = "sigmoid",
+        drop_path_rate: float = 0.0,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        checks.check_activation(activation)
+        checks.check_gate(gate)
+        in_channels, out_channels = _channels(in_channels, out_channels)
+        channels, squeezed = _inner_channels(in_channels, expand_ratio, se_ratio, drop_path_rate)
+        stride = checks.pair("stride", stride, 1)
+        padding = _half(kernel_size) if padding is None else padding
+        factory = {"device": device, "dtype": dtype}
+        self.activation, self.gate = activation, gate
+        self.drop_path_rate = drop_path_rate
+        self.expands = channels != in_channels
+        self.residual = stride == (1, 1) and in_channels == out_channels
+        wide = channels if self.expands else out_channels
+        conv = dense_conv(in_channels, wide, kernel_size, stride, padding, **factory)
+        self.add_module("conv_exp" if self.expands else "conv", conv)
+        self.bn1 = nn.BatchNorm2d(wide, eps, momentum, **factory)
+        se = {"activation": activation, "gate": gate, **factory}
+        self.se = SqueezeExcite(wide, squeezed, **se) if squeezed else nn.Identity()
+        if self.expands:
+            self.conv_pwl = nn.Conv2d(wide, out_channels, 1, bias=False, **factory)
+            self.bn2 = nn.BatchNorm2d(out_channels, eps, momentum, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if context.is_leaf(self, x):
+            return context.leaf(self, x)
+        drop_path = _drawn_drop_path(self, x)
+        groups = None if isinstance(x, Proxy) or backends.exports_to_onnx() else self._groups()
+        if groups is None:
+            return self._run_children(x, drop_path)
+        *params, conv, training = groups
+        return functional.fused_mbconv(
+            x,
+            *params,
+            stride=conv.stride,
+            padding=conv.padding,
+            activation=self.activation,
+            gate=self.gate,
+            residual=self.residual,
+            drop_path=drop_path,
+            training=training,
+        )
+
+    def _conv_norms(self) -> tuple[tuple[nn.Module, nn.Module], tuple[nn.Module, nn.Module] | None]:
+        """(convolution, normalisation) of the dense step, and of the projection or None."""
+        m = self._modules
+        if self.expands:
+            return (m["conv_exp"], m["bn1"]), (m["conv_pwl"], m["bn2"])
+        return (m["conv"], m["bn1"]), None
+
+    def _groups(self) -> tuple | None:
+        """The three parameter groups, the dense convolution and whether to use batch statistics.
+
+        None where the fused block would not do what the children do.
+        """
+        if _any_patched():
+            return None
+        (conv, norm), project = self._conv_norms()
+        training = _shared_mode(norm, *(project[1:] if project else ()))
+        if training is None or not _is_dense(conv) or not (project is None or _is_pointwise(project[0])):
+            return None
+        fits, squeeze_excite = _squeeze_excite_params(self._modules["se"])
+        expand = _conv_norm_params(conv, norm, training)
+        last = _conv_norm_params(*project, training) if project else None
+        if not fits or _has_bias_and_norm(expand, last):
+            return None
+        return expand, squeeze_excite, last, conv, training
+
+    def _run_children(self, x: Tensor, drop_path: Tensor | None) -> Tensor:
+        (conv, norm), project = self._conv_norms()
+        h = self.se(reference.activate(norm(conv(x)), self.activation))
+        if project is not None:
+            conv, norm = project
+            h = norm(conv(h))
+        return _joined(self, x, h, drop_path)
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation}, residual={self.residual}, drop_path_rate={self.drop_path_rate}"
+
+
+def _inner_channels(in_channels: int, expand_ratio: float, se_ratio: float, drop_path_rate: float) -> tuple[int, int]:
+    """Channels of a block's wide activation, and between the products of its squeeze-and-excitation."""
+    check_rate("drop_path_rate", drop_path_rate)
+    checks.check_number("expand_ratio", expand_ratio, 0)
+    checks.check_number("se_ratio", se_ratio, 0)
+    channels = expanded_channels(in_channels, expand_ratio)
+    if channels < 1:
+        raise ValueError(f"expand_ratio must leave a channel of {in_channels}, got {expand_ratio!r}")
+    return channels, squeezed_channels(in_channels, se_ratio)
+
+
+def _drawn_drop_path(block: MBConv | FusedMBConv, x: Tensor) -> Tensor | None:
+    drop = block.training and block.residual and block.drop_path_rate > 0.0
+    return reference.drop_path_scale(x, block.drop_path_rate) if drop else None
+
+
+def _joined(block: MBConv | FusedMBConv, x: Tensor, branch: Tensor, drop_path: Tensor | None) -> Tensor:
+    """The end of a block whose children ran one by one."""
+    if drop_path is not None:
+        # The factor in bfloat16 would be off by up to 0.4 %, alike for all images.
+        branch = (branch * drop_path[:, None, None, None]).to(branch.dtype)
+    return branch + x if block.residual else branch
+
+
+def _squeeze_excite_params(se: nn.Module) -> tuple[bool, SqueezeExciteParams | None]:
+    """Whether a fused block can run what stands in the place of its gate, and its parameters, if it has any."""
+    if _is_plain(se, SqueezeExcite):
+        params = se.parameter_group()
+        return params is not None, params
+    return _is_plain(se, nn.Identity), None
+
+
+def _has_bias_and_norm(*convs: ConvNormParams | None) -> bool:
+    """Whether a convolution has both, which the fused blocks do not take."""
+    return any(conv is not None and conv.bias is not None and conv.norm is not None for conv in convs)
 
 
 def dense_conv(
@@ -440,6 +573,18 @@ def _is_pointwise(conv: nn.Module) -> bool:
     )
 
 
+def _is_dense(conv: nn.Module) -> bool:
+    """Whether a convolution is one that `functional.fused_mbconv` takes as its expansion."""
+    return (
+        (_is_plain(conv, nn.Conv2d) or _is_plain(conv, PaddedConv2d))
+        and "_conv_forward" not in conv.__dict__
+        and _everywhere(conv.dilation, 1)
+        and conv.groups == 1
+        and conv.padding_mode == "zeros"
+        and (not isinstance(conv.padding, str) or type(conv) is PaddedConv2d)
+    )
+
+
 def _is_depthwise(conv: nn.Module) -> bool:
     return _is_plain(conv, DepthwiseConv2d) and _everywhere(conv.dilation, 1) and conv.activation == "none"
 
@@ -479,7 +624,7 @@ def _parameter(module: nn.Module, name: str) -> Tensor | None:
     return parameters[name] if name in parameters else getattr(module, name)
 
 
-_CHILDREN = (nn.Conv2d, nn.BatchNorm2d, nn.Identity, DepthwiseConv2d, SqueezeExcite)
+_CHILDREN = (nn.Conv2d, nn.BatchNorm2d, nn.Identity, DepthwiseConv2d, PaddedConv2d, SqueezeExcite)
 """Classes whose modules the fused functions run without calling them."""
 
 _forward_of = attrgetter("forward")

@@ -159,7 +159,6 @@ def rounded_convolutions(dtype: torch.dtype | None) -> Iterator[None]:
     if dtype is None:
         yield
         return
-    block = sys.modules["effnet_ops.reference.mbconv"]
 
     def rounded(convolution: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def function(x: Tensor, weight: Tensor, bias: Tensor | None, *config: Any) -> Tensor:
@@ -170,8 +169,10 @@ def rounded_convolutions(dtype: torch.dtype | None) -> Iterator[None]:
         return function
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("pointwise_conv2d", "depthwise_conv2d"):
-            patch.setattr(block, name, rounded(getattr(block, name)))
+        for block, spatial in (("mbconv", "depthwise_conv2d"), ("fused_mbconv", "convolution")):
+            module = sys.modules[f"effnet_ops.reference.{block}"]
+            for name in ("pointwise_conv2d", spatial):
+                patch.setattr(module, name, rounded(getattr(module, name)))
         yield
 
 

@@ -66,9 +66,11 @@ def test_converted_weights_give_equal_outputs(models: list[str]) -> None:
 @pytest.mark.parametrize(
     "model",
     [
-        *(f"timm:{name}" for name in effnet_ops.list_models("efficientnet_*")),
+        *(f"timm:{name}" for name in effnet_ops.list_models("efficientnet*")),
+        *(f"timm:{name}" for name in effnet_ops.list_models("tf_efficientnetv2_*")),
         *(f"timm:tf_efficientnet_{name}" for name in ("b0", "b8", "lite0", "lite4")),
         *(f"torchvision:efficientnet_b{i}" for i in range(8)),
+        *(f"torchvision:efficientnet_v2_{size}" for size in "sml"),
         *(f"efficientnet_pytorch:efficientnet-{name}" for name in (*(f"b{i}" for i in range(9)), "l2")),
         *(f"efficientnet_lite_pytorch:efficientnet-lite{i}" for i in range(5)),
     ],
@@ -127,6 +129,9 @@ def test_real_weights_catch_the_wrong_conventions(lite0) -> None:
         ("timm:efficientnet_b0", "torchvison", "did you mean 'torchvision'"),
         ("keras", "timm", "unknown source library 'keras'"),
         ("timm:efficientnet_b9", "timm", "did you mean 'efficientnet_b"),
+        ("timm:efficientnetv2_s", "torchvision:efficientnet_v2_s", "eps 1e-05 but .* has 0.001"),
+        ("timm:tf_efficientnetv2_s", "torchvision:efficientnet_v2_s", "padding same but .* has symmetric"),
+        ("geffnet:efficientnetv2_s", "timm", "unknown geffnet model 'efficientnetv2_s'"),
         ("torchvision:efficientnet_b8", "timm", "unknown torchvision model 'efficientnet_b8'"),
     ],
 )

@@ -27,6 +27,14 @@ FAMILY = {
     "efficientnet_lite2": (21, 6.092, 0.8597),
     "efficientnet_lite3": (24, 8.197, 1.3833),
     "efficientnet_lite4": (30, 13.007, 2.5530),
+    "tf_efficientnetv2_b0": (21, 7.140, 0.7181),
+    "tf_efficientnetv2_b1": (27, 8.141, 1.1968),
+    "tf_efficientnetv2_b2": (28, 10.096, 1.6975),
+    "tf_efficientnetv2_b3": (32, 14.358, 3.0115),
+    "efficientnetv2_s": (40, 21.458, 8.3656),
+    "efficientnetv2_m": (57, 54.139, 24.5825),
+    "efficientnetv2_l": (79, 118.515, 56.0797),
+    "efficientnetv2_xl": (100, 208.120, 93.3535),
 }
 """Blocks, million parameters, giga multiply-adds at the published resolution."""
 
@@ -46,7 +54,7 @@ def test_family_matches_the_published_table(name: str) -> None:
     assert sum(stage.blocks for stage in count.stages) == blocks
     assert round(count.parameters / 1e6, 3) == parameters
     assert round(count.macs / 1e9, 4) == macs
-    tensorflow = scaling.count(f"tf_{name}")
+    tensorflow = scaling.count(f"tf_{name.removeprefix('tf_')}")
     assert (tensorflow.parameters, tensorflow.macs) == (count.parameters, count.macs)
 
 
@@ -58,7 +66,7 @@ def test_count_equals_the_built_model(name: str) -> None:
     assert count.flops == counted(model, 1, 3, *count.resolution) == 2 * count.macs
 
 
-@pytest.mark.parametrize("name", ["efficientnet_b0", "tf_efficientnet_b0"])
+@pytest.mark.parametrize("name", ["efficientnet_b0", "tf_efficientnet_b0", "tf_efficientnetv2_b0"])
 @pytest.mark.parametrize("size", [(65, 97), (1, 1), (224, 33)])
 def test_odd_sizes_and_batches(name: str, size: tuple[int, int]) -> None:
     model = on_meta(lambda: effnet_ops.create_model(name, num_classes=7, in_chans=1))
@@ -110,6 +118,23 @@ def test_receptive_field_of_the_family(member: str) -> None:
     field = scaling.receptive_field(f"efficientnet_{member}")
     assert field.size == RECEPTIVE_FIELDS[member]
     assert [stage.sees_all for stage in field.stages] == [False] + [True] * 7
+
+
+def test_receptive_field_of_v2_b0_by_stage() -> None:
+    """A dense convolution counts as a depthwise one; gates come with the fourth stage."""
+    stages = scaling.receptive_field("tf_efficientnetv2_b0").stages
+    assert [stage.size for stage in stages] == [3, 7, 19, 43, 123, 283, 763]
+    assert [stage.sees_all for stage in stages] == [False] * 4 + [True] * 3
+
+
+def test_bytes_of_fused_blocks() -> None:
+    """Fused, the expanded tensor is never in memory but in training, which keeps it; a residual is read once more."""
+    layers = {layer.name: layer for layer in scaling.count("tf_efficientnetv2_b0", 32).layers}
+    expand, project = layers["blocks.1.1.conv_exp"], layers["blocks.1.1.conv_pwl"]
+    small, wide = 4 * 32 * 8 * 8, 4 * 128 * 8 * 8
+    assert (expand.fused_bytes, project.fused_bytes) == (small, 2 * small)
+    assert (expand.stock_bytes, project.stock_bytes) == (small + 5 * wide, wide + 6 * small)
+    assert (expand.fused_saved_bytes, project.fused_saved_bytes) == (small + wide, small)
 
 
 def test_receptive_field_of_b0_by_stage() -> None:

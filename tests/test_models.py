@@ -41,7 +41,9 @@ def without_chance(name: str) -> nn.Module:
     return create_model(name, drop_rate=0.0, drop_path_rate=0.0)
 
 
-@pytest.mark.parametrize("name", ["efficientnet_b0", "tf_efficientnet_b1", "tf_efficientnet_lite0"])
+@pytest.mark.parametrize(
+    "name", ["efficientnet_b0", "tf_efficientnet_b1", "tf_efficientnet_lite0", "tf_efficientnetv2_b0"]
+)
 def test_forward_and_training_step_equal_timm(name: str) -> None:
     theirs = with_statistics(timm.create_model(name), 40).double()
     ours = without_chance(name).double()
@@ -71,7 +73,9 @@ def test_any_image_size(name: str, size: tuple[int, int]) -> None:
         assert relative_difference(ours(x), theirs(x)) < 1e-10
 
 
-@pytest.mark.parametrize("name", ["efficientnet_b0", "efficientnet_b4", "tf_efficientnet_lite2"])
+@pytest.mark.parametrize(
+    "name", ["efficientnet_b0", "efficientnet_b4", "tf_efficientnet_lite2", "tf_efficientnetv2_b3"]
+)
 def test_features_equal_timm(name: str) -> None:
     ours, theirs = create_model(name, features_only=True).eval(), timm.create_model(name, features_only=True).eval()
     assert ours.feature_info.channels() == theirs.feature_info.channels()
@@ -147,7 +151,7 @@ def test_initialisation_is_tensorflows() -> None:
 
 
 def test_names() -> None:
-    assert len(list_models()) == 30 and list_models() == sorted(list_models())
+    assert len(list_models()) == 42 and list_models() == sorted(list_models())
     assert list_models("tf_*lite?") == [f"tf_efficientnet_lite{i}" for i in range(5)]
     assert set(list_models()) <= set(timm.list_models())
 
@@ -157,6 +161,7 @@ def test_names() -> None:
     [
         ("eficientnet-b0", {}, "did you mean 'efficientnet_b0'"),
         ("resnet50", {}, "unknown model 'resnet50'"),
+        ("efficientnet_v2_s", {}, "did you mean 'efficientnetv2_s'"),
         ("torchvision:efficientnet_b9", {}, "unknown torchvision model"),
         ("keras:efficientnet_b0", {}, "unknown library 'keras'"),
         (TINY, dict(num_classes=-1), "num_classes .* got -1"),
@@ -188,6 +193,8 @@ def test_bad_arguments_are_named(name, keywords: dict, culprit: str) -> None:
         (lambda: StageSpec(1, 3, 1, 6, 16, se_ratio="half"), "se_ratio must lie in"),
         (lambda: ArchitectureSpec(()), "at least one stage"),
         (lambda: ArchitectureSpec(TINY.architecture.stages, activation="swish"), "'swish'"),
+        (lambda: ArchitectureSpec(TINY.architecture.stages, round_limit=-1), "round_limit must lie in"),
+        (lambda: ScaledSpec(TINY.architecture, train_resolution=0), "train_resolution"),
         (lambda: ScaledSpec(TINY.architecture, width=0.0), "width"),
         (lambda: ScaledSpec(TINY.architecture, depth=math.inf), "depth"),
         (lambda: ScaledSpec(TINY.architecture, resolution=224.5), "resolution"),
@@ -209,6 +216,28 @@ def test_rounding_of_channels_and_repeats() -> None:
     assert model_spec("efficientnet_lite4").head_channels == 1280
     assert [len(stage) for stage in model_spec("efficientnet_lite1").stages()] == [1, 3, 3, 4, 4, 5, 1]
     assert [len(stage) for stage in model_spec("efficientnet_b1").stages()] == [2, 3, 3, 4, 4, 5, 2]
+    # EfficientNetV2 has no such rule.
+    assert model_spec("tf_efficientnetv2_b3").stages()[0][0].out_channels == 16
+    ends = [(spec.stem_channels, spec.head_channels) for spec in map(model_spec, list_models("tf_efficientnetv2_b?"))]
+    assert ends == [(32, 1280), (32, 1280), (32, 1408), (40, 1536)]
+
+
+def test_resolutions_of_v2() -> None:
+    """What timm says of each network's images, in training and for the test."""
+    for name in list_models("tf_efficientnetv2_*"):
+        spec, theirs = model_spec(name), timm.models.get_pretrained_cfg(name)
+        assert (spec.train_resolution, spec.resolution) == (theirs.input_size[-1], theirs.test_input_size[-1])
+
+
+def test_weights_of_another_network_are_named_before_anything_is_loaded() -> None:
+    model = create_model("efficientnet_b0")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    other = create_model("tf_efficientnetv2_b0", num_classes=7).state_dict()
+    with pytest.raises(RuntimeError, match="weights of an efficientnetv2_b0, and this network is an efficientnet_b0"):
+        model.load_state_dict(other)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict({"conv_stem.weight": before["conv_stem.weight"]})
 
 
 def _saved(model: nn.Module) -> nn.Module:

@@ -134,6 +134,16 @@ _SAVED = (
     "Tensor depthwise_mean_used, Tensor depthwise_var_used, Tensor project_mean_used, Tensor project_var_used, "
     "Tensor pooled"
 )
+_FUSED = (
+    f"Tensor x, {_CONV.format('', 'expand')}, "
+    "Tensor? squeeze_excite_reduce_weight, Tensor? squeeze_excite_reduce_bias, Tensor? squeeze_excite_expand_weight, "
+    "Tensor? squeeze_excite_expand_bias, str squeeze_excite_activation, str squeeze_excite_gate, "
+    f"{_CONV.format('?', 'project')}, Tensor? drop_path, int[] stride, int[] padding, bool residual, str activation"
+)
+_FUSED_SAVED = (
+    "Tensor expanded, Tensor projected, Tensor expand_mean_used, Tensor expand_var_used, Tensor project_mean_used, "
+    "Tensor project_var_used, Tensor pooled"
+)
 _DEPTHWISE = "Tensor x, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, str activation"
 _POINTWISE = "Tensor x, Tensor weight, Tensor? bias, Tensor? residual, str activation"
 _PACKED = "Tensor x, Tensor weight, Tensor bias"
@@ -147,6 +157,9 @@ SCHEMAS = {
     "mbconv_inference": (_MBCONV, 1),
     "mbconv_training": (f"{_MBCONV}, bool save_expanded", 11),
     "mbconv_backward": (f"Tensor grad, {_MBCONV}, {_SAVED}, bool[] needs", 14),
+    "fused_mbconv_inference": (_FUSED, 1),
+    "fused_mbconv_training": (f"{_FUSED}, bool save_expanded", 8),
+    "fused_mbconv_backward": (f"Tensor grad, {_FUSED}, {_FUSED_SAVED}, bool[] needs", 11),
     "batch_norm_inference": (
         "Tensor x, Tensor gamma, Tensor? beta, Tensor mean, Tensor var, float eps, str activation",
         1,
@@ -157,6 +170,12 @@ SCHEMAS = {
         "Tensor? reduce_weight, Tensor? reduce_bias, Tensor? excite_weight, Tensor? excite_bias, "
         "Tensor project_weight, Tensor project_bias, int[] stride, int[] padding, bool residual, str activation, "
         "str squeeze_activation, str gate",
+        1,
+    ),
+    "fused_mbconv_packed": (
+        "Tensor x, Tensor expand_weight, Tensor expand_bias, Tensor? reduce_weight, Tensor? reduce_bias, "
+        "Tensor? excite_weight, Tensor? excite_bias, Tensor? project_weight, Tensor? project_bias, int[] kernel, "
+        "int[] stride, int[] padding, bool residual, str activation, str squeeze_activation, str gate",
         1,
     ),
     "pointwise_packed": (f"{_PACKED}, str activation", 1),

@@ -156,7 +156,10 @@ MISFITS: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: timm_blocks.CondConvResidual(CHANNELS, CHANNELS, exp_ratio=4, num_experts=2),
         "CondConvResidual chooses its weights",
     ),
-    "edge residual": (lambda: timm_blocks.EdgeResidual(CHANNELS, CHANNELS, exp_ratio=4), "FusedMBConv"),
+    "edge residual": (
+        lambda: timm_blocks.EdgeResidual(CHANNELS, CHANNELS, exp_ratio=4, act_layer=nn.GELU),
+        "bn1.act is GELU",
+    ),
     "activation": (lambda: timm_inverted(act_layer=nn.GELU), "bn2.act is GELU"),
     "activations that differ": (lambda: changed(lambda b: setattr(b.bn1, "act", nn.ReLU())), "activations differ"),
     "gate": (lambda: timm_block(se_layer=se_with(gate_layer=nn.Tanh)), "se.gate is Tanh"),

@@ -48,6 +48,7 @@ struct ConvolutionShape {
     int64_t batch, in, out, height, width, out_height, out_width;
     int64_t kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left;
     bool channels_last;
+    bool pairs = false;  // packed weights are pairs of bf16: x is bf16 and NHWC, its channels are an even number
 };
 
 struct NormShape {
@@ -106,6 +107,9 @@ struct Block {
     bool residual;
     const void* drop_path = nullptr;  // [batch], compute type
     Activation activation;
+    // Fused-MBConv: `depthwise` is a dense convolution from `in` channels, [channels][in][kh][kw], and nothing is
+    // expanded before it.
+    bool dense = false;
 };
 
 // What training keeps for the backward pass; all pre-normalisation values are [pixels][channels] in T.
@@ -123,7 +127,9 @@ struct BlockGrads {
     SqueezeExciteGrads squeeze_excite;
 };
 
-// A block for inference, its normalisations folded and its products packed (see packed.h). Biases may be null.
+// A block for inference, its normalisations folded and its products packed (see packed.h). Biases may be null. In a
+// Fused-MBConv `expand` is the dense convolution, there is no other, and `project` may be null: y is the activated
+// convolution then.
 struct PackedBlock {
     DepthwiseShape depthwise_shape;                              // its channels are the expanded ones
     int64_t in, out, reduced;                                    // reduced = 0: no squeeze-and-excitation
@@ -135,6 +141,16 @@ struct PackedBlock {
     Activation activation, squeeze_activation;
     Gate gate;
     bool residual;
+    const void* drop_path = nullptr;  // [batch], compute type
+    bool pairs = false;               // a dense convolution's weights are packed in pairs (ConvolutionShape)
+};
+
+// A dense convolution, its normalisation and activation, in training: y = drop_path * activation(norm(conv(x))) + x.
+struct DenseLayer {
+    ConvolutionShape shape;
+    ConvNorm conv;  // its weight is [out][in][kh][kw]
+    Activation activation;
+    bool residual = false;
     const void* drop_path = nullptr;  // [batch], compute type
 };
 
@@ -180,10 +196,20 @@ struct Kernels {
                                     const SqueezeExciteParams&, void* grad_x, const SqueezeExciteGrads&);
     void (*mbconv_inference)(const Block&, const void* x, void* y);
     void (*mbconv_packed)(const PackedBlock&, const void* x, void* y);
+    void (*fused_mbconv_inference)(const Block&, const void* x, void* y);
+    void (*fused_mbconv_packed)(const PackedBlock&, const void* x, void* y);
     // Kernels one after the other; the tensors between them are scratch memory.
     void (*sequence)(const Link* links, int64_t count, const void* x, void* y);
     void (*mbconv_training)(const Block&, const void* x, void* y, const BlockSaved&);
     void (*mbconv_backward)(const Block&, const void* grad, const void* x, const BlockSaved&, const BlockGrads&);
+    // `convolved` is what the normalisation reads, [pixels][out], null: made again in the backward pass. The statistics
+    // are of the batch, or null.
+    void (*conv_norm_training)(const DenseLayer&, const void* x, void* y, void* convolved, const BatchStatistics&);
+    void (*conv_norm_backward)(const DenseLayer&, const void* grad, const void* x, const void* convolved,
+                               const BatchStatistics&, void* grad_x, const ConvNormGrads&);
+    // The same for a block that is dense and has a projection.
+    void (*fused_mbconv_training)(const Block&, const void* x, void* y, const BlockSaved&);
+    void (*fused_mbconv_backward)(const Block&, const void* grad, const void* x, const BlockSaved&, const BlockGrads&);
 };
 
 // The table of the instruction set in use: the best one that was built and that this processor has, until set_isa says

@@ -1,4 +1,5 @@
 // The backward pass of a block.
+#include "convolution_training.h"
 #include "mbconv_steps.h"
 #include "table.h"
 
@@ -196,53 +197,6 @@ class ProjectBackward {
     const Parts image_;   // the pixels of an image in pieces
     const Parts pieces_;  // the pieces of all images in parts
     const PartialSums<A, sums> totals_;
-};
-
-// B4's prologue: ā2 from z̄ and a2.
-template <class T>
-struct StageConvolvedGradient {
-    using A = Compute<T>;
-    const Steps<T>& steps;
-    const NormVectors<A>& norm;
-    const NormGradient<A>& norm_gradient;
-    const A *wide, *gates, *pool_gradient;
-
-    void operator()(int64_t image, int64_t row, int64_t c, int64_t n, A* to) const {
-        with_activation(steps.block.activation, [&](auto kind) {
-            for_each_vectors<A>(n, [&](auto size, int64_t i, int valid) {
-                vectors<size.value, kind.value>(image, row, c + i, valid, to + i);
-            });
-        });
-    }
-
-  private:
-    template <int N, Activation KIND>
-    void vectors(int64_t image, int64_t row, int64_t c, int n, A* to) const {
-        constexpr int L = lanes<A>;
-        const HatColumns<A, N> columns(norm, c, n);
-        const auto gradient = norm_gradient.template columns<N>(c, n);
-        const int64_t step = steps.channels, width = steps.shape.out_width;
-        const int64_t at = (image * steps.image_out + row * width) * step + c;
-        Vec<A> g[N], pool[N];
-        for (int i = 0; i < N; ++i) {
-            const int64_t gate = image * step + c + i * L;
-            g[i] = gates == nullptr ? broadcast(A(1)) : load(gates + gate, n);
-            pool[i] = gates == nullptr ? Vec<A>{} : load(pool_gradient + gate, n);
-        }
-        const T* from = steps.convolved + at;
-        const A* z = wide + at;
-        const int64_t ahead = width * step;
-        for (int64_t p = 0; p < width; ++p, from += step, z += step, to += slab<A>) {
-            __builtin_prefetch(from + ahead);
-            __builtin_prefetch(z + ahead);
-#pragma GCC unroll 2
-            for (int i = 0; i < N; ++i) {
-                const Vec<A> a = load(from + i * L, n);
-                const Activated<A> u = activate_with_slope<A>(columns(i, a), KIND);
-                store(to + i * L, gradient(i, (load(z + i * L, n) * g[i] + pool[i]) * u.slope, a));
-            }
-        }
-    }
 };
 
 template <class A>
@@ -520,7 +474,16 @@ void mbconv_backward(const Block& block, const void* grad, const void* x, const 
 
     // B4
     const NormGradient<A> gradient2(norm2, steps.is_batch(saved.depthwise), steps.pixels_out, sums2);
-    const StageConvolvedGradient<T> stage_gradient{steps, norm2, gradient2, wide, gates, pool_gradient};
+    const StageGradient<T, A> gradient_of_row{
+        block.activation, steps.shape.out_height, steps.shape.out_width, steps.convolved, wide, norm2, gradient2, gates,
+        pool_gradient};
+    if (block.dense)
+        return dense_gradients<T>(dense_shape(steps.shape, block.in), block.depthwise.weight, gradient_of_row, x,
+                                  block.residual ? static_cast<const T*>(grad) : nullptr, grads.depthwise.weight,
+                                  grads.x);
+    const auto stage_gradient = [&](int64_t image, int64_t row, int64_t c, int64_t n, A* to) {
+        gradient_of_row(image, row, c, n, to, slab<A>);
+    };
     A* const filter_gradient = static_cast<A*>(grads.depthwise.weight);
     if (!steps.expands) {
         const Source<T> input = steps.input(x);

@@ -1,6 +1,7 @@
 // The block for inference. An image, or a few small ones, passes through two steps: expansion and depthwise convolution
 // by slabs of channels, of which only a few rows exist at a time; then the projection, which gates its operand as it
 // reads it. Large images without a gate need one step only.
+#include "projection.h"
 #include "table.h"
 
 EFFNET_NAMESPACE_BEGIN
@@ -59,13 +60,10 @@ class PackedRun {
           image_in_(s_.height * s_.width),
           image_out_(s_.out_height * s_.out_width),
           x_(static_cast<const T*>(x)),
-          y_(static_cast<T*>(y)),
           expand_bias_(b.expand == nullptr ? nullptr : b.expand_bias, channels_),
           depthwise_(b.depthwise, channels_, s_.kernel_h * s_.kernel_w),
           depthwise_bias_(b.depthwise_bias, channels_),
-          reduce_bias_(b.reduce_bias, b.reduced),
-          excite_bias_(b.excite_bias, channels_),
-          project_bias_(b.project_bias, b.out) {}
+          projection_(b, x, y) {}
 
     // Whole images to the threads as far as they go round; the rest is shared.
     void operator()() const {
@@ -100,13 +98,6 @@ class PackedRun {
         A* sums;  // of the activated values, a row of channels for each of these rows; null: not wanted
     };
 
-    // What step one leaves to step two, for the images from `first` on.
-    struct Images {
-        int64_t first, count, threads;
-        T* convolved;
-        A* sums;  // [images][output rows][channels], of the activated values: the same for every cut
-    };
-
     // Images as terms of the expansion.
     struct Input {
         TermRows<T> rows;
@@ -128,7 +119,7 @@ class PackedRun {
         const Cut cut(b_, count, L, sizeof(T), threads, false);
         const Scratch<T> convolved(count * image_out_ * channels_);
         const Scratch<A> sums(b_.reduced == 0 ? 0 : count * s_.out_height * padded_);
-        const Images done{first, count, threads, convolved, sums};
+        const Convolved<T> done{first, count, threads, convolved, sums};
         const Input input(*this, first, count);
         const int64_t slab = cut.vectors * L, parts = count * cut.chunks;
         // The larger of image and weights stays in cache while the other passes by.
@@ -149,7 +140,7 @@ class PackedRun {
                                 b_.reduced == 0 ? nullptr : sums + row * padded_};
                 convolve(cut.vectors, span, first, input.terms, width, rows.ring, rows.out);
             });
-        project(done);
+        projection_.project(done);
     }
 
     // Without a gate no row has to wait for others: it is projected when all its channels are convolved, and never gets
@@ -187,8 +178,8 @@ class PackedRun {
                             convolve(cut.vectors, {image, row, end, slab_start(cut, i), staged, own.convolved, nullptr},
                                      first, input.terms, width, own.rows.ring + i * ring, own.rows.out);
                     staged = next;
-                    project_rows((first + image) * image_out_ + row * s_.out_width, (end - row) * s_.out_width,
-                                 own.convolved);
+                    projection_.rows((first + image) * image_out_ + row * s_.out_width, (end - row) * s_.out_width,
+                                     own.convolved);
                 }
             });
     }
@@ -318,84 +309,12 @@ class PackedRun {
         });
     }
 
-    // The gates of all images: [images][padded channels].
-    void excite(const Images& done, A* gates) const {
-        const int64_t reduced = round_up(b_.reduced, panel_columns);
-        const Scratch<A> hidden(done.count * reduced);
-        A* const mean = gates;
-        const A factor = A(1) / A(image_out_);
-        for (int64_t image = 0; image < done.count; ++image)
-            for (int64_t c = 0; c < padded_; c += L) {
-                Vec<A> sum = {};
-                for (int64_t row = 0; row < s_.out_height; ++row)
-                    sum += load(done.sums + (image * s_.out_height + row) * padded_ + c);
-                store(mean + image * padded_ + c, sum * factor);
-            }
-        const Panels<A> reduce{static_cast<const A*>(b_.reduce), channels_, b_.reduced},
-            excite{static_cast<const A*>(b_.excite), b_.reduced, channels_};
-        multiply_rows(Left<A>::rows(mean, channels_, padded_), 0, done.count, reduce, 0, reduce.vectors(),
-                      static_cast<const A*>(reduce_bias_),
-                      Finish<A>{hidden, reduced, b_.reduced, b_.squeeze_activation});
-        multiply_rows(Left<A>::rows(hidden, b_.reduced, reduced), 0, done.count, excite, 0, excite.vectors(),
-                      static_cast<const A*>(excite_bias_), Finish<A>{gates, padded_, padded_, Activation::none});
-        for (int64_t i = 0; i < done.count * padded_; i += L) store(gates + i, gate<A>(load(gates + i), b_.gate));
-    }
-
-    // What one thread multiplies in step two: rows of what step one left, gated. Each thread computes the gates itself:
-    // that is cheaper than waiting for another.
-    class Gated {
-      public:
-        Gated(const PackedRun& run, const Images& done, int64_t block_rows)
-            : run_(run),
-              done_(done),
-              gates_(run.b_.reduced == 0 ? 0 : done.count * run.padded_),
-              rows_(done.convolved, run.channels_, block_rows, run.b_.reduced != 0) {
-            if (run.b_.reduced != 0) run.excite(done, gates_);
-        }
-        const E* operator()(int64_t first, int64_t count) {
-            if (run_.b_.reduced == 0) return rows_(first, count);
-            return rows_.staged(first, count,
-                                [&](int64_t row) { return gates_ + row / run_.image_out_ * run_.padded_; });
-        }
-
-      private:
-        const PackedRun& run_;
-        const Images& done_;
-        const Scratch<A> gates_;
-        TermRows<T> rows_;
-    };
-
-    Panels<E> projection() const { return {static_cast<const E*>(b_.project), term_count<E>(channels_), b_.out}; }
-
-    // What happens to projected pixels of the images from `first` on.
-    Finish<T> finish_of(int64_t first) const {
-        Finish<T> finish{y_ + first * image_out_ * b_.out, b_.out, b_.out, Activation::none};
-        if (b_.residual) finish.residual = x_ + first * image_out_ * b_.out;
-        if (b_.drop_path != nullptr) finish.image_scale = static_cast<const A*>(b_.drop_path) + first;
-        finish.image_pixels = image_out_;
-        return finish;
-    }
-
-    void project(const Images& done) const {
-        multiply_blocks(done.count * image_out_, done.threads, projection(), static_cast<const A*>(project_bias_),
-                        finish_of(done.first), [&](int64_t block_rows) { return Gated(*this, done, block_rows); });
-    }
-
-    // `count` pixels, the first of which is number `pixel` of all images.
-    void project_rows(int64_t pixel, int64_t count, const T* convolved) const {
-        const Panels<E> panels = projection();
-        TermRows<T> rows(convolved, channels_, count);
-        const auto left = Left<E>::rows(rows(0, count), panels.terms, panels.terms);
-        multiply_rows(left, pixel, count, panels, 0, panels.vectors(), static_cast<const A*>(project_bias_),
-                      finish_of(0));
-    }
-
     const PackedBlock& b_;
     const DepthwiseShape& s_;
     const int64_t channels_, padded_, image_in_, image_out_;
     const T* const x_;
-    T* const y_;
-    const Padded<A> expand_bias_, depthwise_, depthwise_bias_, reduce_bias_, excite_bias_, project_bias_;
+    const Padded<A> expand_bias_, depthwise_, depthwise_bias_;
+    const PackedProjection<T> projection_;
 };
 
 }  // namespace

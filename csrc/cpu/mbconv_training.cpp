@@ -1,4 +1,5 @@
 // The forward pass of a block in training.
+#include "convolution_training.h"
 #include "mbconv_steps.h"
 #include "table.h"
 
@@ -147,7 +148,9 @@ template <class T>
 void mbconv_training(const Block& block, const void* x, void* y, const BlockSaved& saved) {
     using A = Compute<T>;
     const Steps<T> steps(block, saved);
-    if (!steps.expands) {
+    if (block.dense) {
+        convolve_dense(dense_shape(steps.shape, block.in), x, block.depthwise.weight, steps.convolved, saved.depthwise);
+    } else if (!steps.expands) {
         const Source<T> from = steps.input(x);
         steps.convolve(StageStored<T>{from, steps.shape.height, steps.shape.width});
     } else {

@@ -20,9 +20,15 @@ constexpr Kernels kernels_of() {
     kernels.squeeze_excite_backward = squeeze_excite_backward<T>;
     kernels.mbconv_inference = mbconv_inference<T>;
     kernels.mbconv_packed = mbconv_packed<T>;
+    kernels.fused_mbconv_inference = fused_mbconv_inference<T>;
+    kernels.fused_mbconv_packed = fused_mbconv_packed<T>;
     kernels.sequence = sequence<T>;
     kernels.mbconv_training = mbconv_training<T>;
     kernels.mbconv_backward = mbconv_backward<T>;
+    kernels.conv_norm_training = conv_norm_training<T>;
+    kernels.conv_norm_backward = conv_norm_backward<T>;
+    kernels.fused_mbconv_training = fused_mbconv_training<T>;
+    kernels.fused_mbconv_backward = fused_mbconv_backward<T>;
     if constexpr (sizeof(T) == sizeof(Compute<T>)) {
         kernels.depthwise_contiguous = depthwise_contiguous<T>;
         kernels.pointwise_contiguous = pointwise_contiguous<T>;

@@ -52,11 +52,24 @@ void mbconv_inference(const Block&, const void* x, void* y);
 template <class T>
 void mbconv_packed(const PackedBlock&, const void* x, void* y);
 template <class T>
+void fused_mbconv_inference(const Block&, const void* x, void* y);
+template <class T>
+void fused_mbconv_packed(const PackedBlock&, const void* x, void* y);
+template <class T>
 void sequence(const Link* links, int64_t count, const void* x, void* y);
 template <class T>
 void mbconv_training(const Block&, const void* x, void* y, const BlockSaved&);
 template <class T>
 void mbconv_backward(const Block&, const void* grad, const void* x, const BlockSaved&, const BlockGrads&);
+template <class T>
+void conv_norm_training(const DenseLayer&, const void* x, void* y, void* convolved, const BatchStatistics&);
+template <class T>
+void conv_norm_backward(const DenseLayer&, const void* grad, const void* x, const void* convolved,
+                        const BatchStatistics&, void* grad_x, const ConvNormGrads&);
+template <class T>
+void fused_mbconv_training(const Block&, const void* x, void* y, const BlockSaved&);
+template <class T>
+void fused_mbconv_backward(const Block&, const void* grad, const void* x, const BlockSaved&, const BlockGrads&);
 
 EFFNET_NAMESPACE_END
 

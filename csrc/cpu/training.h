@@ -191,6 +191,59 @@ struct HatColumns : NormColumns<A, N> {
     EFFNET_INLINE Vec<A> hat(int i, Vec<A> a) const { return (a - this->mean[i]) * rstd[i]; }
 };
 
+// Rows of the gradient of what a normalisation and its activation read: dL/da from `above`, dL/du times a factor of the
+// image, its gate and what the gate's pool adds, where there are such.
+template <class T, class G>
+struct StageGradient {
+    using A = Compute<T>;
+    Activation activation;
+    int64_t height, width;  // of an image of a
+    const T* a;
+    const G* above;
+    const NormVectors<A>& norm;
+    const NormGradient<A>& norm_gradient;
+    const A *gates, *pool_gradient;  // [images][channels]
+    const A* image_scale = nullptr;
+
+    // Channels [c, c + n) of a row, `step` values from one pixel to the next, zeros up to whole vectors.
+    void operator()(int64_t image, int64_t row, int64_t c, int64_t n, A* to, int64_t step) const {
+        with_activation(activation, [&](auto kind) {
+            for_each_vectors<A>(n, [&](auto size, int64_t i, int valid) {
+                vectors<size.value, kind.value>(image, row, c + i, valid, to + i, step);
+            });
+        });
+    }
+
+  private:
+    template <int N, Activation KIND>
+    void vectors(int64_t image, int64_t row, int64_t c, int n, A* to, int64_t to_step) const {
+        constexpr int L = lanes<A>;
+        const HatColumns<A, N> columns(norm, c, n);
+        const auto gradient = norm_gradient.template columns<N>(c, n);
+        const int64_t step = norm.channels, pixels = width, at = (image * height + row) * pixels * step + c;
+        Vec<A> g[N], pool[N];
+        for (int i = 0; i < N; ++i) {
+            const int64_t gate = image * step + c + i * L;
+            g[i] = gates == nullptr ? broadcast(A(1)) : load(gates + gate, n);
+            if (image_scale != nullptr) g[i] *= image_scale[image];
+            pool[i] = gates == nullptr ? Vec<A>{} : load(pool_gradient + gate, n);
+        }
+        const T* from = a + at;
+        const G* z = above + at;
+        const int64_t ahead = pixels * step;
+        for (int64_t p = 0; p < pixels; ++p, from += step, z += step, to += to_step) {
+            __builtin_prefetch(from + ahead);
+            __builtin_prefetch(z + ahead);
+#pragma GCC unroll 2
+            for (int i = 0; i < N; ++i) {
+                const Vec<A> v = load(from + i * L, n);
+                const Activated<A> u = activate_with_slope<A>(columns(i, v), KIND);
+                store(to + i * L, gradient(i, (load(z + i * L, n) * g[i] + pool[i]) * u.slope, v));
+            }
+        }
+    }
+};
+
 // Rows of a tensor as an operand of a product: memory itself where it can be read as it is, else a staged copy.
 template <class T>
 class StagedRows {

@@ -225,7 +225,7 @@ def _calls(stock: nn.Module, x: Tensor, dtype: torch.dtype) -> Iterator[Call]:
 
 
 def _blocks(stock: nn.Module, x: Tensor) -> Iterator[tuple[str, BlockPlan, tuple[int, ...]]]:
-    """Name, plan and size of the input of each block that `replace_layers` would replace."""
+    """Name, plan and size of the input of each MBConv block that `replace_layers` would replace."""
     stock, sizes = copy.deepcopy(stock), {}
     layers: dict[str, type[FusedLayer]] = {}
     for name, module in stock.named_modules():
@@ -243,7 +243,9 @@ def _blocks(stock: nn.Module, x: Tensor) -> Iterator[tuple[str, BlockPlan, tuple
         handle.remove()
     for name, size in sizes.items():
         with contextlib.suppress(NotFusable):
-            yield name, describe(layers[name], blocks[name]), size
+            plan = describe(layers[name], blocks[name])
+            if isinstance(plan, BlockPlan):
+                yield name, plan, size
 
 
 def _parts(plan: BlockPlan, x: Tensor) -> Iterator[_Part]:

@@ -15,13 +15,13 @@ import fnmatch
 import warnings
 from collections.abc import Iterator, Mapping
 from itertools import zip_longest
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from effnet_ops.checks import unknown_name
-from effnet_ops.models.family import LIBRARIES, MEMBERS, model_spec, warn_of_name
+from effnet_ops.models.family import LIBRARIES, MEMBERS, member_name, model_spec, warn_of_name
 from effnet_ops.models.spec import BlockSpec, ScaledSpec
 
 SHOWN_PROBLEMS = 3
@@ -88,7 +88,7 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], *, source: str, target:
     member, entries = _identify(state_dict, source_model)
     if member not in target_model.members:
         wrong = "is another network" if target_model.name else "has no such model"
-        raise ValueError(f"the state dict is an efficientnet_{member}, but target {target} {wrong}")
+        raise ValueError(f"the state dict is an {member_name(member)}, but target {target} {wrong}")
     converted = {}
     for entry in entries:
         key = entry.keys[source_model.keys]
@@ -138,6 +138,14 @@ def _check_conventions(source: _Model, target: _Model) -> None:
         )
 
 
+def network_of(state_dict: Mapping[str, Any]) -> str | None:
+    """Whose weights these are, under timm's names, whatever the number of classes; None where no network fits."""
+    for member, spec in MEMBERS.items():
+        if not _problems(state_dict, list(_entries(spec)), "timm"):
+            return member_name(member)
+    return None
+
+
 def _identify(state_dict: Mapping[str, Tensor], source: _Model) -> tuple[str, list[_Entry]]:
     """The family member whose names and shapes these are, or an error from the one that comes closest."""
     closest: list[str] | None = None
@@ -151,7 +159,7 @@ def _identify(state_dict: Mapping[str, Tensor], source: _Model) -> tuple[str, li
     shown = "; ".join(closest[:SHOWN_PROBLEMS])
     more = f"; and {len(closest) - SHOWN_PROBLEMS} more" if len(closest) > SHOWN_PROBLEMS else ""
     raise ValueError(
-        f"not a {source} state dict (closest: efficientnet_{best}{_other_layout(state_dict, source)}): {shown}{more}"
+        f"not a {source} state dict (closest: {member_name(best)}{_other_layout(state_dict, source)}): {shown}{more}"
     )
 
 
@@ -221,27 +229,42 @@ def _entries(spec: ScaledSpec) -> Iterator[_Entry]:
 
 
 def _block(block: BlockSpec, prefixes: dict[str, str]) -> Iterator[_Entry]:
-    """The tensors of one MBConv block: timm names steps by what a block has, torchvision by their position."""
+    """The tensors of one block: timm names steps by what a block has, torchvision by their position."""
     wide, k, squeezed = block.expanded_channels, block.kernel_size, block.se_channels
-    position = 0
+    fused, position = block.block == "fused_mbconv", 0
 
     def inside(*names: str) -> dict[str, str]:
         return {layout: f"{prefix}.{_keys(*names)[layout]}" for layout, prefix in prefixes.items()}
 
-    if block.expands:
-        yield from _conv(inside("conv_pw", f"{position}.0", "_expand_conv"), (wide, block.in_channels, 1, 1))
-        yield from _norm(inside("bn1", f"{position}.1", "_bn0"), wide)
-        position += 1
-    bn_depthwise, project, bn_project = ("bn2", "conv_pwl", "bn3") if block.expands else ("bn1", "conv_pw", "bn2")
-    yield from _conv(inside("conv_dw", f"{position}.0", "_depthwise_conv"), (wide, 1, k, k))
-    yield from _norm(inside(bn_depthwise, f"{position}.1", "_bn1"), wide)
-    position += 1
-    if squeezed:
+    def gate(wide: int) -> Iterator[_Entry]:
         reduce = inside("se.conv_reduce", f"{position}.fc1", "_se_reduce")
         expand = inside("se.conv_expand", f"{position}.fc2", "_se_expand")
         yield from _conv(reduce, (squeezed, wide, 1, 1), bias=True)
         yield from _conv(expand, (wide, squeezed, 1, 1), bias=True)
+
+    if fused and not block.expands:
+        wide = block.out_channels
+    if fused:
+        dense = inside("conv_exp" if block.expands else "conv", f"{position}.0", "_expand_conv")
+        yield from _conv(dense, (wide, block.in_channels, k, k))
+        yield from _norm(inside("bn1", f"{position}.1", "_bn0"), wide)
         position += 1
+    elif block.expands:
+        yield from _conv(inside("conv_pw", f"{position}.0", "_expand_conv"), (wide, block.in_channels, 1, 1))
+        yield from _norm(inside("bn1", f"{position}.1", "_bn0"), wide)
+        position += 1
+    bn_depthwise, project, bn_project = ("bn2", "conv_pwl", "bn3") if block.expands else ("bn1", "conv_pw", "bn2")
+    if fused:
+        bn_project = "bn2"
+    else:
+        yield from _conv(inside("conv_dw", f"{position}.0", "_depthwise_conv"), (wide, 1, k, k))
+        yield from _norm(inside(bn_depthwise, f"{position}.1", "_bn1"), wide)
+        position += 1
+    if squeezed:
+        yield from gate(wide)
+        position += 1
+    if fused and not block.expands:
+        return
     yield from _conv(inside(project, f"{position}.0", "_project_conv"), (block.out_channels, wide, 1, 1))
     yield from _norm(inside(bn_project, f"{position}.1", "_bn2"), block.out_channels)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,10 +12,11 @@ from torch.utils.checkpoint import checkpoint
 
 from effnet_ops import layers
 from effnet_ops.checks import check_count
+from effnet_ops.models.convert import network_of
 from effnet_ops.models.family import model_spec, warn_of_name
 from effnet_ops.models.spec import BlockSpec, ScaledSpec
 
-BLOCK_MODULES: dict[str, type[nn.Module]] = {"mbconv": layers.MBConv}
+BLOCK_MODULES: dict[str, type[nn.Module]] = {"mbconv": layers.MBConv, "fused_mbconv": layers.FusedMBConv}
 
 
 class FeatureInfo(tuple):
@@ -69,6 +72,14 @@ class _Trunk(nn.Module):
             eps=convention.eps,
             momentum=convention.momentum,
         )
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As every module's; another network's weights are an error that names it, before anything is loaded."""
+        if strict and isinstance(state_dict, Mapping):
+            found = None if state_dict.keys() == self.state_dict().keys() else network_of(state_dict)
+            if found is not None and found != (own := network_of(self.state_dict())):
+                raise RuntimeError(f"these are the weights of an {found}, and this network is an {own or 'other one'}")
+        return super().load_state_dict(state_dict, strict, assign)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade time for memory: keep one activation a block in training, and run each block again in the backward."""

@@ -1,7 +1,8 @@
 """The released EfficientNets by name, and how each library computes the ones that it has.
 
 Coefficients: tensorflow/tpu efficientnet_builder.py and efficientnet_lite_builder.py. B8 is AdvProp's
-(arXiv 1911.09665), L2 NoisyStudent's (arXiv 1911.04252).
+(arXiv 1911.09665), L2 NoisyStudent's (arXiv 1911.04252). EfficientNetV2 (arXiv 2104.00298): google/automl,
+efficientnetv2/effnetv2_configs.py.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from effnet_ops.checks import unknown_name
 from effnet_ops.models.spec import ArchitectureSpec, Convention, ScaledSpec, StageSpec
@@ -33,6 +34,44 @@ EFFICIENTNET_LITE = replace(
     activation="relu6",
     scale_ends=False,
 )
+
+
+def _v2(*rows: tuple[int, int, int, int], **ends: Any) -> ArchitectureSpec:
+    """EfficientNetV2 from rows of (repeats, stride, expansion, channels), three of them Fused-MBConv; all are 3x3."""
+    stages = tuple(
+        StageSpec(repeats, 3, stride, expand, channels, *((0.0, "fused_mbconv") if index < 3 else (0.25, "mbconv")))
+        for index, (repeats, stride, expand, channels) in enumerate(rows)
+    )
+    return ArchitectureSpec(stages, **ends)
+
+
+EFFICIENTNET_V2 = {
+    "base": _v2(
+        *((1, 1, 1, 16), (2, 2, 4, 32), (2, 2, 4, 48), (3, 2, 4, 96), (5, 1, 6, 112), (8, 2, 6, 192)),
+        round_limit=0.0,
+    ),
+    "s": _v2(
+        *((2, 1, 1, 24), (4, 2, 4, 48), (4, 2, 4, 64), (6, 2, 4, 128), (9, 1, 6, 160), (15, 2, 6, 256)),
+        stem_channels=24,
+        round_limit=0.0,
+    ),
+    "m": _v2(
+        *((3, 1, 1, 24), (5, 2, 4, 48), (5, 2, 4, 80), (7, 2, 4, 160), (14, 1, 6, 176), (18, 2, 6, 304)),
+        (5, 1, 6, 512),
+        stem_channels=24,
+        round_limit=0.0,
+    ),
+    "l": _v2(
+        *((4, 1, 1, 32), (7, 2, 4, 64), (7, 2, 4, 96), (10, 2, 4, 192), (19, 1, 6, 224), (25, 2, 6, 384)),
+        (7, 1, 6, 640),
+        round_limit=0.0,
+    ),
+    "xl": _v2(
+        *((4, 1, 1, 32), (8, 2, 4, 64), (8, 2, 4, 96), (16, 2, 4, 192), (24, 1, 6, 256), (32, 2, 6, 512)),
+        (8, 1, 6, 640),
+        round_limit=0.0,
+    ),
+}
 
 NATIVE = Convention(eps=1e-5, momentum=0.1, padding="symmetric")
 TENSORFLOW = Convention(eps=1e-3, momentum=0.1, padding="same")
@@ -57,10 +96,26 @@ MEMBERS: dict[str, ScaledSpec] = {
         ("lite4", EFFICIENTNET_LITE, 1.4, 1.8, 300, 0.3),
     )
 }
+MEMBERS |= {
+    name: ScaledSpec(
+        EFFICIENTNET_V2[architecture], width, depth, resolution, dropout, name=name, train_resolution=trained
+    )
+    for name, architecture, width, depth, resolution, trained, dropout in (
+        ("v2_b0", "base", 1.0, 1.0, 224, 192, 0.2),
+        ("v2_b1", "base", 1.0, 1.1, 240, 192, 0.2),
+        ("v2_b2", "base", 1.1, 1.2, 260, 208, 0.3),
+        ("v2_b3", "base", 1.2, 1.4, 300, 240, 0.3),
+        ("v2_s", "s", 1.0, 1.0, 384, 300, 0.2),
+        ("v2_m", "m", 1.0, 1.0, 480, 384, 0.3),
+        ("v2_l", "l", 1.0, 1.0, 480, 384, 0.4),
+        ("v2_xl", "xl", 1.0, 1.0, 512, 384, 0.4),
+    )
+}
 """The family by its short names, in the native convention."""
 
-_BASE = tuple(name for name in MEMBERS if not name.startswith("lite"))
+_V2 = tuple(name for name in MEMBERS if name.startswith("v2_"))
 _LITE = tuple(name for name in MEMBERS if name.startswith("lite"))
+_BASE = tuple(name for name in MEMBERS if name not in _V2 + _LITE)
 
 
 class Library(NamedTuple):
@@ -83,28 +138,41 @@ def _models(pattern: str, members: tuple[str, ...], convention: Convention) -> d
     return {pattern.format(member): (member, convention) for member in members}
 
 
+def member_name(member: str) -> str:
+    """How timm calls a member of the family."""
+    return f"efficientnet{member}" if member in _V2 else f"efficientnet_{member}"
+
+
+_GEFFNET_MODELS = {
+    **_models("efficientnet_{}", _BASE + _LITE, NATIVE),
+    **_models("tf_efficientnet_{}", _BASE + _LITE, TENSORFLOW),
+}
 _TIMM_MODELS = {
-    **_models("efficientnet_{}", tuple(MEMBERS), NATIVE),
-    **_models("tf_efficientnet_{}", tuple(MEMBERS), TENSORFLOW),
+    **_GEFFNET_MODELS,
+    # timm has the small ones, B0 to B3, as TensorFlow computes them only.
+    **_models("efficientnet{}", _V2[4:], NATIVE),
+    **_models("tf_efficientnet{}", _V2, TENSORFLOW),
 }
 _TENSORFLOW_MOMENTUM = replace(TENSORFLOW, momentum=0.01)
 _MINDCV = Convention(eps=1e-5, momentum=0.1, padding="same")
+_TORCHVISION_V2 = Convention(eps=1e-3, momentum=0.1, padding="symmetric")
 _TORCHVISION_LARGE = Convention(eps=1e-3, momentum=0.01, padding="symmetric")
 
 # efficientnet_lite_pytorch is a fork of efficientnet_pytorch with the same layout, so either name takes Lite's weights.
 LIBRARIES: dict[str, Library] = {
     "effnet_ops": Library("timm", _TIMM_MODELS),
     "timm": Library("timm", _TIMM_MODELS),
-    "geffnet": Library("timm", _TIMM_MODELS),
+    "geffnet": Library("timm", _GEFFNET_MODELS),
     "torchvision": Library(
         "torchvision",
         {
             **_models("efficientnet_{}", _BASE[:5], NATIVE),
             **_models("efficientnet_{}", _BASE[5:8], _TORCHVISION_LARGE),
+            **_models("efficientnet_{}", _V2[4:7], _TORCHVISION_V2),
         },
     ),
     "efficientnet_pytorch": Library(
-        "efficientnet_pytorch", _models("efficientnet-{}", tuple(MEMBERS), _TENSORFLOW_MOMENTUM)
+        "efficientnet_pytorch", _models("efficientnet-{}", _BASE + _LITE, _TENSORFLOW_MOMENTUM)
     ),
     "efficientnet_lite_pytorch": Library(
         "efficientnet_pytorch", _models("efficientnet-{}", _LITE, _TENSORFLOW_MOMENTUM)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from effnet_ops.checks import check_activation, check_gate, check_number, unknown_name
 from effnet_ops.layers import check_rate, expanded_channels, squeezed_channels
 
-BLOCKS = ("mbconv",)
+BLOCKS = ("mbconv", "fused_mbconv")
 PADDINGS = ("symmetric", "same")
 CHANNEL_DIVISOR = 8
 
@@ -58,7 +58,11 @@ class StageSpec:
 
 @dataclass(frozen=True)
 class ArchitectureSpec:
-    """A network before scaling. ``scale_ends=False`` keeps stem, head and the depth of the outer stages (Lite)."""
+    """A network before scaling.
+
+    ``scale_ends=False`` keeps stem, head and the depth of the outer stages (Lite). ``round_limit`` is the share of its
+    scaled channels that rounding has to leave a layer, at least: 0.9, and none, 0, in EfficientNetV2.
+    """
 
     stages: tuple[StageSpec, ...]
     stem_channels: int = 32
@@ -66,6 +70,7 @@ class ArchitectureSpec:
     activation: str = "silu"
     gate: str = "sigmoid"
     scale_ends: bool = True
+    round_limit: float = 0.9
 
     def __post_init__(self) -> None:
         if not self.stages:
@@ -74,11 +79,15 @@ class ArchitectureSpec:
         _check_count("head_channels", self.head_channels)
         check_activation(self.activation)
         check_gate(self.gate)
+        _check_share("round_limit", self.round_limit)
 
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """One block of a scaled network; ``se_channels`` is 0 without squeeze-and-excitation."""
+    """One block of a scaled network; ``se_channels`` is 0 without squeeze-and-excitation.
+
+    A Fused-MBConv block that does not expand is one convolution from ``in_channels`` to ``out_channels``.
+    """
 
     block: str
     in_channels: int
@@ -117,6 +126,7 @@ class ScaledSpec:
         dropout: rate before the classifier. drop_path: stochastic depth's rate at the last block.
         convention: eps, momentum and padding.
         name: how the network is called in messages.
+        train_resolution: pixels of the images that it was trained on at last; None is ``resolution``.
     """
 
     architecture: ArchitectureSpec
@@ -127,11 +137,14 @@ class ScaledSpec:
     drop_path: float = 0.2
     convention: Convention = field(default_factory=Convention)
     name: str = "custom"
+    train_resolution: int | None = None
 
     def __post_init__(self) -> None:
         _check_positive("width", self.width)
         _check_positive("depth", self.depth)
         _check_count("resolution", self.resolution)
+        if self.train_resolution is not None:
+            _check_count("train_resolution", self.train_resolution)
         check_rate("dropout", self.dropout)
         check_rate("drop_path", self.drop_path)
 
@@ -144,7 +157,10 @@ class ScaledSpec:
         return self._end_channels(self.architecture.head_channels)
 
     def _end_channels(self, channels: int) -> int:
-        return round_channels(channels, self.width) if self.architecture.scale_ends else channels
+        return self._round(channels) if self.architecture.scale_ends else channels
+
+    def _round(self, channels: int) -> int:
+        return round_channels(channels, self.width, self.architecture.round_limit)
 
     def stages(self) -> tuple[tuple[BlockSpec, ...], ...]:
         """The blocks of every stage, with all rounding done."""
@@ -153,7 +169,7 @@ class ScaledSpec:
         for index, stage in enumerate(self.architecture.stages):
             fixed = not self.architecture.scale_ends and index in (0, last)
             repeats = stage.repeats if fixed else round_repeats(stage.repeats, self.depth)
-            out_channels = round_channels(stage.out_channels, self.width)
+            out_channels = self._round(stage.out_channels)
             blocks = []
             for repeat in range(repeats):
                 blocks.append(_scaled_block(stage, channels, out_channels, stage.stride if repeat == 0 else 1))
@@ -174,14 +190,15 @@ def _scaled_block(stage: StageSpec, in_channels: int, out_channels: int, stride:
     )
 
 
-def round_channels(channels: int, width: float) -> int:
-    """``channels * width`` to the nearest multiple of 8, and the next one where that would lose over 10 %.
+def round_channels(channels: int, width: float, limit: float = 0.9) -> int:
+    """``channels * width`` to the nearest multiple of 8, and the next one where that would leave less than ``limit``.
 
-    TensorFlow's round_filters (tensorflow/tpu, efficientnet_model.py).
+    TensorFlow's round_filters (tensorflow/tpu, efficientnet_model.py), which with a limit of 0 is EfficientNetV2's
+    (google/automl, efficientnetv2/effnetv2_model.py).
     """
     scaled = channels * width
     rounded = max(CHANNEL_DIVISOR, int(scaled + CHANNEL_DIVISOR / 2) // CHANNEL_DIVISOR * CHANNEL_DIVISOR)
-    return rounded + CHANNEL_DIVISOR if rounded < 0.9 * scaled else rounded
+    return rounded + CHANNEL_DIVISOR if rounded < limit * scaled else rounded
 
 
 def round_repeats(repeats: int, depth: float) -> int:

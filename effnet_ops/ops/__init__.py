@@ -5,6 +5,7 @@ The compiled library registers their CPU kernels and `gpu` those for CUDA; elsew
 
 from effnet_ops.ops import conv_norm, gpu, packed, triton
 from effnet_ops.ops.depthwise import DepthwiseCall, depthwise_conv2d
+from effnet_ops.ops.fused_mbconv import FusedMBConvCall, fused_mbconv, fused_mbconv_inference
 from effnet_ops.ops.mbconv import MBConvCall, mbconv, mbconv_inference, set_recompute
 from effnet_ops.ops.pointwise import PointwiseCall, pointwise_conv2d
 from effnet_ops.ops.prepared import PreparedCalls
@@ -12,12 +13,15 @@ from effnet_ops.ops.squeeze_excite import SqueezeExciteCall, squeeze_excite
 
 __all__ = [
     "DepthwiseCall",
+    "FusedMBConvCall",
     "MBConvCall",
     "PointwiseCall",
     "PreparedCalls",
     "SqueezeExciteCall",
     "conv_norm",
     "depthwise_conv2d",
+    "fused_mbconv",
+    "fused_mbconv_inference",
     "mbconv",
     "mbconv_inference",
     "packed",

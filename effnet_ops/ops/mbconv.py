@@ -11,9 +11,10 @@ from torch import Tensor
 from effnet_ops import backends, context, reference
 from effnet_ops.checks import output_size, resolve_padding, unknown_name
 from effnet_ops.ops import _library, standard
-from effnet_ops.ops.calls import Activation, Constant, ConvNorm, Flags, Pair, Sides, SqueezeExcite
+from effnet_ops.ops.calls import Activation, Constant, ConvNorm, Flags, Pair, Sides, Signature, SqueezeExcite
 from effnet_ops.ops.squeeze_excite import gradient_flops
 from effnet_ops.params import BatchNormParams, ConvNormParams, SqueezeExciteParams
+from effnet_ops.reference.batch_norm import Statistics
 
 
 class MBConvCall(NamedTuple):
@@ -50,10 +51,8 @@ class MBConvCall(NamedTuple):
         """The call of `effnet_ops.mbconv` with these arguments."""
         if drop_path is not None:
             drop_path = drop_path.to(reference.compute_dtype(x.dtype))
-        groups = [None if conv is None else _conv_norm(conv, training) for conv in (expand, depthwise, project)]
-        layer = None
-        if squeeze_excite is not None:
-            layer = SqueezeExcite(*squeeze_excite[:4], squeeze_excite.activation or activation, gate)
+        groups = [None if conv is None else conv_norm(conv, training) for conv in (expand, depthwise, project)]
+        layer = squeeze_excite_layer(squeeze_excite, activation, gate)
         return cls(x, *groups[:2], layer, groups[2], drop_path, stride, padding, residual, activation)
 
     def convs(self) -> tuple[ConvNorm | None, ConvNorm, ConvNorm]:
@@ -62,6 +61,10 @@ class MBConvCall(NamedTuple):
     def uses_batch(self) -> bool:
         """Whether a normalisation takes the statistics of this batch."""
         return any(conv is not None and conv.uses_batch() for conv in self.convs())
+
+    def saves_expanded(self) -> bool:
+        """Whether training keeps the result of the expansion, where nobody says so (`set_recompute`)."""
+        return self.x.shape[1] > _AUTO_CHANNELS
 
     def window(self) -> backends.Window:
         return backends.Window(self.depthwise.weight.shape[2:], self.stride, (1, 1))
@@ -78,10 +81,10 @@ class MBConvCall(NamedTuple):
         layer = self.squeeze_excite
         return reference.mbconv(
             self.x,
-            None if self.expand is None else _params(self.expand),
-            _params(self.depthwise),
+            conv_norm_params(self.expand),
+            conv_norm_params(self.depthwise),
             None if layer is None else SqueezeExciteParams(*layer[:5]),
-            _params(self.project),
+            conv_norm_params(self.project),
             stride=self.stride,
             padding=self.sides(),
             activation=self.activation,
@@ -110,13 +113,22 @@ class MBConvCall(NamedTuple):
         flops += _library.convolution_flops(out, self.project.weight)
         if self.expand is not None:
             flops += _library.convolution_flops((batch, 0, height, width), self.expand.weight)
-        if self.squeeze_excite is not None:
-            flops += _library.convolution_flops((batch, 0), self.squeeze_excite.reduce_weight)
-            flops += _library.convolution_flops((batch, 0), self.squeeze_excite.expand_weight)
-        return flops
+        return flops + squeeze_excite_flops(batch, self.squeeze_excite)
 
 
-def _conv_norm(conv: ConvNormParams, training: bool) -> ConvNorm:
+def squeeze_excite_flops(batch: int, layer: SqueezeExcite | None) -> int:
+    if layer is None:
+        return 0
+    return sum(_library.convolution_flops((batch, 0), weight) for weight in (layer.reduce_weight, layer.expand_weight))
+
+
+def squeeze_excite_layer(params: SqueezeExciteParams | None, activation: str, gate: str) -> SqueezeExcite | None:
+    """The layer of a block with this activation."""
+    return None if params is None else SqueezeExcite(*params[:4], params.activation or activation, gate)
+
+
+def conv_norm(conv: ConvNormParams, training: bool) -> ConvNorm:
+    """As an operator takes it: without gamma and beta they are ones and zeros, in training there are no statistics."""
     weight, norm = conv.weight, conv.norm
     if norm is None:
         return ConvNorm(weight, None, conv.bias, None, None)
@@ -126,7 +138,10 @@ def _conv_norm(conv: ConvNormParams, training: bool) -> ConvNorm:
     return ConvNorm(weight, gamma, beta, *statistics, norm.eps)
 
 
-def _params(conv: ConvNorm) -> ConvNormParams:
+def conv_norm_params(conv: ConvNorm | None) -> ConvNormParams | None:
+    """As the reference takes it."""
+    if conv is None:
+        return None
     if conv.gamma is None:
         return ConvNormParams(conv.weight, conv.beta)
     return ConvNormParams(conv.weight, None, BatchNormParams(*conv[1:]))
@@ -149,10 +164,15 @@ class Saved(NamedTuple):
     project_var_used: Constant
     pooled: Constant
 
-    def statistics(self) -> list[tuple[Tensor, Tensor] | None]:
-        """(mean, biased variance) of expand, depthwise and project, where those of the batch were used."""
-        pairs = ((self[i], self[i + 1]) for i in range(self._fields.index("expand_mean_used"), len(self) - 1, 2))
-        return [(mean, var) if mean.numel() else None for mean, var in pairs]
+    def statistics(self) -> list[Statistics | None]:
+        """Of expand, depthwise and project."""
+        return used_statistics(self)
+
+
+def used_statistics(saved: Any) -> list[Statistics | None]:
+    """(mean, biased variance) of each normalisation, where those of the batch were used."""
+    pairs = ((saved[i], saved[i + 1]) for i in range(saved._fields.index("expand_mean_used"), len(saved) - 1, 2))
+    return [(mean, var) if mean.numel() else None for mean, var in pairs]
 
 
 class MBConvTrainingCall(NamedTuple):
@@ -162,42 +182,56 @@ class MBConvTrainingCall(NamedTuple):
     save_expanded: bool
 
     def reference(self) -> tuple[Tensor, ...]:
-        stages, results = self.call.stages(), self.output()
-        statistics = [value for used in stages.statistics for value in (used or (None, None))]
-        values = (stages.y, stages.expanded, stages.convolved, stages.projected, *statistics, stages.pooled)
-        pairs = list(zip(results, values, strict=True))
-        if context.in_transform():
-            return tuple(value if _is_made(result, value) else result for result, value in pairs)
-        for result, value in pairs:
-            if _is_made(result, value):
-                result.copy_(value)
-        return results
+        stages = self.call.stages()
+        return training_results(self.output(), (stages.expanded, stages.convolved, stages.projected), stages)
 
     def output(self) -> tuple[Tensor, ...]:
         call = self.call
-        x, dtype = call.x, reference.compute_dtype(call.x.dtype)
-        batch, out_channels, height, width = call.output_shape()
-        channels = call.depthwise.weight.shape[0]
-
-        def channels_last(*size: int) -> Tensor:
-            return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-
-        def statistics(conv: ConvNorm | None) -> list[Tensor]:
-            size = conv.gamma.shape if conv is not None and conv.uses_batch() else 0
-            return [x.new_empty(size, dtype=dtype) for _ in range(2)]
-
+        x, size, channels = call.x, call.output_shape(), call.depthwise.weight.shape[0]
         saves = self.save_expanded and call.expand is not None
         return (
-            _library.empty_result(x, (batch, out_channels, height, width)),
-            channels_last(batch, channels, *x.shape[2:]) if saves else x.new_empty(0),
-            channels_last(batch, channels, height, width),
-            channels_last(batch, out_channels, height, width),
-            *(value for conv in call.convs() for value in statistics(conv)),
-            x.new_empty(0 if call.squeeze_excite is None else (batch, channels), dtype=dtype),
+            _library.empty_result(x, size),
+            empty_stage(x, (x.shape[0], channels, *x.shape[2:]) if saves else None),
+            empty_stage(x, (size[0], channels, *size[2:])),
+            empty_stage(x, size),
+            *empty_statistics(x, call.convs()),
+            empty_pooled(x, channels, call.squeeze_excite),
         )
 
     def flops(self, out: Sequence[Sequence[int]]) -> int:
         return self.call.flops(out[0])
+
+
+def empty_stage(x: Tensor, size: Sequence[int] | None) -> Tensor:
+    """What training keeps of a convolution's result."""
+    if size is None:
+        return x.new_empty(0)
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def empty_statistics(x: Tensor, convs: Sequence[ConvNorm | None]) -> list[Tensor]:
+    sizes = (conv.gamma.shape if conv is not None and conv.uses_batch() else 0 for conv in convs)
+    dtype = reference.compute_dtype(x.dtype)
+    return [x.new_empty(size, dtype=dtype) for size in sizes for _ in range(2)]
+
+
+def empty_pooled(x: Tensor, channels: int, layer: SqueezeExcite | None) -> Tensor:
+    size = 0 if layer is None else (x.shape[0], channels)
+    return x.new_empty(size, dtype=reference.compute_dtype(x.dtype))
+
+
+def training_results(
+    results: tuple[Tensor, ...], convolved: Sequence[Tensor | None], stages: Any
+) -> tuple[Tensor, ...]:
+    """``results``, those of a training operator, with the values of the reference's stages; what is empty stays so."""
+    statistics = [value for used in stages.statistics for value in (used or (None, None))]
+    pairs = list(zip(results, (stages.y, *convolved, *statistics, stages.pooled), strict=True))
+    if context.in_transform():
+        return tuple(value if _is_made(result, value) else result for result, value in pairs)
+    for result, value in pairs:
+        if _is_made(result, value):
+            result.copy_(value)
+    return results
 
 
 def _is_made(result: Tensor, value: Tensor | None) -> bool:
@@ -217,61 +251,87 @@ class MBConvGradientCall(NamedTuple):
 
     def flops(self, out: Any) -> int:
         """The gradients of each product and convolution; what is computed a second time does not count."""
-        names = (_MBCONV.arguments[i].name for i in _MBCONV.differentiable)
-        needs = dict(zip(names, self.needs, strict=True))
-
-        def before(name: str) -> bool:
-            """Whether something in front of an argument needs a gradient, which then goes through its product."""
-            return any(list(needs.values())[: list(needs).index(name)])
-
-        call = self.call
-        batch, _, height, width = call.x
-        sizes = {"project_weight": (batch, 0, *self.grad[2:]), "depthwise_weight": (batch, 0, *self.grad[2:])}
-        sizes["expand_weight"] = (batch, 0, height, width)
-        flops = 0
-        for (name, size), conv in zip(sizes.items(), (call.project, call.depthwise, call.expand), strict=True):
-            if conv is not None:
-                flops += (before(name) + needs[name]) * _library.convolution_flops(size, conv.weight)
-        if call.squeeze_excite is not None:
-            first = "squeeze_excite_reduce_weight"
-            inner = [need for name, need in needs.items() if name.startswith("squeeze_excite")]
-            weights = call.squeeze_excite.reduce_weight, call.squeeze_excite.expand_weight
-            flops += gradient_flops(batch, *weights, (before(first), *inner))
-        return flops
+        call, output = self.call, (self.grad[0], 0, *self.grad[2:])
+        convs = {"project": (call.project, output), "depthwise": (call.depthwise, output)}
+        return block_gradient_flops(mbconv.signature, self, {**convs, "expand": (call.expand, call.x)})
 
 
-mbconv_inference = _library.define_inference("mbconv_inference", MBConvCall, autocast=True)
-_training = _library.Operator("mbconv_training", MBConvTrainingCall, results=1 + len(Saved._fields), autocast=True)
-_MBCONV = mbconv_inference.signature
-_gradient = _library.Operator("mbconv_backward", MBConvGradientCall, results=len(_MBCONV.differentiable))
+def block_gradient_flops(signature: Signature, gradient: Any, convs: dict[str, tuple[ConvNorm | None, Any]]) -> int:
+    """Of a block's gradient, in which tensors are shapes; ``convs`` are its convolutions and their output's size."""
+    names = (signature.arguments[i].name for i in signature.differentiable)
+    needs = dict(zip(names, gradient.needs, strict=True))
+
+    def before(name: str) -> bool:
+        """Whether something in front of an argument needs a gradient, which then goes through its product."""
+        return any(list(needs.values())[: list(needs).index(name)])
+
+    flops = 0
+    for name, (conv, size) in convs.items():
+        if conv is not None:
+            products = before(f"{name}_weight") + needs[f"{name}_weight"]
+            flops += products * _library.convolution_flops(size, conv.weight)
+    layer = gradient.call.squeeze_excite
+    if layer is not None:
+        inner = [need for name, need in needs.items() if name.startswith("squeeze_excite")]
+        wanted = (before("squeeze_excite_reduce_weight"), *inner)
+        flops += gradient_flops(gradient.call.x[0], layer.reduce_weight, layer.expand_weight, wanted)
+    return flops
 
 
-def _setup_context(ctx: Any, training: MBConvTrainingCall, output: tuple[Tensor, ...]) -> None:
-    args = _MBCONV.flatten(training.call)
-    for i, (argument, value) in enumerate(zip(_MBCONV.arguments, args, strict=True)):
-        constant = isinstance(value, Tensor) and i not in _MBCONV.differentiable
-        if constant and ctx.needs_input_grad[i]:
-            raise RuntimeError(f"effnet_ops: mbconv has no gradient for {argument.name}, which requires one; detach it")
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.others = [None if isinstance(value, Tensor) else value for value in args]
-    # A training step between an evaluation and its gradient changes the running statistics in place.
-    tensors = (
-        value if i in _MBCONV.differentiable else value.clone() if isinstance(value, Tensor) else None
-        for i, value in enumerate(args)
-    )
-    ctx.save_for_backward(*tensors, *output[1:])
+class Block:
+    """A block's operators, for inference, training and its gradient, from the classes of their calls and results.
 
+    ``saved`` is what training hands to its gradient, whose `used_statistics` are those of the normalisations.
+    """
 
-def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> Sequence[Tensor | None]:
-    if grad is None:
-        return (None,) * len(ctx.needs)
-    saved, count = ctx.saved_tensors, len(ctx.others)
-    args = [other if tensor is None else tensor for tensor, other in zip(saved[:count], ctx.others, strict=True)]
-    return _gradient.run(grad, *args, *saved[count:], ctx.needs)
+    def __init__(self, name: str, call: type, training: type, gradient: type, saved: Any) -> None:
+        self.name, self._saved, self._convs = name, saved, sum(field.endswith("_mean_used") for field in saved._fields)
+        self.inference = _library.define_inference(f"{name}_inference", call, autocast=True)
+        self.signature = signature = self.inference.signature
+        self._training = _library.Operator(f"{name}_training", training, 1 + len(saved._fields), autocast=True)
+        self._gradient = _library.Operator(f"{name}_backward", gradient, len(signature.differentiable))
+        _library.register_autograd(self._training, self._setup_context, self._differentiate, self._gradient)
 
+    def _setup_context(self, ctx: Any, training: Any, output: tuple[Tensor, ...]) -> None:
+        signature = self.signature
+        args = signature.flatten(training.call)
+        for i, (argument, value) in enumerate(zip(signature.arguments, args, strict=True)):
+            constant = isinstance(value, Tensor) and i not in signature.differentiable
+            if constant and ctx.needs_input_grad[i]:
+                raise RuntimeError(
+                    f"effnet_ops: {self.name} has no gradient for {argument.name}, which requires one; detach it"
+                )
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.others = [None if isinstance(value, Tensor) else value for value in args]
+        # A training step between an evaluation and its gradient changes the running statistics in place.
+        tensors = (
+            value if i in signature.differentiable else value.clone() if isinstance(value, Tensor) else None
+            for i, value in enumerate(args)
+        )
+        ctx.save_for_backward(*tensors, *output[1:])
 
-_library.register_autograd(_training, _setup_context, _differentiate, _gradient)
+    def _differentiate(self, ctx: Any, grad: Tensor | None, *_: None) -> Sequence[Tensor | None]:
+        if grad is None:
+            return (None,) * len(ctx.needs)
+        saved, count = ctx.saved_tensors, len(ctx.others)
+        args = [other if tensor is None else tensor for tensor, other in zip(saved[:count], ctx.others, strict=True)]
+        return self._gradient.run(grad, *args, *saved[count:], ctx.needs)
+
+    def __call__(self, call: Any) -> tuple[Tensor, list[Statistics | None]]:
+        """The public function of the block without checks and without updating running statistics.
+
+        Returns:
+            y, and for each convolution the mean and biased variance (C,) of the batch where they were used.
+        """
+        args = self.signature.flatten(call)
+        differentiate = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args)
+        # The operator of inference has gradients, too, by the reference: torch.jit.trace records it for both uses.
+        if not call.uses_batch() and (not differentiate or torch.jit.is_tracing()):
+            return self.inference.run(*args), [None] * self._convs
+        saves = differentiate and _policy != "always" and (_policy == "never" or call.saves_expanded())
+        y, *saved = self._training.run(*args, saves)
+        return y, used_statistics(self._saved(*saved))
 
 
 _POLICIES = ("auto", "always", "never")
@@ -280,12 +340,13 @@ _policy = "auto"
 
 
 class set_recompute:
-    """Set what training keeps of MBConv's expanded activation; as a context manager, only inside the ``with`` block.
+    """Set what training keeps of a block's expanded activation; as a context manager, only inside the ``with`` block.
 
     Args:
         policy: "always" recomputes it in the backward pass and never saves it, "never" saves it, and "auto" recomputes
-            it where the block has at most 64 input channels. Recomputing saves (element size / input channels) bytes
-            for each multiply-add that is done again, so the early blocks, which are large and narrow, gain most.
+            it where an MBConv block has at most 64 input channels. Recomputing saves (element size / input channels)
+            bytes for each multiply-add that is done again, so the early blocks, which are large and narrow, gain most.
+            A Fused-MBConv block, whose expansion is a 3x3 convolution, has nine times the multiply-adds: "auto" saves.
 
     Raises:
         ValueError: the policy is not one of these.
@@ -306,17 +367,5 @@ class set_recompute:
         _policy = self._previous
 
 
-def mbconv(call: MBConvCall) -> tuple[Tensor, list[tuple[Tensor, Tensor] | None]]:
-    """`effnet_ops.mbconv` without checks and without updating running statistics.
-
-    Returns:
-        y, and for expand, depthwise and project the mean and biased variance (C,) of the batch where they were used.
-    """
-    args = _MBCONV.flatten(call)
-    differentiate = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args)
-    # The operator of inference has gradients, too, by the reference: torch.jit.trace records it for both uses.
-    if not call.uses_batch() and (not differentiate or torch.jit.is_tracing()):
-        return mbconv_inference.run(*args), [None, None, None]
-    save_expanded = differentiate and (_policy == "never" or (_policy == "auto" and call.x.shape[1] > _AUTO_CHANNELS))
-    y, *saved = _training.run(*args, save_expanded)
-    return y, Saved(*saved).statistics()
+mbconv = Block("mbconv", MBConvCall, MBConvTrainingCall, MBConvGradientCall, Saved)
+mbconv_inference = mbconv.inference

@@ -46,8 +46,7 @@ class PackedBlockCall(NamedTuple):
         if self.expand is not None:
             expand = self._product(self.expand, x.shape[1])
         if self.reduce is not None:
-            reduce = self._product(self.reduce, channels)
-            excite = self._product(self.excite, self.reduce.bias.shape[0])
+            reduce, excite = _squeeze_excite_products(self, channels)
             squeeze_excite = SqueezeExciteParams(*reduce[:2], *excite[:2], self.squeeze_activation)
         stages = reference.mbconv(
             x,
@@ -70,10 +69,8 @@ class PackedBlockCall(NamedTuple):
         if self.expand is not None:
             expand = _unpacked(self.expand, x.shape[1], x)
         if self.reduce is not None:
-            reduce = _unpacked(self.reduce, channels, x)
-            excite = _unpacked(self.excite, self.reduce.bias.shape[0], x)
-            params = (reduce.weight, reduce.beta, excite.weight, excite.beta)
-            squeeze_excite = SqueezeExcite(*params, self.squeeze_activation, self.gate)
+            reduce, excite = _squeeze_excite_products(self, channels)
+            squeeze_excite = SqueezeExcite(*reduce[:2], *excite[:2], self.squeeze_activation, self.gate)
         filters = packing.unpack_depthwise(self.depthwise.weight)
         depthwise = ConvNorm(filters, None, self.depthwise.bias, None, None)
         block = (expand, depthwise, squeeze_excite, _unpacked(self.project, channels, x))
@@ -94,6 +91,89 @@ class PackedBlockCall(NamedTuple):
         if self.reduce is not None:
             flops += 2 * _library.convolution_flops((batch, channels), (channels, self.reduce.bias[0]))
         return flops
+
+
+class FusedPackedCall(NamedTuple):
+    """A Fused-MBConv block with folded normalisations; ``expand`` is packed as `packing.pack_convolution` does.
+
+    Without ``project`` it is one convolution with its activation.
+    """
+
+    x: Activation
+    expand: PackedConv
+    reduce: PackedConv | None
+    excite: PackedConv | None
+    project: PackedConv | None
+    kernel: Pair
+    stride: Pair
+    padding: Sides
+    residual: bool
+    activation: str
+    squeeze_activation: str
+    gate: str
+
+    def sides(self) -> tuple[int, int, int, int]:
+        return resolve_padding(self.padding, self.x.shape[2:], self.kernel, self.stride, (1, 1))
+
+    def _channels(self) -> int:
+        return self.expand.bias.shape[0]
+
+    def _expand_weight(self) -> Tensor:
+        weight = packing.unpack_convolution(self.expand.weight, self._channels(), self.x.shape[1], tuple(self.kernel))
+        return weight.to(reference.compute_dtype(self.x.dtype))
+
+    def reference(self) -> Tensor:
+        squeeze_excite = project = None
+        if self.reduce is not None:
+            reduce, excite = _squeeze_excite_products(self, self._channels())
+            squeeze_excite = SqueezeExciteParams(*reduce[:2], *excite[:2], self.squeeze_activation)
+        if self.project is not None:
+            project = ConvNormParams(_pointwise_weight(self.project, self._channels(), self.x), self.project.bias)
+        stages = reference.fused_mbconv(
+            self.x,
+            ConvNormParams(self._expand_weight(), self.expand.bias),
+            squeeze_excite,
+            project,
+            stride=self.stride,
+            padding=self.sides(),
+            activation=self.activation,
+            gate=self.gate,
+            residual=self.residual,
+            drop_path=None,
+            training=False,
+        )
+        return _library.as_result(self.x, stages.y)
+
+    def standard(self) -> Tensor:
+        layer = project = None
+        if self.reduce is not None:
+            reduce, excite = _squeeze_excite_products(self, self._channels())
+            layer = SqueezeExcite(*reduce[:2], *excite[:2], self.squeeze_activation, self.gate)
+        if self.project is not None:
+            project = _unpacked(self.project, self._channels(), self.x)
+        expand = ConvNorm(self._expand_weight(), None, self.expand.bias, None, None)
+        settings = (self.stride, self.sides(), self.activation, self.residual)
+        return standard.fused_mbconv(self.x, expand, layer, project, *settings)
+
+    def output(self) -> Tensor:
+        size = output_size(self.x.shape[2:], self.kernel, self.stride, self.sides(), (1, 1))
+        last = self.expand if self.project is None else self.project
+        return _library.empty_result(self.x, (self.x.shape[0], last.bias.shape[0], *size))
+
+    def flops(self, out: Sequence[int]) -> int:
+        channels = self.expand.bias[0]
+        flops = _library.convolution_flops(out, (channels, self.x[1], *self.kernel))
+        if self.project is not None:
+            flops += _library.convolution_flops(out, (out[1], channels))
+        if self.reduce is not None:
+            flops += 2 * _library.convolution_flops((out[0], channels), (channels, self.reduce.bias[0]))
+        return flops
+
+
+def _squeeze_excite_products(call: Any, channels: int) -> tuple[ConvNormParams, ConvNormParams]:
+    """The two products of a block's squeeze-and-excitation, unpacked."""
+    reduce = ConvNormParams(_pointwise_weight(call.reduce, channels, call.x), call.reduce.bias)
+    return reduce, ConvNormParams(_pointwise_weight(call.excite, call.reduce.bias.shape[0], call.x), call.excite.bias)
 
 
 def _pointwise_weight(conv: PackedConv, channels: int, like: Tensor) -> Tensor:
@@ -180,6 +260,7 @@ class AveragePoolCall(NamedTuple):
 
 
 _mbconv = _library.define_inference("mbconv_packed", PackedBlockCall)
+_fused_mbconv = _library.define_inference("fused_mbconv_packed", FusedPackedCall)
 _pointwise = _library.define_inference("pointwise_packed", PackedPointwiseCall)
 _convolution = _library.define_inference("convolution_packed", PackedConvolutionCall)
 average_pool = _library.define_inference("average_pool", AveragePoolCall)
@@ -201,6 +282,13 @@ def _run_product(operator: _library.Operator[Any], call: Any, product: Tensor) -
 
 def mbconv(call: PackedBlockCall) -> Tensor:
     return _run_product(_mbconv, call, call.project.weight)
+
+
+def fused_mbconv(call: FusedPackedCall) -> Tensor:
+    if call.expand.weight.dim() == 4 and call.x.shape[1] % 2 == 1:
+        # The kernels take pairs of channels, and here some pairs are of two pixels.
+        return call.reference()
+    return _run_product(_fused_mbconv, call, call.expand.weight)
 
 
 def pointwise(call: PackedPointwiseCall) -> Tensor:

@@ -65,13 +65,42 @@ def mbconv(
     drop_path: Tensor | None = None,
 ) -> Tensor:
     """A block whose statistics are constants."""
-    h = wide = x.to(compute_dtype(x.dtype))
+    h = x.to(compute_dtype(x.dtype))
     if expand is not None:
         h = conv_norm(h, expand, (1, 1), (0, 0, 0, 0), activation)
     h = conv_norm(h, depthwise, stride, padding, activation, groups=depthwise.weight.shape[0])
+    return _finish(x, h, squeeze_excite, project, residual, drop_path)
+
+
+def fused_mbconv(
+    x: Tensor,
+    expand: ConvNorm,
+    squeeze_excite: SqueezeExcite | None,
+    project: ConvNorm | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    activation: str,
+    residual: bool,
+    drop_path: Tensor | None = None,
+) -> Tensor:
+    """A block whose statistics are constants."""
+    h = conv_norm(x.to(compute_dtype(x.dtype)), expand, stride, padding, activation)
+    return _finish(x, h, squeeze_excite, project, residual, drop_path)
+
+
+def _finish(
+    x: Tensor,
+    h: Tensor,
+    squeeze_excite: SqueezeExcite | None,
+    project: ConvNorm | None,
+    residual: bool,
+    drop_path: Tensor | None,
+) -> Tensor:
+    """What a block does with its wide h."""
     if squeeze_excite is not None:
         h = excite(h, average(h), squeeze_excite)
-    h = conv_norm(h, project, (1, 1), (0, 0, 0, 0), "none")
+    if project is not None:
+        h = conv_norm(h, project, (1, 1), (0, 0, 0, 0), "none")
     if drop_path is not None:
         h = h * drop_path.to(h.dtype)[:, None, None, None]
-    return (h + wide if residual else h).to(x.dtype)
+    return (h + x.to(h.dtype) if residual else h).to(x.dtype)

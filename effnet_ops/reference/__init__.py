@@ -8,6 +8,7 @@ from effnet_ops.reference.activation import ACTIVATIONS, GATES, activate, comput
 from effnet_ops.reference.batch_norm import batch_norm, batch_statistics
 from effnet_ops.reference.convolution import convolution, pad_unevenly
 from effnet_ops.reference.depthwise import depthwise_conv2d
+from effnet_ops.reference.fused_mbconv import FusedStages, fused_mbconv
 from effnet_ops.reference.mbconv import Stages, drop_path_scale, mbconv
 from effnet_ops.reference.pointwise import pointwise_conv2d
 from effnet_ops.reference.squeeze_excite import squeeze_excite
@@ -15,6 +16,7 @@ from effnet_ops.reference.squeeze_excite import squeeze_excite
 __all__ = [
     "ACTIVATIONS",
     "GATES",
+    "FusedStages",
     "Stages",
     "activate",
     "batch_norm",
@@ -23,6 +25,7 @@ __all__ = [
     "convolution",
     "depthwise_conv2d",
     "drop_path_scale",
+    "fused_mbconv",
     "mbconv",
     "pad_unevenly",
     "pointwise_conv2d",

@@ -11,12 +11,13 @@ from effnet_ops.reference.activation import activate, compute_dtype
 
 
 def convolution(
-    x: Tensor, weight: Tensor, bias: Tensor, stride: Sequence[int], padding: Sequence[int], activation: str
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], activation: str
 ) -> Tensor:
     """activation(conv(x) + bias), x (N, Cin, H, W), weight (Cout, Cin, kh, kw), padding (top, bottom, left, right)."""
     dtype = compute_dtype(x.dtype)
     x_padded, sides = pad_unevenly(x.to(dtype), padding)
-    return activate(F.conv2d(x_padded, weight.to(dtype), bias.to(dtype), tuple(stride), sides), activation).to(x.dtype)
+    bias = None if bias is None else bias.to(dtype)
+    return activate(F.conv2d(x_padded, weight.to(dtype), bias, tuple(stride), sides), activation).to(x.dtype)
 
 
 def pad_unevenly(x: Tensor, padding: Sequence[int]) -> tuple[Tensor, tuple[int, int]]:

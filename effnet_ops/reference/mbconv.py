@@ -15,14 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from effnet_ops.params import BatchNormParams, ConvNormParams, SqueezeExciteParams
+from effnet_ops.params import ConvNormParams, SqueezeExciteParams
 from effnet_ops.reference.activation import activate, compute_dtype
-from effnet_ops.reference.batch_norm import batch_norm, batch_statistics
+from effnet_ops.reference.batch_norm import Statistics, normalise
 from effnet_ops.reference.depthwise import depthwise_conv2d
 from effnet_ops.reference.pointwise import pointwise_conv2d
 from effnet_ops.reference.squeeze_excite import squeeze_excite as squeeze_excite_reference
-
-Statistics = tuple[Tensor, Tensor]
 
 
 class Stages(NamedTuple):
@@ -60,41 +58,31 @@ def mbconv(
 
     ``drop_path`` (N,) multiplies each image's branch before the residual is added: 0 or 1 / keep probability.
     """
-    statistics: list[Statistics | None] = []
-
-    def finish(h: Tensor, conv: ConvNormParams) -> Tensor:
-        """The bias and the normalisation behind a convolution."""
-        params: BatchNormParams | None = conv.norm
-        if conv.bias is not None:
-            h = h + conv.bias.to(h.dtype)[:, None, None]
-        if params is None:
-            statistics.append(None)
-            return h
-        use_batch = training or params.running_mean is None
-        statistics.append(batch_statistics(h) if use_batch else None)
-        mean, variance = statistics[-1] or (params.running_mean.to(h.dtype), params.running_var.to(h.dtype))
-        weight, bias = (None if p is None else p.to(h.dtype) for p in (params.weight, params.bias))
-        return batch_norm(h, mean, variance, weight, bias, params.eps)
-
-    h, expanded, pooled = x.to(compute_dtype(x.dtype)), None, None
-    if expand is None:
-        statistics.append(None)
-    else:
+    h, expanded, pooled, expand_used = x.to(compute_dtype(x.dtype)), None, None, None
+    if expand is not None:
         expanded = pointwise_conv2d(h, expand.weight, None, None, "none")
-        h = activate(finish(expanded, expand), activation)
+        h, expand_used = normalise(expanded, expand, training)
+        h = activate(h, activation)
     convolved = depthwise_conv2d(h, depthwise.weight, None, stride, padding, (1, 1), "none")
-    h = activate(finish(convolved, depthwise), activation)
+    h, depthwise_used = normalise(convolved, depthwise, training)
+    h = activate(h, activation)
     if squeeze_excite is not None:
         pooled = h.mean((2, 3))
         inner = squeeze_excite.activation or activation
         h = squeeze_excite_reference(h, *squeeze_excite[:4], inner, gate)
     projected = pointwise_conv2d(h, project.weight, None, None, "none")
-    h = finish(projected, project)
+    h, project_used = normalise(projected, project, training)
+    y = join(x, h, drop_path, residual)
+    return Stages(y, [expand_used, depthwise_used, project_used], expanded, convolved, projected, pooled)
+
+
+def join(x: Tensor, branch: Tensor, drop_path: Tensor | None, residual: bool) -> Tensor:
+    """The end of a block: drop path, the residual x, and the dtype of x."""
     if drop_path is not None:
-        h = h * drop_path.to(h.dtype)[:, None, None, None]
+        branch = branch * drop_path.to(branch.dtype)[:, None, None, None]
     if residual:
-        h = h + x.to(h.dtype)
-    return Stages(h.to(x.dtype), statistics, expanded, convolved, projected, pooled)
+        branch = branch + x.to(branch.dtype)
+    return branch.to(x.dtype)
 
 
 def drop_path_scale(x: Tensor, rate: float) -> Tensor:

@@ -125,7 +125,7 @@ def count(
 
 
 def count_block(block: BlockSpec, size: int | tuple[int, int], *, dtype: torch.dtype = torch.float32) -> StageCount:
-    """What one MBConv block costs for one image whose input map has ``size`` pixels, padded by half the kernel."""
+    """What one block costs for one image whose input map has ``size`` pixels, padded by half the kernel."""
     layers = tuple(block_layers("block", "block", block, pair("size", size, 1), "symmetric"))
     return _stage_count("block", _layer_counts(layers, 1, dtype))
 
@@ -155,7 +155,8 @@ def _layer_count(layer: Layer, moved: Traffic, batch: int, itemsize: int) -> Lay
 
 def _stage_count(name: str, rows: tuple[LayerCount, ...]) -> StageCount:
     maps = [row for row in rows if row.kind in ("conv", "pointwise")]
-    blocks = sum(row.kind == "depthwise" for row in rows)
+    # Each block has one layer that is wider than a pixel, and no other stage has blocks.
+    blocks = sum(row.kind in ("depthwise", "conv") for row in rows if name != "stem")
     return StageCount(**_sum(rows), name=name, blocks=blocks, out_shape=maps[-1].out_shape)
 
 

@@ -347,9 +347,17 @@ def _part(model: EfficientNet, name: str) -> Callable[[Tensor], Tensor]:
     return model.get_submodule(name)
 
 
+class _StockConv2d(nn.Conv2d):
+    """PyTorch's convolution under a name that no fused block takes for its own."""
+
+
 def _make_stock(model: nn.Module) -> None:
-    """Give every block PyTorch's own depthwise convolution, with which it calls its children one by one."""
+    """Give every block PyTorch's own convolution, with which it calls its children one by one."""
     for module in list(model.modules()):
+        if isinstance(module, layers.FusedMBConv):
+            conv = module.conv_exp if module.expands else module.conv
+            if type(conv) is nn.Conv2d:
+                conv.__class__ = _StockConv2d
         if isinstance(module, layers.MBConv):
             conv = module.conv_dw
             padding = conv.padding

@@ -156,6 +156,7 @@ def scaled(base: str | ScaledSpec, factors: Axes, name: str | None = None) -> Sc
         depth=spec.depth * factors.depth,
         width=spec.width * factors.width,
         resolution=max(1, round(spec.resolution * factors.resolution)),
+        train_resolution=None,
         name=spec.name if name is None else name,
     )
 

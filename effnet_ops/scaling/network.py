@@ -99,16 +99,35 @@ def block_layers(stage: str, path: str, block: BlockSpec, size: tuple[int, int],
     """The layers of one block for an input map of ``size`` (height, width)."""
     out = conv_size(size, block.kernel_size, block.stride, padding)
     wide, k = block.expanded_channels, block.kernel_size
+    if block.block == "fused_mbconv":
+        yield from _fused_layers(stage, path, block, size, out)
+        return
     if block.expands:
         yield _pointwise(stage, f"{path}.conv_pw", block.in_channels, wide, size)
     yield Layer(stage, f"{path}.conv_dw", "depthwise", wide, wide, k, block.stride, wide, False, True, size, out)
-    if squeezed := block.se_channels:
-        for name, channels in (("conv_reduce", (wide, squeezed)), ("conv_expand", (squeezed, wide))):
-            yield Layer(
-                stage, f"{path}.se.{name}", "squeeze_excite", *channels, 1, 1, 1, True, False, (1, 1), (1, 1), False
-            )
+    yield from _gate(stage, path, wide, block.se_channels)
     project = "conv_pwl" if block.expands else "conv_pw"
     yield _pointwise(stage, f"{path}.{project}", wide, block.out_channels, out)._replace(residual=block.residual)
+
+
+def _fused_layers(
+    stage: str, path: str, block: BlockSpec, size: tuple[int, int], out: tuple[int, int]
+) -> Iterator[Layer]:
+    wide = block.expanded_channels if block.expands else block.out_channels
+    name = f"{path}.conv_exp" if block.expands else f"{path}.conv"
+    shape = block.in_channels, wide, block.kernel_size, block.stride
+    dense = Layer(stage, name, "conv", *shape, 1, False, True, size, out)
+    yield dense if block.expands else dense._replace(residual=block.residual)
+    yield from _gate(stage, path, wide, block.se_channels)
+    if block.expands:
+        project = _pointwise(stage, f"{path}.conv_pwl", wide, block.out_channels, out)
+        yield project._replace(residual=block.residual)
+
+
+def _gate(stage: str, path: str, wide: int, squeezed: int) -> Iterator[Layer]:
+    for name, channels in (("conv_reduce", (wide, squeezed)), ("conv_expand", (squeezed, wide))) if squeezed else ():
+        path_in = f"{path}.se.{name}"
+        yield Layer(stage, path_in, "squeeze_excite", *channels, 1, 1, 1, True, False, (1, 1), (1, 1), False)
 
 
 def _pointwise(stage: str, path: str, in_channels: int, out_channels: int, size: tuple[int, int]) -> Layer:

@@ -30,14 +30,20 @@ def traffic(layers: Iterable[Layer]) -> Iterator[Traffic]:
     Stock: a convolution reads its input and writes its output, a normalisation, an activation or a gate reads and
     writes a tensor, a pool reads one, a residual reads two and writes one. Fused: a product or convolution writes its
     activated output once; the expanded tensor is never in memory; the pool and the projection read the depthwise
-    convolution's output.
+    convolution's output. Of a Fused-MBConv block, training keeps the expansion, whose multiply-adds nobody repeats.
     """
     rows = list(layers)
     following = [*rows[1:], None]
-    wide, expanded_input = 0, 0
+    wide, expanded_input, projected = 0, 0, False
     for layer, after in zip(rows, following, strict=True):
         x, y = layer.in_channels * math.prod(layer.in_size), layer.activations
-        if layer.kind == "pointwise" and after is not None and after.kind == "depthwise":
+        if layer.kind == "conv" and layer.stage != "stem":
+            expands = layer.path.endswith("conv_exp")
+            in_tile = expands and after.kind == "pointwise"
+            wide, projected = y, in_tile
+            added = 0 if expands or not layer.residual else y
+            yield Traffic(x + 5 * y + 3 * added, x + (0 if in_tile else y) + added, x + 2 * y, x + y)
+        elif layer.kind == "pointwise" and after is not None and after.kind == "depthwise":
             kept = y if layer.in_channels > RECOMPUTED_UP_TO else 0
             expanded_input = x
             yield Traffic(x + 5 * y, x, x + 2 * y, x + kept)
@@ -50,7 +56,9 @@ def traffic(layers: Iterable[Layer]) -> Iterator[Traffic]:
             yield Traffic(wide, wide, 0, 0) if reduces else Traffic(2 * wide, 0, wide, 0)
         elif layer.kind == "pointwise" and layer.stage != "head":
             added = y if layer.residual else 0
-            yield Traffic(x + 3 * y + 3 * added, x + y + added, x + y, y)
+            read = 0 if projected else x
+            projected = False
+            yield Traffic(x + 3 * y + 3 * added, read + y + added, x + y, y)
         elif layer.kind == "linear":
             yield Traffic(x + y, x + y, x, x)
         else:

@@ -15,7 +15,9 @@ from effnet_ops.checks import padding_sides
 from effnet_ops.surgery.fused import (
     ACTIVATIONS,
     GATES,
+    AnyBlockPlan,
     BlockPlan,
+    FusedBlockPlan,
     FusedLayer,
     NotFusable,
     Part,
@@ -159,7 +161,7 @@ def _squeeze_excite(module: nn.Module, op: Op) -> SqueezeExcitePlan:
     return SqueezeExcitePlan(*convs, _activation(module, between), name)
 
 
-def block_plan(module: nn.Module, block: Block) -> BlockPlan:
+def block_plan(module: nn.Module, block: Block) -> AnyBlockPlan:
     """What runs instead of a block; raises `NotFusable` where a part is not what the operators compute."""
     conv, norm, behind = block.depthwise
     depthwise = _part(module, conv)
@@ -174,9 +176,11 @@ def block_plan(module: nn.Module, block: Block) -> BlockPlan:
         expand = (_pointwise(module, first), norms[1][0])
         if norms[0][1] != norms[1][1]:
             raise NotFusable(f"its activations differ: {norms[1][1]} and {norms[0][1]}")
-    last, last_norm, last_behind = block.project
+    last, last_norm, last_behind = block.project or (conv, None, ())
     after = "none"
-    project: tuple[nn.Conv2d, nn.Module | None] = (_pointwise(module, last), None)
+    project: tuple[nn.Conv2d, nn.Module | None] | None = (
+        None if block.project is None else (_pointwise(module, last), None)
+    )
     if last_norm is not None:
         norms.append(_norm(module, last, last_norm, last_behind))
         project, after = (project[0], norms[-1][0]), norms[-1][1]
@@ -186,30 +190,24 @@ def block_plan(module: nn.Module, block: Block) -> BlockPlan:
     steps, drop = _steps(module, block, after)
     residual = block.shortcut is not None and steps is None
     channels = (depthwise.module if expand is None else expand[0]).in_channels
-    if residual and project[0].out_channels != channels:
-        raise NotFusable(f"its residual has {channels} channels and {last.path} {project[0].out_channels}")
+    out_channels = (depthwise.module if project is None else project[0]).out_channels
+    if residual and out_channels != channels:
+        raise NotFusable(f"its residual has {channels} channels and {last.path} {out_channels}")
     stride = convolution_pair(depthwise, "stride")
     kernel = convolution_pair(depthwise, "kernel_size")
     if residual and not callable(padding) and not _keeps_size(kernel, stride, padding):
         raise NotFusable("its residual has another size than its result")
-    return BlockPlan(
-        expand,
-        (depthwise.module, norms[0][0]),
-        excite,
-        project,
-        stride,
-        padding,
-        norms[0][1],
-        residual,
-        after,
-        functional.MBConvInference(),
-        drop,
-        steps,
-    )
+    settings = excite, project, stride, padding, norms[0][1], residual, after
+    dense_or_depthwise = depthwise.module, norms[0][0]
+    if not block.fused:
+        return BlockPlan(expand, dense_or_depthwise, *settings, functional.MBConvInference(), drop, steps)
+    if depthwise.module.groups != 1:
+        raise NotFusable(f"{conv.path} has {depthwise.module.groups} groups, not a dense convolution")
+    return FusedBlockPlan(dense_or_depthwise, *settings, functional.FusedMBConvInference(), drop, steps)
 
 
 def _keeps_size(kernel: tuple[int, int], stride: tuple[int, int], padding: Any) -> bool:
-    """Whether a depthwise convolution gives images of the size that it takes."""
+    """Whether a convolution gives images of the size that it takes."""
     if stride != (1, 1) or padding == "same":
         return stride == (1, 1)
     top, bottom, left, right = padding_sides(padding)
@@ -273,7 +271,7 @@ def settings_of(module: nn.Module) -> list[str]:
     return [name for name, _ in _form(module).parts[0][4]]
 
 
-def described_block(module: nn.Module) -> BlockPlan:
+def described_block(module: nn.Module) -> AnyBlockPlan:
     """What runs instead of a block in its mode; raises `NotFusable` where there is nothing."""
     match = match_of(module)
     if not isinstance(match, Block):
@@ -334,18 +332,21 @@ class Recognised(FusedLayer):
 
 
 class FusedBlock(Recognised):
-    """An MBConv block."""
+    """An MBConv or Fused-MBConv block."""
 
     kind = "block"
 
     @classmethod
-    def describe(cls, module: nn.Module) -> BlockPlan:
+    def describe(cls, module: nn.Module) -> AnyBlockPlan:
         return described_block(module)
 
     def run(self, x: Tensor, rate: float | None = None) -> Tensor | None:
         """The block's output for x, or None where only the stock forward is right."""
-        plan: BlockPlan | None = self.plan(x)
+        plan: AnyBlockPlan | None = self.plan(x)
         if plan is None or plan.mixed():
+            return None
+        if x.is_cuda and isinstance(plan, FusedBlockPlan):
+            # There are no kernels of ours for it yet, and PyTorch's are faster than the reference.
             return None
         return plan.run(x, rate)
 

@@ -29,12 +29,13 @@ from effnet_ops.reference import compute_dtype
 from effnet_ops.surgery.around import NETWORKS
 from effnet_ops.surgery.blocks import check_modes, described_block, settings_of
 from effnet_ops.surgery.casting import cast, cast_input
-from effnet_ops.surgery.folding import Block, BlockSequence, Product, calls, convolution, fold
+from effnet_ops.surgery.folding import Block, BlockSequence, FusedBlock, Product, calls, convolution, fold
 from effnet_ops.surgery.fused import (
     CHAINS,
     CONVOLUTIONS,
     NORMS,
     SEQUENCES,
+    AnyBlockPlan,
     BlockPlan,
     NotFusable,
     Part,
@@ -282,7 +283,7 @@ def _check_part(part: Part) -> None:
 
 
 class FoldedMBConv(Folded):
-    """An MBConv block as one operator, without normalisations and without drop path."""
+    """An MBConv or Fused-MBConv block as one operator, without normalisations and without drop path."""
 
     form: ClassVar[Form | None] = None
 
@@ -332,7 +333,7 @@ class FoldedMBConv(Folded):
         return self._fold()(x)
 
     @classmethod
-    def describe(cls, module: nn.Module) -> BlockPlan:
+    def describe(cls, module: nn.Module) -> AnyBlockPlan:
         return described_block(module)
 
     def _stock_forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -342,25 +343,25 @@ class FoldedMBConv(Folded):
         with backends.use_backend("reference") if own else contextlib.nullcontext():
             return self.stock.forward(self, *args, **kwargs)
 
-    def make(self) -> Block:
+    def make(self) -> Block | FusedBlock:
         block_stages(self)
         return self._fold()
 
-    def _fold(self) -> Block:
+    def _fold(self) -> Block | FusedBlock:
         return self._fold_own() if _is_own(self.stock) else self._fold_planned()
 
     def _folded(self, *params: ConvNormParams | None) -> list[ConvNormParams | None]:
         dtype = compute_dtype(self.dtype())
         return [None if conv is None else fold(conv, dtype) for conv in params]
 
-    def _fold_planned(self) -> Block:
+    def _fold_planned(self) -> Block | FusedBlock:
         plan = described_block(self)
-        stages = (plan.expand, plan.depthwise, plan.project)
-        expand, depthwise, project = self._folded(*(stage and conv_norm_params(*stage) for stage in stages))
+        fused = not isinstance(plan, BlockPlan)
+        stages = (plan.expand, plan.project) if fused else (plan.expand, plan.depthwise, plan.project)
+        *convs, project = self._folded(*(stage and conv_norm_params(*stage) for stage in stages))
         squeeze_excite = plan.squeeze_excite
-        return Block(
-            expand,
-            depthwise,
+        return (FusedBlock if fused else Block)(
+            *convs,
             squeeze_excite and squeeze_excite.params(),
             project,
             self.dtype(),
@@ -372,12 +373,11 @@ class FoldedMBConv(Folded):
             after=plan.after,
         )
 
-    def _fold_own(self) -> Block:
-        expand, depthwise, squeeze_excite, project, conv, _ = self._groups()
-        expand, depthwise, project = self._folded(expand, depthwise, project)
-        return Block(
-            expand,
-            depthwise,
+    def _fold_own(self) -> Block | FusedBlock:
+        *convs, squeeze_excite, project, conv, _ = self._groups()
+        *convs, project = self._folded(*convs, project)
+        return (FusedBlock if issubclass(self.stock, layers.FusedMBConv) else Block)(
+            *convs,
             squeeze_excite,
             project,
             self.dtype(),
@@ -390,7 +390,7 @@ class FoldedMBConv(Folded):
 
 
 def _is_own(stock: type[nn.Module]) -> bool:
-    return issubclass(stock, layers.MBConv)
+    return issubclass(stock, (layers.MBConv, layers.FusedMBConv))
 
 
 def _with_form(block: FoldedMBConv) -> None:
@@ -400,7 +400,7 @@ def _with_form(block: FoldedMBConv) -> None:
 
 
 def block_stages(block: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
-    """(convolution, normalisation) of each stage; raises `NotFusable` where the block is not exactly MBConv."""
+    """(convolution, normalisation) of each stage; raises `NotFusable` where it is not exactly a block."""
     stock = stock_class(block)
     check_own("it", stock)
     for name, inner in block.named_modules():

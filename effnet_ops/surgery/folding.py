@@ -213,7 +213,69 @@ def _is_pointwise(part: Part) -> bool:
         return False
 
 
-class Block(_Packed):
+class _Block(_Packed):
+    """Base of the blocks: ``_call`` is that of the packed operator, without x."""
+
+    _call: Any
+    after: str
+    depths: dict[str, int]
+    """Of the products by name: how many terms each has."""
+
+    def _products(
+        self,
+        squeeze_excite: SqueezeExciteParams | None,
+        project: ConvNormParams | None,
+        wide: torch.dtype,
+        dtype: torch.dtype,
+    ) -> tuple[PackedConv | None, PackedConv | None, PackedConv | None]:
+        """reduce, excite and project, packed; ``wide`` is the dtype of sums for activations of ``dtype``."""
+        reduce = excite = None
+        if squeeze_excite is not None:
+            # The gate is computed in fp32 (fp64 for fp64), as the pool is that it comes from.
+            reduce, excite = (fold(ConvNormParams(*squeeze_excite[at : at + 2]), wide) for at in (0, 2))
+        packed_ = (self._product("reduce", reduce, wide), self._product("excite", excite, wide))
+        return *packed_, self._product("project", project, dtype)
+
+    def _product(self, name: str, conv: ConvNormParams | None, dtype: torch.dtype) -> PackedConv | None:
+        if conv is None:
+            return None
+        rows = conv.weight.flatten(1)
+        self.depths[name] = rows.shape[1]
+        return PackedConv(_packed_product(rows, dtype), conv.bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self._run_packed(x) if self.runs_packed(x, self._weight()) else self._run_plain(x)
+        return y if self.after == "none" else activate(y, self.after)
+
+    def _weight(self) -> Tensor:
+        """That of the k x k convolution."""
+        raise NotImplementedError
+
+    def _run_packed(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _run_plain(self, x: Tensor) -> Tensor:
+        """The block by its public function, on whatever backend that chooses."""
+        raise NotImplementedError
+
+    def _conv(self, name: str) -> ConvNormParams | None:
+        conv = getattr(self._call, name)
+        if conv is None:
+            return None
+        return ConvNormParams(_plain_product(conv.weight, len(conv.bias), self.depths[name]), conv.bias)
+
+    def _squeeze_excite(self) -> SqueezeExciteParams | None:
+        reduce, excite = self._conv("reduce"), self._conv("excite")
+        return None if reduce is None else SqueezeExciteParams(*reduce[:2], *excite[:2], self._call.squeeze_activation)
+
+    def _settings(self) -> dict[str, Any]:
+        """Those of the public function."""
+        call = self._call
+        settings = {"activation": call.activation, "gate": call.gate, "residual": call.residual, "training": False}
+        return {"stride": call.stride, "padding": call.padding or "same", **settings}
+
+
+class Block(_Block):
     """An MBConv block without normalisations and without drop path, from folded convolutions.
 
     On the CPU weights are packed, that of the depthwise convolution as (kh, kw, C). ``after`` is an activation behind
@@ -239,18 +301,12 @@ class Block(_Packed):
         wide, cpu = depthwise.weight.dtype, _on_cpu(depthwise.weight)
         self.after, self.depths = after, {}
         self.channels = (depthwise if expand is None else expand).weight.shape[0 if expand is None else 1]
-        reduce = excite = None
-        if squeeze_excite is not None:
-            # The gate is computed in fp32 (fp64 for fp64), as the pool is that it comes from.
-            reduce, excite = (fold(ConvNormParams(*squeeze_excite[at : at + 2]), wide) for at in (0, 2))
         filters = packing.pack_depthwise(depthwise.weight) if cpu else depthwise.weight
         self._call = packed.PackedBlockCall(
             None,
             self._product("expand", expand, dtype),
             PackedConv(filters, depthwise.bias),
-            self._product("reduce", reduce, wide),
-            self._product("excite", excite, wide),
-            self._product("project", project, dtype),
+            *self._products(squeeze_excite, project, wide, dtype),
             tuple(stride),
             padding_sides(padding),
             residual,
@@ -259,52 +315,74 @@ class Block(_Packed):
             gate,
         )
 
-    def _product(self, name: str, conv: ConvNormParams | None, dtype: torch.dtype) -> PackedConv | None:
-        if conv is None:
-            return None
-        rows = conv.weight.flatten(1)
-        self.depths[name] = rows.shape[1]
-        return PackedConv(_packed_product(rows, dtype), conv.bias)
+    def _weight(self) -> Tensor:
+        return self._call.depthwise.weight
 
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.runs_packed(x, self._call.depthwise.weight):
-            y = packed.mbconv(self._call._replace(x=x))
-        else:
-            y = self._run_plain(x)
-        return y if self.after == "none" else activate(y, self.after)
-
-    def _conv(self, name: str) -> ConvNormParams | None:
-        conv = getattr(self._call, name)
-        if conv is None:
-            return None
-        return ConvNormParams(_plain_product(conv.weight, len(conv.bias), self.depths[name]), conv.bias)
+    def _run_packed(self, x: Tensor) -> Tensor:
+        return packed.mbconv(self._call._replace(x=x))
 
     def _run_plain(self, x: Tensor) -> Tensor:
-        """The block by `effnet_ops.mbconv`, on whatever backend that chooses."""
-        call, reduce, excite, squeeze_excite = self._call, self._conv("reduce"), self._conv("excite"), None
-        if reduce is not None:
-            squeeze_excite = SqueezeExciteParams(*reduce[:2], *excite[:2], call.squeeze_activation)
-        filters, bias = call.depthwise
+        filters, bias = self._call.depthwise
         filters = packing.unpack_depthwise(filters) if _on_cpu(filters) else filters
-        return functional.mbconv(
-            x,
-            self._conv("expand"),
-            ConvNormParams(filters, bias),
-            squeeze_excite,
-            self._conv("project"),
-            stride=call.stride,
-            padding=call.padding or "same",
-            activation=call.activation,
-            gate=call.gate,
-            residual=call.residual,
-            training=False,
+        convs = self._conv("expand"), ConvNormParams(filters, bias)
+        return functional.mbconv(x, *convs, self._squeeze_excite(), self._conv("project"), **self._settings())
+
+
+class FusedBlock(_Block):
+    """A Fused-MBConv block without normalisations and without drop path, from folded convolutions, as `Block`.
+
+    On the CPU the dense convolution is packed, too. The settings are as `effnet_ops.fused_mbconv` takes them.
+    """
+
+    def __init__(
+        self,
+        expand: ConvNormParams,
+        squeeze_excite: SqueezeExciteParams | None,
+        project: ConvNormParams | None,
+        dtype: torch.dtype,
+        *,
+        stride: Sequence[int],
+        padding: functional.Padding,
+        activation: str,
+        gate: str,
+        residual: bool,
+        after: str = "none",
+    ) -> None:
+        super().__init__()
+        self.after, self.depths, weight = after, {}, expand.weight
+        _, self.channels, *kernel = weight.shape
+        filters = weight.to(product_dtype(dtype))
+        self._call = packed.FusedPackedCall(
+            None,
+            PackedConv(packing.pack_convolution(filters) if _on_cpu(filters) else filters, expand.bias),
+            *self._products(squeeze_excite, project, weight.dtype, dtype),
+            tuple(kernel),
+            tuple(stride),
+            padding_sides(padding),
+            residual,
+            activation,
+            (squeeze_excite.activation if squeeze_excite else None) or activation,
+            gate,
         )
+
+    def _weight(self) -> Tensor:
+        return self._call.expand.weight
+
+    def _run_packed(self, x: Tensor) -> Tensor:
+        return packed.fused_mbconv(self._call._replace(x=x))
+
+    def _run_plain(self, x: Tensor) -> Tensor:
+        filters, bias = self._call.expand
+        if _on_cpu(filters):
+            filters = packing.unpack_convolution(filters, len(bias), self.channels, self._call.kernel)
+        expand = ConvNormParams(filters, bias)
+        return functional.fused_mbconv(x, expand, self._squeeze_excite(), self._conv("project"), **self._settings())
 
 
 class BlockSequence:
     """Blocks one after the other: one call, which saves the Python around each of them."""
 
-    def __init__(self, blocks: Sequence[Block]) -> None:
+    def __init__(self, blocks: Sequence[_Block]) -> None:
         self._blocks = list(blocks)
         self._prepared = PreparedCalls()
 

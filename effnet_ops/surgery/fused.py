@@ -102,20 +102,21 @@ class BlockPlan(NamedTuple):
     activation: str
     residual: bool
     after: str
-    inference: functional.MBConvInference
+    inference: functional.BlockInference
     drop: nn.Module | Callable[..., Tensor] | None = None
     steps: Steps | None = None
 
+    function = staticmethod(functional.mbconv)
+
     def stages(self) -> list[tuple[nn.Conv2d, nn.Module | None]]:
-        return [stage for stage in (self.expand, self.depthwise, self.project) if stage is not None]
+        """What there is of them, the depthwise one first."""
+        return [stage for stage in (self.depthwise, self.project, self.expand) if stage is not None]
 
     def mixed(self) -> bool:
-        """Whether some normalisations train and others do not; `effnet_ops.mbconv` has one flag for all."""
-        training = trains(self.depthwise[1])
-        for stage in (self.project, self.expand):
-            if stage is not None and stage[1] is not None and trains(stage[1]) is not training:
-                return True
-        return False
+        """Whether some normalisations train and others do not; the functions have one flag for all."""
+        first, *others = self.stages()
+        training = trains(first[1])
+        return any(norm is not None and trains(norm) is not training for _, norm in others)
 
     def run(self, x: Tensor, rate: float | None = None) -> Tensor:
         """The block's output for x; ``rate`` is the drop rate of this call, where the block takes one."""
@@ -126,11 +127,11 @@ class BlockPlan(NamedTuple):
 
     def _run(self, x: Tensor, drop_path: Tensor | None) -> Tensor:
         gate = "sigmoid" if self.squeeze_excite is None else self.squeeze_excite.gate
-        training, padding = trains(self.depthwise[1]), self.padding
+        training, padding = trains(self.stages()[0][1]), self.padding
         if callable(padding):
             padding = padding(x)
         if training or drop_path is not None or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            y = functional.mbconv(
+            y = self.function(
                 x,
                 *self._params(),
                 stride=self.stride,
@@ -156,12 +157,9 @@ class BlockPlan(NamedTuple):
         )
 
     def _state(self) -> list[Any]:
-        """All that `_params` reads, the depthwise weight first."""
+        """All that `_params` reads, the weight of the k x k convolution first."""
         state: list[Any] = []
-        for stage in (self.depthwise, self.project, self.expand):
-            if stage is None:
-                continue
-            conv, norm = stage
+        for conv, norm in self.stages():
             if norm is None:
                 state += parameter(conv, "weight"), parameter(conv, "bias")
                 continue
@@ -172,6 +170,40 @@ class BlockPlan(NamedTuple):
             for conv in self.squeeze_excite[:2]:
                 state += parameter(conv, "weight"), parameter(conv, "bias")
         return state
+
+
+class FusedBlockPlan(NamedTuple):
+    """A Fused-MBConv block, as `BlockPlan`: ``expand`` is its dense convolution; ``project`` may be missing."""
+
+    expand: tuple[nn.Conv2d, nn.Module]
+    squeeze_excite: SqueezeExcitePlan | None
+    project: tuple[nn.Conv2d, nn.Module | None] | None
+    stride: tuple[int, int]
+    padding: functional.Padding | Callable[[Tensor], functional.Padding]
+    activation: str
+    residual: bool
+    after: str
+    inference: functional.BlockInference
+    drop: nn.Module | Callable[..., Tensor] | None = None
+    steps: Steps | None = None
+
+    function = staticmethod(functional.fused_mbconv)
+    mixed, run, _run, _state = BlockPlan.mixed, BlockPlan.run, BlockPlan._run, BlockPlan._state
+
+    def stages(self) -> list[tuple[nn.Conv2d, nn.Module | None]]:
+        """What there is of them, the dense one first."""
+        return [self.expand] if self.project is None else [self.expand, self.project]
+
+    def _params(self) -> tuple[Any, ...]:
+        """expand, squeeze_excite and project as `effnet_ops.fused_mbconv` takes them."""
+        return (
+            conv_norm_params(*self.expand),
+            None if self.squeeze_excite is None else self.squeeze_excite.params(),
+            None if self.project is None else conv_norm_params(*self.project),
+        )
+
+
+AnyBlockPlan = BlockPlan | FusedBlockPlan
 
 
 def parameter(module: nn.Module, name: str) -> Tensor | None:
@@ -533,7 +565,7 @@ class _CachedPlan(Structure):
         # PyTorch's "same" goes by the size of the weight.
         self._kernels = [(m, parameter(m, "weight").shape) for m in convs if isinstance(m.padding, str)]
         self.plan = plan = describe_or_none(layer)
-        stages = plan.stages() if isinstance(plan, BlockPlan) else ()
+        stages = plan.stages() if isinstance(plan, AnyBlockPlan) else ()
         # Of parameters, all others are read at each call.
         self._without_bias = [conv._parameters for conv, norm in stages if norm is not None]
 

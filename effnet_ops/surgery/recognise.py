@@ -6,6 +6,8 @@ A module of any library, or of the user, is an MBConv block where its forward is
     [pool, 1x1 convolution, activation, 1x1 convolution, gate, product,] 1x1 convolution, [norm, activation,]
     [steps,] [+ x, or + steps of x]
 
+or without the depthwise convolution and with a dense one in place of the first, as Fused-MBConv (`FUSED_BLOCKS`);
+
 where a step is a module that is called with the one tensor, such as a norm before the block or dropout behind it: that
 one stays what it is. Everything in the trace has to be accounted for, and nothing inside may be used a second time. The
 same holds for squeeze-and-excitation alone. What cannot be traced or does not match is refused, with the reason.
@@ -81,6 +83,10 @@ DROP_PATHS: set[Any] = set()
 
 A function takes ``training``, and its rate as ``p`` or ``drop_connect_rate``."""
 
+FUSED_BLOCKS: set[type[nn.Module]] = set()
+"""Classes whose modules may be Fused-MBConv blocks. A dense convolution and a 1x1 one behind it stand in many networks,
+which nobody wants to see reported as blocks."""
+
 PADDINGS: set[Callable[..., Any]] = set()
 """Functions of an image, ``kernel_size`` and ``stride`` that give what `torch.nn.functional.pad` shall pad it by."""
 
@@ -155,16 +161,21 @@ class Op(NamedTuple):
 
 
 class Block(NamedTuple):
-    """The parts of an MBConv block; a stage is (convolution, normalisation or None, what is called behind it)."""
+    """The parts of an MBConv block; a stage is (convolution, normalisation or None, what is called behind it).
+
+    Where ``fused``, it is a Fused-MBConv block: the stage ``depthwise`` has its dense convolution, nothing is in front
+    of that, and there may be no projection.
+    """
 
     before: tuple[Op, ...]
     expand: tuple[Op, Op, tuple[Op, ...]] | None
     pads: tuple[Op, ...]
     depthwise: tuple[Op, Op, tuple[Op, ...]]
     excite: Op | None
-    project: tuple[Op, Op | None, tuple[Op, ...]]
+    project: tuple[Op, Op | None, tuple[Op, ...]] | None
     after: tuple[Op, ...]
     shortcut: tuple[Op, ...] | None
+    fused: bool = False
 
 
 class Form:
@@ -791,8 +802,12 @@ def is_depthwise(conv: Any) -> bool:
 def _block(module: nn.Module, chain: list[Op], shortcut: tuple[Op, ...] | None) -> Block:
     """The parts of a block in a chain of operations."""
     at = [i for i, op in enumerate(chain) if op.kind == "conv" and is_depthwise(submodule(module, op.path))]
-    if not at:
+    dense = [i for i, op in enumerate(chain) if op.kind == "conv"][:1]
+    fused = not at and may_be_fused(module) and submodule(module, chain[dense[0]].path).groups == 1 if dense else False
+    if not at and not fused:
         raise NotFusable(_without_depthwise(module, chain))
+    if fused:
+        at = dense
     before, expand, pads = [], None, []
     for middle in at:
         start = middle
@@ -815,17 +830,27 @@ def _block(module: nn.Module, chain: list[Op], shortcut: tuple[Op, ...] | None) 
     norm, rest = rest[0], rest[1:]
     activations, rest = _activations(module, rest)
     excite = rest.pop(0) if rest and rest[0].kind == "excite" else None
-    if not rest or rest[0].kind != "conv":
+    project = None
+    if rest and rest[0].kind == "conv":
+        last, rest = rest[0], rest[1:]
+        last_norm = rest.pop(0) if rest and rest[0].kind == "norm" else None
+        behind, rest = _activations(module, rest) if last_norm is not None else ((), rest)
+        project = last, last_norm, behind
+    elif not fused:
         raise NotFusable(_not_a_projection(module, rest))
-    project, rest = rest[0], rest[1:]
-    project_norm = rest.pop(0) if rest and rest[0].kind == "norm" else None
-    last, rest = _activations(module, rest) if project_norm is not None else ((), rest)
     depthwise = (conv, norm, activations)
     if sum(any(_draws(module, op) for op in ops) for ops in (before, rest, shortcut or ())) > 1:
         raise NotFusable("it draws random numbers in front of the block and behind it")
-    return Block(
-        tuple(before), expand, tuple(pads), depthwise, excite, (project, project_norm, last), tuple(rest), shortcut
-    )
+    return Block(tuple(before), expand, tuple(pads), depthwise, excite, project, tuple(rest), shortcut, fused)
+
+
+def may_be_fused(module: nn.Module) -> bool:
+    """Whether a module is of a class that may be a Fused-MBConv block, and begins as one."""
+    cls = stock_class(module)
+    if cls not in FUSED_BLOCKS and cls not in _registered:
+        return False
+    convs = _convolutions(module)
+    return bool(convs) and convs[0].groups == 1 and not _is_small(convs[0]) and all(map(_is_small, convs[1:]))
 
 
 def _draws(module: nn.Module, op: Op) -> bool:
@@ -875,6 +900,8 @@ def _not_a_projection(module: nn.Module, rest: list[Op]) -> str:
 def likely_kind(module: nn.Module) -> str:
     """What a module may be, by the convolutions inside it: "block", "squeeze_excite", or "" for neither."""
     convs = _convolutions(module)
+    if may_be_fused(module):
+        return "block"
     if is_sequence(module) and any(len(_convolutions(child)) == len(convs) for child in module.children()):
         # The child is what is looked for.
         return ""
@@ -893,7 +920,12 @@ def _is_nearly_depthwise(conv: nn.Conv2d) -> bool:
 
 
 def looks_like_block(module: nn.Module) -> bool:
-    """Whether a depthwise convolution stands between two 1x1 convolutions in a module that is more than a sequence."""
+    """Whether a depthwise convolution stands between two 1x1 convolutions in a module that is more than a sequence.
+
+    Or its class says it.
+    """
+    if may_be_fused(module):
+        return True
     convs = _convolutions(module)
     pointwise = [i for i, conv in enumerate(convs) if conv.groups == 1 and _is_small(conv)]
     between = convs[pointwise[0] : pointwise[-1]] if pointwise else []

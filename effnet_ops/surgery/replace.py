@@ -42,7 +42,7 @@ _KINDS = {
     "depthwise": "depthwise convolutions",
     "squeeze_excite": "squeeze-and-excitation layers",
 }
-_OWN = {"MBConv": "block", "DepthwiseConv2d": "depthwise", "SqueezeExcite": "squeeze_excite"}
+_OWN = {"MBConv": "block", "FusedMBConv": "block", "DepthwiseConv2d": "depthwise", "SqueezeExcite": "squeeze_excite"}
 _NAMES_SHOWN = 4
 _SQUEEZES = re.compile("squeeze|^SE|SE$|SELayer|SEModule|SEBlock", re.IGNORECASE)
 

@@ -12,7 +12,7 @@ from effnet_ops.surgery.around import NETWORKS
 from effnet_ops.surgery.folded import METHODS
 from effnet_ops.surgery.fused import ACTIVATIONS, CHAINS, UNSUPPORTED
 from effnet_ops.surgery.generic import register_convolution
-from effnet_ops.surgery.recognise import DROP_PATHS, GATE_FUNCTIONS
+from effnet_ops.surgery.recognise import DROP_PATHS, FUSED_BLOCKS, GATE_FUNCTIONS
 
 ACTIVATIONS.update(
     {
@@ -44,10 +44,5 @@ GATE_FUNCTIONS += [
     (activations_me.hard_sigmoid_me, "hard_sigmoid"),
     (activations_jit.hard_sigmoid_jit, "hard_sigmoid"),
 ]
-
-UNSUPPORTED.update(
-    {
-        blocks.EdgeResidual: "EdgeResidual (FusedMBConv) is not fused as a block",
-        blocks.CondConvResidual: "CondConvResidual chooses its weights for each image",
-    }
-)
+FUSED_BLOCKS.update((blocks.ConvBnAct, blocks.EdgeResidual))
+UNSUPPORTED[blocks.CondConvResidual] = "CondConvResidual chooses its weights for each image"

@@ -25,7 +25,7 @@ from effnet_ops.surgery.fused import (
     is_average,
 )
 from effnet_ops.surgery.generic import register_convolution
-from effnet_ops.surgery.recognise import DROP_PATHS
+from effnet_ops.surgery.recognise import DROP_PATHS, FUSED_BLOCKS
 
 ACTIVATIONS.update(
     {
@@ -69,12 +69,8 @@ METHODS.update(
 NETWORKS.update((efficientnet.EfficientNet, efficientnet.EfficientNetFeatures))
 NETWORKS.update((mobilenetv3.MobileNetV3, mobilenetv3.MobileNetV3Features))
 
-UNSUPPORTED.update(
-    {
-        blocks.EdgeResidual: "EdgeResidual (FusedMBConv) is not fused as a block",
-        blocks.CondConvResidual: "CondConvResidual chooses its weights for each image",
-    }
-)
+FUSED_BLOCKS.update((blocks.ConvBnAct, blocks.EdgeResidual))
+UNSUPPORTED[blocks.CondConvResidual] = "CondConvResidual chooses its weights for each image"
 
 
 class FoldedSelectPool(FoldedPool):
