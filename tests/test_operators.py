@@ -147,6 +147,11 @@ SCHEMAS = {
     "mbconv_inference": (_MBCONV, 1),
     "mbconv_training": (f"{_MBCONV}, bool save_expanded", 11),
     "mbconv_backward": (f"Tensor grad, {_MBCONV}, {_SAVED}, bool[] needs", 14),
+    "mbconv_sync_training": (f"{_MBCONV}, bool save_expanded, str process_group", 12),
+    "mbconv_sync_backward": (
+        f"Tensor grad, {_MBCONV}, {_SAVED}, Tensor counts, str process_group, bool[] needs",
+        14,
+    ),
     "batch_norm_inference": (
         "Tensor x, Tensor gamma, Tensor? beta, Tensor mean, Tensor var, float eps, str activation",
         1,

@@ -39,7 +39,7 @@ class ProjectBackward {
 
     // Fills `wide`, [pixels][channels], with z̄.
     void operator()(A* wide) const {
-        const NormGradient<A> norm_gradient(norm3_, steps_.is_batch(steps_.saved.project), steps_.pixels_out, sums3_);
+        const NormGradient<A> norm_gradient(norm3_, steps_.saved.project, steps_.pixels_out, sums3_);
         const Weights<A> weights = Weights<A>::columns(steps_.weights(steps_.block.project), out_, channels_);
         A* const weight_gradient = static_cast<A*>(grads_.project.weight);
         const WeightSums<A> weight_sums(weight_gradient == nullptr ? 0 : pieces_.parts, out_, channels_);
@@ -385,14 +385,15 @@ class MadeExpandBackward {
           scaled_(channels_ * in_),
           mean_t_(zeros<double>(channels_)),
           slope_(zeros<double>(channels_)),
-          scale_(norm.scale()) {
-        const bool batch = norm.normalises && steps.is_batch(steps.saved.expand);
-        for (int64_t c = 0; c < channels_; ++c) {
-            if (batch) {
-                mean_t_[c] = double(sums.shift[c]) / double(steps.pixels_in);
-                slope_[c] = double(norm.rstd()[c]) * double(sums.scale[c]) / double(steps.pixels_in);
-            }
+          scale_(norm.scale()),
+          shared_mean_(steps.saved.expand.processes == nullptr ? nullptr : norm.mean()) {
+        for (int64_t c = 0; c < channels_; ++c)
             for (int64_t j = 0; j < in_; ++j) scaled_[c * in_ + j] = scale_[c] * weight_[c * in_ + j];
+        if (!norm.normalises || !steps.is_batch(steps.saved.expand)) return;
+        const NormMeans<A> means(steps.saved.expand, channels_, steps.pixels_in, sums);
+        for (int64_t c = 0; c < channels_; ++c) {
+            mean_t_[c] = means.shift(c);
+            slope_[c] = double(norm.rstd()[c]) * means.scale(c);
         }
     }
 
@@ -446,8 +447,14 @@ class MadeExpandBackward {
                 for (int64_t j = 0; j < in_; ++j) matrix[k * in_ + j] = A(-row[j]);
             }
         });
-        for (int64_t k = 0; k < in_; ++k)
-            for (int64_t j = 0; j < in_; ++j) bias[j] += moments_.mean()[k] * rows[k * in_ + j];
+        // The mean of x that all processes have is not known, but what W1 makes of it.
+        if (shared_mean_ == nullptr)
+            for (int64_t k = 0; k < in_; ++k)
+                for (int64_t j = 0; j < in_; ++j) bias[j] += moments_.mean()[k] * rows[k * in_ + j];
+        else
+            for (int64_t c = 0; c < channels_; ++c)
+                for (int64_t j = 0; j < in_; ++j)
+                    bias[j] += double(shared_mean_[c]) * slope_[c] * double(scaled_[c * in_ + j]);
         for (int64_t c = 0; c < channels_; ++c)
             for (int64_t j = 0; j < in_; ++j) bias[j] -= mean_t_[c] * double(scaled_[c * in_ + j]);
         Weights<A> made = Weights<A>::columns(matrix, in_, in_);
@@ -463,6 +470,13 @@ class MadeExpandBackward {
                 for (int64_t k = 0; k < in_; ++k)
                     for (int64_t j = 0; j < in_; ++j)
                         deviations[j] += double(weight_[c * in_ + k]) * moments_.products(k)[j];
+                if (shared_mean_ != nullptr) {
+                    // Deviations are from the mean of all processes, the products from that of this one.
+                    double offset = -double(shared_mean_[c]);
+                    for (int64_t k = 0; k < in_; ++k) offset += double(weight_[c * in_ + k]) * moments_.mean()[k];
+                    offset *= double(steps_.pixels_in);
+                    for (int64_t j = 0; j < in_; ++j) deviations[j] += offset * moments_.mean()[j];
+                }
                 for (int64_t j = 0; j < in_; ++j) {
                     const double sum = mean_t_[c] * moments_.mean()[j] * double(steps_.pixels_in);
                     A& at = weight_gradient[c * in_ + j];
@@ -489,7 +503,7 @@ class MadeExpandBackward {
     const A* const weight_;
     const Buffer<A> scaled_;
     const Buffer<double> mean_t_, slope_;
-    const A* const scale_;
+    const A *const scale_, *const shared_mean_;  // of a1; null where one process has all values
 };
 
 }  // namespace
@@ -519,7 +533,7 @@ void mbconv_backward(const Block& block, const void* grad, const void* x, const 
     project.norm_sums(pool_gradient, sums2);
 
     // B4
-    const NormGradient<A> gradient2(norm2, steps.is_batch(saved.depthwise), steps.pixels_out, sums2);
+    const NormGradient<A> gradient2(norm2, saved.depthwise, steps.pixels_out, sums2);
     const StageConvolvedGradient<T> stage_gradient{steps, norm2, gradient2, wide, gates, pool_gradient};
     A* const filter_gradient = static_cast<A*>(grads.depthwise.weight);
     if (!steps.expands) {
@@ -555,7 +569,7 @@ void mbconv_backward(const Block& block, const void* grad, const void* x, const 
         return MadeExpandBackward<T>(steps, x, norm1, sums1)(
             activated_gradient, block.residual ? static_cast<const T*>(grad) : nullptr, static_cast<T*>(grads.x),
             static_cast<A*>(grads.expand.weight));
-    const NormGradient<A> gradient1(norm1, steps.is_batch(saved.expand), steps.pixels_in, sums1);
+    const NormGradient<A> gradient1(norm1, saved.expand, steps.pixels_in, sums1);
     expand_backward_stored(steps, grad, x, static_cast<const T*>(expanded), static_cast<const A*>(activated_gradient),
                            gradient1, grads);
 }

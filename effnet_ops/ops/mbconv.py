@@ -149,10 +149,14 @@ class Saved(NamedTuple):
     project_var_used: Constant
     pooled: Constant
 
-    def statistics(self) -> list[tuple[Tensor, Tensor] | None]:
-        """(mean, biased variance) of expand, depthwise and project, where those of the batch were used."""
+    def statistics(self, counts: Tensor | None = None) -> list[reference.Statistics | None]:
+        """(mean, biased variance) of expand, depthwise and project, where those of the batch were used.
+
+        With ``counts`` (3,), the number of values behind them, too.
+        """
         pairs = ((self[i], self[i + 1]) for i in range(self._fields.index("expand_mean_used"), len(self) - 1, 2))
-        return [(mean, var) if mean.numel() else None for mean, var in pairs]
+        behind = [()] * 3 if counts is None else [(count,) for count in counts]
+        return [(mean, var, *more) if mean.numel() else None for (mean, var), more in zip(pairs, behind, strict=True)]
 
 
 class MBConvTrainingCall(NamedTuple):
@@ -215,7 +219,7 @@ class MBConvGradientCall(NamedTuple):
     of = _library.Gradient.of(MBConvCall)
     reference, output = _library.reference_of_gradient, _library.output_of_gradient
 
-    def flops(self, out: Any) -> int:
+    def flops(self, out: Any = None) -> int:
         """The gradients of each product and convolution; what is computed a second time does not count."""
         names = (_MBCONV.arguments[i].name for i in _MBCONV.differentiable)
         needs = dict(zip(names, self.needs, strict=True))
@@ -240,10 +244,60 @@ class MBConvGradientCall(NamedTuple):
         return flops
 
 
+class MBConvSyncTrainingCall(NamedTuple):
+    """The same where the processes of a group share the statistics; the results are those, and counts (3,).
+
+    Counts are the numbers of values behind the statistics of expand, depthwise and project.
+    """
+
+    training: MBConvTrainingCall
+    process_group: str
+
+    def reference(self) -> tuple[Tensor, ...]:
+        raise _only_cpu()
+
+    def output(self) -> tuple[Tensor, ...]:
+        return (*self.training.output(), self.training.call.x.new_empty(3, dtype=torch.float64))
+
+    def flops(self, out: Sequence[Sequence[int]]) -> int:
+        return self.training.flops(out)
+
+
+class MBConvSyncGradientCall(NamedTuple):
+    """The gradients of such a block."""
+
+    grad: Activation
+    call: MBConvCall
+    saved: Saved
+    counts: Constant
+    process_group: str
+    needs: Flags
+
+    of = _library.Gradient.of(MBConvCall)
+    output = _library.output_of_gradient
+
+    def reference(self) -> tuple[Tensor, ...]:
+        raise _only_cpu()
+
+    def flops(self, out: Any) -> int:
+        return MBConvGradientCall(self.grad, self.call, self.saved, self.needs).flops()
+
+
+def _only_cpu() -> RuntimeError:
+    return RuntimeError(
+        "effnet_ops: only the CPU's kernels share statistics with other processes; use effnet_ops.mbconv, or the "
+        "reference backend"
+    )
+
+
 mbconv_inference = _library.define_inference("mbconv_inference", MBConvCall, autocast=True)
 _training = _library.Operator("mbconv_training", MBConvTrainingCall, results=1 + len(Saved._fields), autocast=True)
 _MBCONV = mbconv_inference.signature
 _gradient = _library.Operator("mbconv_backward", MBConvGradientCall, results=len(_MBCONV.differentiable))
+_sync_training = _library.Operator(
+    "mbconv_sync_training", MBConvSyncTrainingCall, results=2 + len(Saved._fields), autocast=True
+)
+_sync_gradient = _library.Operator("mbconv_sync_backward", MBConvSyncGradientCall, results=len(_MBCONV.differentiable))
 
 
 def _setup_context(ctx: Any, training: MBConvTrainingCall, output: tuple[Tensor, ...]) -> None:
@@ -271,7 +325,23 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> Sequence[Tensor |
     return _gradient.run(grad, *args, *saved[count:], ctx.needs)
 
 
+def _setup_sync_context(ctx: Any, sync: MBConvSyncTrainingCall, output: tuple[Tensor, ...]) -> None:
+    _setup_context(ctx, sync.training, output)
+    ctx.process_group = sync.process_group
+
+
+def _differentiate_sync(ctx: Any, grad: Tensor | None, *_: None) -> Sequence[Tensor | None]:
+    if torch.is_grad_enabled():
+        raise RuntimeError("effnet_ops: a block that shares its statistics with other processes has no second gradient")
+    # The other processes wait for this one also where nobody uses its result.
+    saved, count = ctx.saved_tensors, len(ctx.others)
+    args = [other if tensor is None else tensor for tensor, other in zip(saved[:count], ctx.others, strict=True)]
+    grad = torch.zeros_like(saved[count + 2]) if grad is None else grad
+    return _sync_gradient.run(grad, *args, *saved[count:], ctx.process_group, ctx.needs)
+
+
 _library.register_autograd(_training, _setup_context, _differentiate, _gradient)
+_library.register_autograd(_sync_training, _setup_sync_context, _differentiate_sync, _sync_gradient)
 
 
 _POLICIES = ("auto", "always", "never")
@@ -306,17 +376,36 @@ class set_recompute:
         _policy = self._previous
 
 
-def mbconv(call: MBConvCall) -> tuple[Tensor, list[tuple[Tensor, Tensor] | None]]:
+def mbconv(call: MBConvCall) -> tuple[Tensor, list[reference.Statistics | None]]:
     """`effnet_ops.mbconv` without checks and without updating running statistics.
 
     Returns:
         y, and for expand, depthwise and project the mean and biased variance (C,) of the batch where they were used.
     """
-    args = _MBCONV.flatten(call)
-    differentiate = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args)
+    args, differentiate = _arguments(call)
     # The operator of inference has gradients, too, by the reference: torch.jit.trace records it for both uses.
     if not call.uses_batch() and (not differentiate or torch.jit.is_tracing()):
         return mbconv_inference.run(*args), [None, None, None]
-    save_expanded = differentiate and (_policy == "never" or (_policy == "auto" and call.x.shape[1] > _AUTO_CHANNELS))
-    y, *saved = _training.run(*args, save_expanded)
+    y, *saved = _training.run(*args, differentiate and _saves_expanded(call))
     return y, Saved(*saved).statistics()
+
+
+def mbconv_sync(call: MBConvCall, process_group: str) -> tuple[Tensor, list[reference.Statistics | None]]:
+    """`mbconv` in training, where the processes of a group, given by its name, share the statistics.
+
+    Returns:
+        y, and where statistics of the batch were used their mean and biased variance (C,) and the number of values.
+    """
+    args, differentiate = _arguments(call)
+    y, *saved, counts = _sync_training.run(*args, differentiate and _saves_expanded(call), process_group)
+    return y, Saved(*saved).statistics(counts)
+
+
+def _arguments(call: MBConvCall) -> tuple[Sequence[Any], bool]:
+    """The operator's arguments, and whether a gradient may come."""
+    args = _MBCONV.flatten(call)
+    return args, torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args)
+
+
+def _saves_expanded(call: MBConvCall) -> bool:
+    return _policy == "never" or (_policy == "auto" and call.x.shape[1] > _AUTO_CHANNELS)

@@ -5,10 +5,10 @@ fp64; a backend may keep more precision between the steps of a fused operation, 
 """
 
 from effnet_ops.reference.activation import ACTIVATIONS, GATES, activate, compute_dtype
-from effnet_ops.reference.batch_norm import batch_norm, batch_statistics
+from effnet_ops.reference.batch_norm import batch_norm, batch_statistics, sync_batch_norm
 from effnet_ops.reference.convolution import convolution, pad_unevenly
 from effnet_ops.reference.depthwise import depthwise_conv2d
-from effnet_ops.reference.mbconv import Stages, drop_path_scale, mbconv
+from effnet_ops.reference.mbconv import Stages, Statistics, drop_path_scale, mbconv
 from effnet_ops.reference.pointwise import pointwise_conv2d
 from effnet_ops.reference.squeeze_excite import squeeze_excite
 
@@ -16,6 +16,7 @@ __all__ = [
     "ACTIVATIONS",
     "GATES",
     "Stages",
+    "Statistics",
     "activate",
     "batch_norm",
     "batch_statistics",
@@ -27,4 +28,5 @@ __all__ = [
     "pad_unevenly",
     "pointwise_conv2d",
     "squeeze_excite",
+    "sync_batch_norm",
 ]

@@ -17,20 +17,21 @@ from torch import Tensor
 
 from effnet_ops.params import BatchNormParams, ConvNormParams, SqueezeExciteParams
 from effnet_ops.reference.activation import activate, compute_dtype
-from effnet_ops.reference.batch_norm import batch_norm, batch_statistics
+from effnet_ops.reference.batch_norm import batch_norm, batch_statistics, sync_batch_norm
 from effnet_ops.reference.depthwise import depthwise_conv2d
 from effnet_ops.reference.pointwise import pointwise_conv2d
 from effnet_ops.reference.squeeze_excite import squeeze_excite as squeeze_excite_reference
 
-Statistics = tuple[Tensor, Tensor]
+Statistics = tuple[Tensor, ...]
 
 
 class Stages(NamedTuple):
     """What one pass through a block makes.
 
     ``y`` is in the dtype of x, all others in the compute dtype: what each convolution gives before its bias and
-    normalisation, the mean and biased variance (C,) of the batch where a normalisation used them, and the mean (N, C)
-    that squeeze-and-excitation takes. None where the block has no such part.
+    normalisation, the mean and biased variance (C,) of the batch where a normalisation used them, with the number of
+    values behind them where several processes share the batch, and the mean (N, C) that squeeze-and-excitation takes.
+    None where the block has no such part.
     """
 
     y: Tensor
@@ -69,6 +70,10 @@ def mbconv(
             h = h + conv.bias.to(h.dtype)[:, None, None]
         if params is None:
             statistics.append(None)
+            return h
+        if training and params.process_group is not None:
+            h, *shared = sync_batch_norm(h, params.weight, params.bias, params.eps, params.process_group)
+            statistics.append(tuple(shared))
             return h
         use_batch = training or params.running_mean is None
         statistics.append(batch_statistics(h) if use_batch else None)

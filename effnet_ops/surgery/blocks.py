@@ -345,7 +345,7 @@ class FusedBlock(Recognised):
     def run(self, x: Tensor, rate: float | None = None) -> Tensor | None:
         """The block's output for x, or None where only the stock forward is right."""
         plan: BlockPlan | None = self.plan(x)
-        if plan is None or plan.mixed():
+        if plan is None or plan.mixed(x):
             return None
         return plan.run(x, rate)
 

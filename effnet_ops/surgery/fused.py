@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from effnet_ops import context, functional
+from effnet_ops import context, distributed, functional
 from effnet_ops.checks import FLOAT_DTYPES, integers
 from effnet_ops.layers import padded_conv2d
 from effnet_ops.params import BatchNormParams, ConvNormParams, SqueezeExciteParams
@@ -109,13 +109,16 @@ class BlockPlan(NamedTuple):
     def stages(self) -> list[tuple[nn.Conv2d, nn.Module | None]]:
         return [stage for stage in (self.expand, self.depthwise, self.project) if stage is not None]
 
-    def mixed(self) -> bool:
-        """Whether some normalisations train and others do not; `effnet_ops.mbconv` has one flag for all."""
-        training = trains(self.depthwise[1])
+    def mixed(self, x: Tensor) -> bool:
+        """Whether the normalisations differ: `effnet_ops.mbconv` has one flag for training, and one process group.
+
+        On a GPU, those that share their statistics are left to torch.nn.SyncBatchNorm.
+        """
+        mode = mode_of(self.depthwise[1])
         for stage in (self.project, self.expand):
-            if stage is not None and stage[1] is not None and trains(stage[1]) is not training:
+            if stage is not None and stage[1] is not None and mode_of(stage[1]) is not mode:
                 return True
-        return False
+        return not isinstance(mode, bool) and x.device.type != "cpu"
 
     def run(self, x: Tensor, rate: float | None = None) -> Tensor:
         """The block's output for x; ``rate`` is the drop rate of this call, where the block takes one."""
@@ -186,19 +189,26 @@ def trains(norm: nn.Module) -> bool:
     return norm.training and isinstance(norm, _BatchNorm)
 
 
+def mode_of(norm: nn.Module) -> Any:
+    """The process group with which a normalisation shares the statistics of its batch, else whether it uses them."""
+    return distributed.group_of(norm) or trains(norm)
+
+
 def conv_norm_params(conv: nn.Conv2d, norm: nn.Module | None) -> ConvNormParams:
     if norm is None:
         return ConvNormParams(parameter(conv, "weight"), parameter(conv, "bias"))
+    return ConvNormParams(parameter(conv, "weight"), None, norm_params(norm))
+
+
+def norm_params(norm: nn.Module) -> BatchNormParams:
     buffers = norm._buffers
     weight, bias = parameter(norm, "weight"), parameter(norm, "bias")
     if not isinstance(norm, _BatchNorm):
-        params = BatchNormParams(weight, bias, buffers["running_mean"], buffers["running_var"], norm.eps)
-        return ConvNormParams(parameter(conv, "weight"), None, params)
+        return BatchNormParams(weight, bias, buffers["running_mean"], buffers["running_var"], norm.eps)
     tracks = norm.track_running_stats or not norm.training
     running = (buffers["running_mean"], buffers["running_var"]) if tracks else (None, None)
     count = buffers["num_batches_tracked"] if tracks else None
-    params = BatchNormParams(weight, bias, *running, norm.eps, norm.momentum, count)
-    return ConvNormParams(parameter(conv, "weight"), None, params)
+    return BatchNormParams(weight, bias, *running, norm.eps, norm.momentum, count, distributed.group_of(norm))
 
 
 class FusedLayer(nn.Module):
@@ -286,7 +296,10 @@ ACTIVATIONS: dict[type[nn.Module], str] = {
 }
 GATES: dict[type[nn.Module], str] = {nn.Sigmoid: "sigmoid", nn.Hardsigmoid: "hard_sigmoid"}
 
-NORMS: dict[type[nn.Module], Callable[[Any], list[Part]]] = {nn.BatchNorm2d: lambda norm: []}
+NORMS: dict[type[nn.Module], Callable[[Any], list[Part]]] = {
+    nn.BatchNorm2d: lambda norm: [],
+    nn.SyncBatchNorm: lambda norm: [],
+}
 """The modules that a normalisation runs behind itself: all must be activations that fit. What is here and no BatchNorm
 of PyTorch is frozen: it always normalises by its running statistics."""
 
@@ -447,10 +460,10 @@ def check_norm(norm: Part, activation: Part | None = None) -> str:
     """The name of the one activation behind a normalisation; raises `NotFusable` for what is not one that is fused."""
     name, module = norm
     parts_of = known(NORMS, module)
-    if isinstance(module, nn.SyncBatchNorm):
+    if stock_class(module) is nn.SyncBatchNorm and module._modules:
         raise NotFusable(
-            f"{name} is {type(module).__name__}. Note that torch's convert_sync_batchnorm dropped the activation of "
-            "timm's BatchNormAct2d, which timm.layers.convert_sync_batchnorm keeps"
+            f"{name} is SyncBatchNorm with parts that it does not call. Note that torch's convert_sync_batchnorm "
+            "dropped the activation of timm's BatchNormAct2d, which timm.layers.convert_sync_batchnorm keeps"
         )
     if parts_of is None:
         raise NotFusable(f"{name} is {type(module).__name__}, not a BatchNorm2d that is fused")

@@ -1,0 +1,27 @@
+"""Several processes: batch normalisation with shared statistics inside the blocks, and what PyTorch wraps models in."""
+
+from __future__ import annotations
+
+import processes
+import torch
+from processes import run_processes
+from torch import distributed as dist
+
+
+def _normalisations(rank: int) -> None:
+    pair, every = dist.new_group([0, 1]), dist.group.WORLD
+    for name in processes.BLOCKS:
+        if rank < 2:
+            processes.check_block(name, rank, pair, [5, 3], torch.float64, 1e-11, "auto")
+    for policy, name in (("always", "many channels, stride 2"), ("never", "few channels"), ("always", "few channels")):
+        processes.check_block(name, rank, every, [4, 3, 1], torch.float64, 1e-11, policy)
+        processes.check_block(name, rank, every, [4, 3, 1], torch.float32, 2e-5, policy)
+    processes.check_block("few channels", rank, every, [5, 0, 3], torch.float64, 1e-11, "auto")
+    processes.check_training(rank, every, [4, 3, 1], torch.float64, 1, 1e-11)
+    if rank < 2:
+        processes.check_training(rank, pair, [5, 3], torch.float64, 20, 1e-11)
+        processes.check_training(rank, pair, [5, 3], torch.float32, 20, 1e-3)
+
+
+def test_shared_statistics_are_those_of_the_whole_batch() -> None:
+    run_processes(3, _normalisations)
