@@ -1,8 +1,8 @@
 """Statistics that the processes of a group share: batch normalisation as torch.nn.SyncBatchNorm does it, on a CPU too.
 
 A normalisation makes two collectives of its group a step. Forward, each process gathers [count, means, squared
-deviations] of all, and merges them by Chan's formula; backward, the sums of equation (2) of docs/mbconv.md are added up.
-Both are in float64, so that processes with different numbers of images get the same bits. Gradients of parameters
+deviations] of all, and merges them by Chan's formula; backward, the sums of equation (2) of docs/mbconv.md are added
+up. Both are in float64, so that processes with different numbers of images get the same bits. Gradients of parameters
 stay those of the process: DistributedDataParallel averages them, as it does those of all others.
 
 The kernels of the CPU call `reduce_at` between two of their steps; `reference.sync_batch_norm` is the same in PyTorch.

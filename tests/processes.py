@@ -1,10 +1,12 @@
-"""What the processes of tests/test_distributed.py run: each function is one process, and raises where something fails."""
+"""What the processes of tests/test_distributed.py run: a function is one process, and raises where something fails."""
 
 from __future__ import annotations
 
 import copy
 import datetime
+import os
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,8 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.models import _efficientnet_blocks as timm_blocks
-from torch import Tensor, nn
+from torch import Tensor, multiprocessing, nn
 from torch import distributed as dist
-from torch import multiprocessing
 from torch.utils.flop_counter import FlopCounterMode
 
 import effnet_ops
@@ -146,9 +147,7 @@ def train(
     return losses
 
 
-def check_training(
-    rank: int, group: Any, sizes: list[int], dtype: torch.dtype, steps: int, tolerance: float
-) -> None:
+def check_training(rank: int, group: Any, sizes: list[int], dtype: torch.dtype, steps: int, tolerance: float) -> None:
     """Steps of DistributedDataParallel with a converted model are those of one process with the whole batch."""
     torch.manual_seed(2)
     big = Classifier().to(dtype).train()
@@ -175,3 +174,40 @@ def check_training(
     assert worst[0] < tolerance, f"after {steps} steps in {dtype}: {worst}"
     with torch.no_grad():
         assert difference(small.eval()(x), big.eval()(x)) < tolerance
+
+
+def end_early(rank: int, folder: str) -> None:
+    """The last process dies between two steps, as one that runs out of memory; the others note how they end."""
+    torch.manual_seed(0)
+    block = converted(BLOCKS["few channels"](), None)
+    replace_layers(block)
+    x = torch.randn(2, 16, 8, 8)
+    block(x).sum().backward()
+    if rank == dist.get_world_size() - 1:
+        os._exit(0)
+    note_error(rank, folder, lambda: block(x))
+
+
+def freeze_alone(rank: int, folder: str) -> None:
+    """The last process freezes its normalisations; the others wait for it until the time of the group is over."""
+    block = converted(BLOCKS["few channels"](), None)
+    replace_layers(block)
+    x = torch.randn(2, 16, 8, 8)
+    if rank == dist.get_world_size() - 1:
+        block.eval()
+        block(x)
+        time.sleep(5)
+        return
+    note_error(rank, folder, lambda: block(x))
+
+
+def note_error(rank: int, folder: str, call: Callable[[], object]) -> None:
+    """Write the error of a call to a file, and how many seconds it took; then the kernels must still run."""
+    start = time.monotonic()
+    try:
+        call()
+    except RuntimeError as error:
+        (Path(folder) / str(rank)).write_text(f"{time.monotonic() - start:.1f} {error}")
+    alone = BLOCKS["few channels"]()
+    replace_layers(alone)
+    alone(torch.randn(2, 16, 8, 8)).sum().backward()

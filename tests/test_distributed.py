@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import processes
+import pytest
 import torch
 from processes import run_processes
 from torch import distributed as dist
@@ -25,3 +29,12 @@ def _normalisations(rank: int) -> None:
 
 def test_shared_statistics_are_those_of_the_whole_batch() -> None:
     run_processes(3, _normalisations)
+
+
+@pytest.mark.parametrize("function", [processes.end_early, processes.freeze_alone])
+def test_a_process_that_does_not_take_part_ends_the_others(function: Callable[..., None], tmp_path: Path) -> None:
+    run_processes(2, function, str(tmp_path), timeout=3)
+    seconds, _, message = (tmp_path / "0").read_text().partition(" ")
+    assert float(seconds) < 8
+    assert message.startswith("effnet_ops: process 0 of 2 could not share the statistics")
+    assert "frozen normalisations" in message

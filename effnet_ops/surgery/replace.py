@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from effnet_ops import layers
 from effnet_ops.surgery import (
     adapters,
     generic,  # noqa: F401  (registers the layers of PyTorch itself)
@@ -213,10 +214,12 @@ def _surround(
 
 
 def _synchronise(model: nn.Module, report: ReplacementReport, changes: list[tuple[nn.Module, type[nn.Module]]]) -> None:
-    """Plan the changes to normalisations that share their statistics, but for those that blocks run."""
-    planned = {module for module, layer in changes if layer.kind == "block"}
-    blocks = planned | {m for m in model.modules() if isinstance(m, FusedLayer) and m.kind == "block"}
-    inside = {part for block in blocks for part in block.modules()}
+    """Plan the changes to normalisations that share their statistics, but for those that blocks and our layers run."""
+    owners = {module for module, layer in changes if layer.kind == "block"}
+    for module in model.modules():
+        if type(module).__module__ == layers.__name__ or (isinstance(module, FusedLayer) and module.kind == "block"):
+            owners.add(module)
+    inside = {part for owner in owners for part in owner.modules()}
     for name, module in model.named_modules():
         layer = SYNC_NORMS.get(type(module))
         if layer is not None and module not in inside and "forward" not in module.__dict__:
