@@ -17,6 +17,11 @@ import torch.nn.functional as F
 from timm.models import _efficientnet_blocks as timm_blocks
 from torch import Tensor, multiprocessing, nn
 from torch import distributed as dist
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, distribute_module, distribute_tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import effnet_ops
@@ -211,3 +216,79 @@ def note_error(rank: int, folder: str, call: Callable[[], object]) -> None:
     alone = BLOCKS["few channels"]()
     replace_layers(alone)
     alone(torch.randn(2, 16, 8, 8)).sum().backward()
+
+
+def check_sharding(rank: int, group: Any, sizes: list[int], folder: str) -> None:
+    """fully_shard over replaced blocks: fused, the steps of the whole batch, and states that a stock model loads."""
+    torch.manual_seed(3)
+    big = Classifier().double().train()
+    small = copy.deepcopy(big)
+    replace_layers(small)
+    small = converted(small, group)
+    replace_layers(small)
+    mesh = init_device_mesh("cpu", (group.size(),))
+    for block in small.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(small, mesh=mesh)
+    x, labels = torch.randn(sum(sizes), 3, 32, 32, dtype=torch.float64), torch.arange(sum(sizes)) % 4
+    part, share = own_part(rank, group, sizes), group.size() / sum(sizes)
+    train(big, lambda model, x, labels: F.cross_entropy(model(x), labels), 2, x, labels)
+    with FlopCounterMode(display=False) as counter:
+        train(
+            small,
+            lambda model, x, labels: F.cross_entropy(model(x), labels, reduction="sum") * share,
+            2,
+            x[part],
+            labels[part],
+        )
+    assert any("mbconv_sync_backward" in str(op) for op in counter.get_flop_counts()["Global"])
+    assert all(isinstance(p, DTensor) for p in small.parameters())
+    state, expected = small.state_dict(), big.state_dict()
+    checkpoint.save(state, checkpoint_id=folder)
+    full = get_model_state_dict(small, options=StateDictOptions(full_state_dict=True))
+    sharded = Classifier().double()
+    loaded = sharded.state_dict()
+    checkpoint.load(loaded, checkpoint_id=folder)
+    for key, value in loaded.items():
+        assert difference(value, expected[key], 0.1) < 1e-11, key
+        if rank == 0:
+            assert difference(full[key], expected[key], 0.1) < 1e-11, key
+    sharded.load_state_dict(loaded)
+    with torch.no_grad():
+        assert difference(small.eval()(x[part]), sharded.eval()(x[part])) < 1e-11
+
+
+def check_mixed_precision(rank: int, group: Any) -> None:
+    """Blocks in bfloat16 by a policy of fully_shard; PyTorch's own normalisations refuse that on a CPU."""
+    torch.manual_seed(4)
+    stock = Classifier().train()
+    small = copy.deepcopy(stock)
+    replace_layers(small)
+    mesh = init_device_mesh("cpu", (group.size(),))
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.float32)
+    for block in small.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(small, mesh=mesh)
+    x = torch.randn(4, 3, 32, 32)
+    y, expected = small(x), stock(x)
+    for result in (y, expected):
+        result.square().sum().backward()
+    assert 1e-6 < difference(y, expected) < 0.05
+    for (name, one), other in zip(small.named_parameters(), stock.parameters(), strict=True):
+        assert one.grad.dtype == torch.float32
+        assert difference(one.grad.full_tensor(), other.grad, 1) < 0.1, name
+
+
+def check_distributed_tensors(rank: int, group: Any) -> None:
+    """Parameters that are distributed tensors outside of fully_shard: an error, or the right result."""
+    block = BLOCKS["few channels"]().eval()
+    replace_layers(block)
+    x = torch.randn(2, 16, 8, 8)
+    expected = block(x)
+    mesh = init_device_mesh("cpu", (group.size(),))
+    distribute_module(block, mesh)
+    try:
+        y = block(distribute_tensor(x, mesh, [Replicate()]))
+    except (RuntimeError, NotImplementedError):
+        return
+    assert difference(y.full_tensor(), expected) < 1e-5

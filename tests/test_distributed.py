@@ -38,3 +38,13 @@ def test_a_process_that_does_not_take_part_ends_the_others(function: Callable[..
     assert float(seconds) < 8
     assert message.startswith("effnet_ops: process 0 of 2 could not share the statistics")
     assert "frozen normalisations" in message
+
+
+def _sharding(rank: int, folder: str) -> None:
+    processes.check_sharding(rank, dist.group.WORLD, [5, 3], folder)
+    processes.check_mixed_precision(rank, dist.group.WORLD)
+    processes.check_distributed_tensors(rank, dist.group.WORLD)
+
+
+def test_sharded_models(tmp_path: Path) -> None:
+    run_processes(2, _sharding, str(tmp_path))

@@ -22,7 +22,7 @@ from effnet_ops.layers import padded_conv2d
 from effnet_ops.params import BatchNormParams, ConvNormParams, SqueezeExciteParams
 from effnet_ops.reference import activate
 from effnet_ops.surgery.drop_path import drop_path_scale
-from effnet_ops.surgery.structure import FORWARDS, HOOKS, Structure, stock_class
+from effnet_ops.surgery.structure import FORWARDS, HOOKS, Structure, below_sharding, stock_class
 
 _CACHE = "_effnet_ops_plan"
 
@@ -503,7 +503,7 @@ def describe_or_none(module: FusedLayer) -> Any:
     """`describe` of a replaced module, None instead of `NotFusable`."""
     try:
         module.check_now()
-        return describe(type(module), module)
+        return describe(below_sharding(type(module)), module)
     except NotFusable:
         return None
 
