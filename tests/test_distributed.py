@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,3 +52,15 @@ def _sharding(rank: int, folder: str) -> None:
 
 def test_sharded_models(tmp_path: Path) -> None:
     run_processes(2, _sharding, str(tmp_path))
+
+
+@pytest.mark.slow
+def test_script_in_the_docs_runs_by_torchrun(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parent.parent
+    block = re.search(r"```python\n(.*?)```", (root / "docs" / "distributed.md").read_text(), re.DOTALL)
+    (tmp_path / "train.py").write_text(block.group(1))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert result.stdout.count(": loss ") == 2
