@@ -506,6 +506,26 @@ class MadeExpandBackward {
     const A *const scale_, *const shared_mean_;  // of a1; null where one process has all values
 };
 
+// Whether some gradient is wanted beside those of the last normalisation.
+bool passes_projection(const BlockGrads& grads) {
+    const SqueezeExciteGrads& gate = grads.squeeze_excite;
+    const void* const all[] = {grads.x,
+                               grads.project.weight,
+                               grads.expand.weight,
+                               grads.expand.gamma,
+                               grads.expand.beta,
+                               grads.depthwise.weight,
+                               grads.depthwise.gamma,
+                               grads.depthwise.beta,
+                               gate.reduce_weight,
+                               gate.reduce_bias,
+                               gate.expand_weight,
+                               gate.expand_bias};
+    for (const void* wanted : all)
+        if (wanted != nullptr) return true;
+    return false;
+}
+
 }  // namespace
 
 template <class T>
@@ -522,6 +542,7 @@ void mbconv_backward(const Block& block, const void* grad, const void* x, const 
     // B1 to B3
     const NormVectors<A> norm2 = steps.norm_of(channels, block.depthwise, saved.depthwise);
     const ProjectBackward<T> project(steps, static_cast<const T*>(grad), norm2, gates, grads);
+    if (!passes_projection(grads)) return;
     const Buffer<A> wide(steps.pixels_out * channels), gate_gradient(gate_values), pool_gradient(gate_values);
     project(wide);
     if (steps.gates) {
