@@ -23,7 +23,7 @@ from effnet_ops import _native, internals
 
 def group_of(norm: nn.Module) -> Any:
     """The process group with which a normalisation shares its statistics now; None where it does not."""
-    if not isinstance(norm, nn.SyncBatchNorm) or not norm.training:
+    if not norm.training or not isinstance(norm, nn.SyncBatchNorm):
         return None
     if not (dist.is_available() and dist.is_initialized()):
         return None

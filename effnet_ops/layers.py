@@ -461,7 +461,7 @@ def _shared_mode(*norms: nn.Module) -> Any:
     mode = None
     for norm in norms:
         if _is_plain(norm, nn.BatchNorm2d) or _is_plain(norm, nn.SyncBatchNorm):
-            own = distributed.group_of(norm) or norm.training
+            own = norm.training and (distributed.group_of(norm) or True)
             if mode is not None and own is not mode:
                 return None
             mode = own

@@ -191,7 +191,7 @@ def trains(norm: nn.Module) -> bool:
 
 def mode_of(norm: nn.Module) -> Any:
     """The process group with which a normalisation shares the statistics of its batch, else whether it uses them."""
-    return distributed.group_of(norm) or trains(norm)
+    return trains(norm) and (distributed.group_of(norm) or True)
 
 
 def conv_norm_params(conv: nn.Conv2d, norm: nn.Module | None) -> ConvNormParams:
