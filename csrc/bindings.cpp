@@ -908,9 +908,31 @@ struct Stages {
     }
 };
 
-Results mbconv_training(Reader& in) {
-    const MBConvCall call(in);
-    const bool save_expanded = in.flag();
+// The process group whose batches are one batch to the normalisations of a block, and how many values of a channel all
+// its processes have: behind expand, depthwise and project.
+struct SharedStatistics {
+    std::string group;
+    Tensor counts;
+    cpu::Processes processes;
+
+    SharedStatistics(std::string name, Tensor numbers) : group(std::move(name)), counts(std::move(numbers)) {
+        STD_TORCH_CHECK(counts.numel() == 3 && counts.scalar_type() == ScalarType::Double,
+                        "counts must have 3 numbers in float64");
+        processes = {group.c_str(), cpu::reduce_over_processes()};
+        STD_TORCH_CHECK(processes.reduce != nullptr, "process groups are PyTorch's in Python: import effnet_ops there");
+    }
+    SharedStatistics(const SharedStatistics&) = delete;
+    SharedStatistics& operator=(const SharedStatistics&) = delete;
+
+    void apply(cpu::BlockSaved& saved) const {
+        double* count = static_cast<double*>(counts.mutable_data_ptr());
+        for (cpu::BatchStatistics* to : {&saved.expand, &saved.depthwise, &saved.project})
+            to->processes = &processes, to->count = count++;
+    }
+};
+
+// `shared` is null where the statistics are those of this process alone.
+Results run_training(const MBConvCall& call, bool save_expanded, const SharedStatistics* shared) {
     const UnpackedBlock unpacked(call);
     const cpu::Block& block = unpacked.block;
     const cpu::DepthwiseShape& s = unpacked.shape();
@@ -936,16 +958,35 @@ Results mbconv_training(Reader& in) {
         torch::stable::empty(block.reduced != 0 ? Ints{s.batch, s.channels} : Ints{0}, wide),
     };
     const Output y(call.x, unpacked.output_size());
-    if (s.batch != 0)
-        kernels_for(call.x).mbconv_training(block, unpacked.input.const_data_ptr(), y.data(), stages.saved());
+    if (s.batch != 0) {
+        cpu::BlockSaved saved = stages.saved();
+        if (shared != nullptr) shared->apply(saved);
+        kernels_for(call.x).mbconv_training(block, unpacked.input.const_data_ptr(), y.data(), saved);
+    }
     return stages.behind(y.finish());
 }
 
-Results mbconv_backward(Reader& in) {
-    const Tensor grad = in.tensor();
+Results mbconv_training(Reader& in) {
     const MBConvCall call(in);
-    Stages stages = Stages::read(in);
-    const Needs needs = in.flags();
+    const bool save_expanded = in.flag();
+    return run_training(call, save_expanded, nullptr);
+}
+
+// Every process must take part in each reduction: a process without images calls the reference, which does.
+Results mbconv_sync_training(Reader& in) {
+    const MBConvCall call(in);
+    const bool save_expanded = in.flag();
+    std::string group = in.name();
+    STD_TORCH_CHECK(call.x.size(0) != 0, "x has no images");
+    const SharedStatistics shared(std::move(group),
+                                  torch::stable::fill_(torch::stable::empty({3}, ScalarType::Double), 0.0));
+    Results results = run_training(call, save_expanded, &shared);
+    results.push_back(shared.counts);
+    return results;
+}
+
+Results run_backward(const Tensor& grad, const MBConvCall& call, Stages& stages, const Needs& needs,
+                     const SharedStatistics* shared) {
     const UnpackedBlock unpacked(call);
     const cpu::Block& block = unpacked.block;
     const cpu::DepthwiseShape& s = unpacked.shape();
@@ -975,8 +1016,10 @@ Results mbconv_backward(Reader& in) {
         if (stages.expanded.numel() != 0) stages.expanded = nhwc(stages.expanded);
         stages.convolved = nhwc(stages.convolved), stages.projected = nhwc(stages.projected);
         grads.x = grad_x ? grad_x->data() : nullptr;
-        kernels_for(call.x).mbconv_backward(block, above.const_data_ptr(), unpacked.input.const_data_ptr(),
-                                            stages.saved(), grads);
+        cpu::BlockSaved saved = stages.saved();
+        if (shared != nullptr) shared->apply(saved);
+        kernels_for(call.x).mbconv_backward(block, above.const_data_ptr(), unpacked.input.const_data_ptr(), saved,
+                                            grads);
     }
     return gradients.take(grad_x);
 }
@@ -1161,6 +1204,25 @@ Results fused_mbconv_backward(Reader& in) {
     return gradients.take(grad_x);
 }
 
+Results mbconv_backward(Reader& in) {
+    const Tensor grad = in.tensor();
+    const MBConvCall call(in);
+    Stages stages = Stages::read(in);
+    const Needs needs = in.flags();
+    return run_backward(grad, call, stages, needs, nullptr);
+}
+
+Results mbconv_sync_backward(Reader& in) {
+    const Tensor grad = in.tensor();
+    const MBConvCall call(in);
+    Stages stages = Stages::read(in);
+    Tensor counts = in.tensor();
+    std::string group = in.name();
+    const Needs needs = in.flags();
+    const SharedStatistics shared(std::move(group), std::move(counts));
+    return run_backward(grad, call, stages, needs, &shared);
+}
+
 const bool threads_are_torch_threads = [] {
     cpu::set_threads([](int64_t count, void (*body)(int64_t, int64_t, void*),
                         void* context) { TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, 1, body, context)); },
@@ -1191,4 +1253,6 @@ STABLE_TORCH_LIBRARY_IMPL(effnet_ops, CPU, m) {
     m.impl("mbconv_backward", &effnet::boxed<effnet::mbconv_backward>);
     m.impl("fused_mbconv_training", &effnet::boxed<effnet::fused_mbconv_training>);
     m.impl("fused_mbconv_backward", &effnet::boxed<effnet::fused_mbconv_backward>);
+    m.impl("mbconv_sync_training", &effnet::boxed<effnet::mbconv_sync_training>);
+    m.impl("mbconv_sync_backward", &effnet::boxed<effnet::mbconv_sync_backward>);
 }

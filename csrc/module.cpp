@@ -106,6 +106,27 @@ void copy(const py::buffer& destination, const py::buffer& source) {
     std::memcpy(to.ptr, from.ptr, size_t(bytes));
 }
 
+// Never freed: a kernel may call it until the process ends.
+py::object& reduce_function() {
+    static py::object* const function = new py::object;
+    return *function;
+}
+
+// Kernels run without the GIL. Their callers are C++, which knows no exception of Python.
+void reduce_in_python(const char* group, bool statistics, double* values, int64_t count) {
+    py::gil_scoped_acquire gil;
+    try {
+        reduce_function()(group, statistics, reinterpret_cast<uintptr_t>(values), count);
+    } catch (py::error_already_set& error) {
+        throw std::runtime_error(std::string(py::str(error.value())));
+    }
+}
+
+void set_reduce(py::object function) {
+    reduce_function() = std::move(function);
+    cpu::set_reduce(reduce_in_python);
+}
+
 // What a recording led to. Its caller vouches for the memory, and for whatever the steps were made from.
 class Prepared {
   public:
@@ -188,6 +209,10 @@ PYBIND11_MODULE(_C, m) {
     m.def("isa", [] { return std::string(effnet::cpu::current_isa().name); }, "The instruction set in use.");
     m.def("set_isa", &set_isa, py::arg("name"),
           "Use another instruction set, for tests; ValueError where it cannot run.");
+    m.def(
+        "set_reduce", &set_reduce, py::arg("function"),
+        "function(group, statistics, address, count): how `count` numbers in float64 at an address become those of all "
+        "processes of a group (csrc/cpu/kernels.h).");
     m.def("multiply_adds", &multiply_adds, py::arg("isa"), py::arg("bfloat16"), py::arg("iterations"),
           "Run a loop of independent multiply-adds on this thread, in float32 or with dot products of bfloat16, and "
           "return its floating-point operations; 0, at once, where the instruction set has no such dot product.");

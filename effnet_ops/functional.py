@@ -202,14 +202,20 @@ def mbconv(
     size = _check_mbconv(x, *groups, stride, sides, activation, gate, residual)
     drop_path = _drop_path_scale(drop_path, x, training)
     convs = [conv for conv in (expand, depthwise, project) if conv is not None]
-    if training:
+    group = _shared_group(convs) if training else None
+    if training and group is None:
         _check_batch_size(convs, x, size)
     keywords = dict(stride=stride, activation=activation, gate=gate, residual=residual, drop_path=drop_path)
-    if _block_runs_reference(x, convs, depthwise, stride, _block_operation(x, groups, training)):
+    # Only the CPU's kernels share statistics, and a process without images runs none.
+    alone = group is not None and (x.device.type != "cpu" or x.shape[0] == 0)
+    if _block_runs_reference(x, convs, depthwise, stride, _block_operation(x, groups, training)) or alone:
         padding = checks.resolve_padding(sides, x.shape[2:], depthwise.weight.shape[2:], stride, (1, 1))
         y, statistics, *_ = _run_reference(reference.mbconv, x, *groups, padding=padding, training=training, **keywords)
-    else:
+    elif group is None:
         y, statistics = ops.mbconv(ops.MBConvCall.of(x, *groups, padding=sides, training=training, **keywords))
+    else:
+        call = ops.MBConvCall.of(x, *groups, padding=sides, training=training, **keywords)
+        y, statistics = ops.mbconv_sync(call, group.group_name)
     if training:
         inner, outer = x.shape[0] * x.shape[2] * x.shape[3], x.shape[0] * size[0] * size[1]
         _update_running_statistics((expand, depthwise, project), statistics, (inner, outer, outer))
@@ -260,10 +266,13 @@ def fused_mbconv(
     stride, sides = checks.pair("stride", stride, 1), checks.padding_sides(padding)
     size = _check_fused_mbconv(x, *groups, stride, sides, activation, gate, residual)
     drop_path = _drop_path_scale(drop_path, x, training)
-    if training:
-        _check_batch_size([conv for conv in (expand, project) if conv is not None], x, size)
+    convs = [conv for conv in (expand, project) if conv is not None]
+    group = _shared_group(convs) if training else None
+    if training and group is None:
+        _check_batch_size(convs, x, size)
     keywords = dict(stride=stride, activation=activation, gate=gate, residual=residual, drop_path=drop_path)
-    if _fused_runs_reference(x, groups, stride):
+    # No kernel of this block shares statistics with other processes.
+    if group is not None or _fused_runs_reference(x, groups, stride):
         padding = checks.resolve_padding(sides, x.shape[2:], expand.weight.shape[2:], stride, (1, 1))
         made = _run_reference(reference.fused_mbconv, x, *groups, padding=padding, training=training, **keywords)
         y, statistics = made[:2]
@@ -273,6 +282,22 @@ def fused_mbconv(
     if training:
         _update_running_statistics((expand, project), statistics, [x.shape[0] * size[0] * size[1]] * 2)
     return y
+
+
+def sync_batch_norm(x: Tensor, norm: BatchNormParams, group: Any) -> Tensor:
+    """Batch normalisation in training with the statistics of all processes of ``group``, as torch.nn.SyncBatchNorm."""
+    y, mean, variance, count = reference.sync_batch_norm(x, norm.weight, norm.bias, norm.eps, group)
+    if not context.recomputing():
+        _update_norm(norm, mean, variance, count.item())
+    return y
+
+
+def _shared_group(convs: Sequence[ConvNormParams]) -> Any:
+    """The process group that shares the statistics of a block, None for none."""
+    groups = [conv.norm.process_group for conv in convs if conv.norm is not None]
+    if any(group is not groups[0] for group in groups):
+        raise ValueError("the normalisations of a block must have one process_group, or none of them any")
+    return groups[0] if groups else None
 
 
 def _runs_reference(x: Tensor, operation: str, uncovered: str = "", window: backends.Window | None = None) -> bool:
@@ -568,7 +593,7 @@ def _drop_path_scale(drop_path: float | Tensor | None, x: Tensor, training: bool
 
 def _update_running_statistics(
     convs: tuple[ConvNormParams | None, ...],
-    statistics: Sequence[tuple[Tensor, Tensor] | None],
+    statistics: Sequence[reference.Statistics | None],
     counts: Sequence[int],
 ) -> None:
     """Update the running buffers, but not when a checkpoint runs the block again for the backward pass.
@@ -579,13 +604,13 @@ def _update_running_statistics(
         return
     for conv, used, count in zip(convs, statistics, counts, strict=True):
         if conv is not None and conv.norm is not None and used is not None:
-            _update_norm(conv, *used, count)
+            mean, variance, *shared = used
+            _update_norm(conv.norm, mean, variance, shared[0].item() if shared else count)
 
 
 @torch.no_grad()
-def _update_norm(conv: ConvNormParams, mean: Tensor, variance: Tensor, count: int) -> None:
+def _update_norm(norm: BatchNormParams, mean: Tensor, variance: Tensor, count: float) -> None:
     """running = (1 - momentum) * running + momentum * batch, with the unbiased variance, as torch.nn.BatchNorm2d."""
-    norm: BatchNormParams = conv.norm
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
     if norm.running_mean is None or count == 0:

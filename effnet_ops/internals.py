@@ -70,6 +70,11 @@ _GLOBAL_HOOKS = ("forward_pre", "forward", "backward_pre", "backward")
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
+def process_group(name: str) -> Any:
+    """The process group of this name."""
+    return torch.distributed.distributed_c10d._resolve_process_group(name)
+
+
 def forward_level() -> int:
     """The level of forward-mode differentiation, -1 outside."""
     return forward_ad._current_level

@@ -1,7 +1,7 @@
 """The fused operators as modules, whose children carry timm's parameter names.
 
 A module hands its children's parameters to one fused function. Where that would not be what the children do (a hook,
-a subclass such as SyncBatchNorm, a parametrization, batch normalisations in different modes), it runs them one by one.
+a subclass, a parametrization, batch normalisations in different modes), it runs them one by one.
 torch.fx records each of these modules as one node, as it does the layers of torch.nn.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.overrides import handle_torch_function
 
-from effnet_ops import backends, checks, context, functional, internals, reference
+from effnet_ops import backends, checks, context, distributed, functional, internals, reference
 from effnet_ops.params import BatchNormParams, ConvNormParams, SqueezeExciteParams
 
 Padding = int | str | Sequence[int]
@@ -275,7 +275,7 @@ class MBConv(nn.Module):
             return context.leaf(self, x)
         drop_path = _drawn_drop_path(self, x)
         # Exporters to ONNX fold the normalisations that they see as modules.
-        groups = None if isinstance(x, Proxy) or backends.exports_to_onnx() else self._groups()
+        groups = None if isinstance(x, Proxy) or backends.exports_to_onnx() else self._groups(x)
         if groups is None:
             return self._run_children(x, drop_path)
         *params, depthwise, training = groups
@@ -298,7 +298,7 @@ class MBConv(nn.Module):
             return (m["conv_pw"], m["bn1"]), (m["conv_dw"], m["bn2"]), (m["conv_pwl"], m["bn3"])
         return None, (m["conv_dw"], m["bn1"]), (m["conv_pw"], m["bn2"])
 
-    def _groups(self) -> tuple | None:
+    def _groups(self, x: Tensor) -> tuple | None:
         """The four parameter groups, the depthwise convolution and whether to use batch statistics.
 
         None where the fused block would not do what the children do.
@@ -307,9 +307,13 @@ class MBConv(nn.Module):
             return None
         expand, (depthwise, bn_depthwise), (project, bn_project) = self._conv_norms()
         fits = _is_depthwise(depthwise) and _is_pointwise(project) and (expand is None or _is_pointwise(expand[0]))
-        training = _shared_mode(bn_depthwise, bn_project, *(expand[1:] if expand else ()))
-        if not fits or training is None:
+        mode = _shared_mode(bn_depthwise, bn_project, *(expand[1:] if expand else ()))
+        if not fits or mode is None:
             return None
+        if not isinstance(mode, bool) and x.device.type != "cpu":
+            # On a GPU, normalisations that share their statistics are left to torch.nn.SyncBatchNorm.
+            return None
+        training = mode is not False
         se_fits, se_params = _squeeze_excite_params(self._modules["se"])
         expand_params = _conv_norm_params(*expand, training) if expand else None
         depthwise_params = _conv_norm_params(depthwise, bn_depthwise, training)
@@ -322,9 +326,9 @@ class MBConv(nn.Module):
         expand, depthwise, project = self._conv_norms()
         h = x
         for conv, norm in (depthwise,) if expand is None else (expand, depthwise):
-            h = reference.activate(norm(conv(h)), self.activation)
+            h = reference.activate(_normalise(norm, conv(h)), self.activation)
         conv, norm = project
-        return _joined(self, x, norm(conv(self.se(h))), drop_path)
+        return _joined(self, x, _normalise(norm, conv(self.se(h))), drop_path)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}, residual={self.residual}, drop_path_rate={self.drop_path_rate}"
@@ -391,7 +395,7 @@ class FusedMBConv(nn.Module):
         if context.is_leaf(self, x):
             return context.leaf(self, x)
         drop_path = _drawn_drop_path(self, x)
-        groups = None if isinstance(x, Proxy) or backends.exports_to_onnx() else self._groups()
+        groups = None if isinstance(x, Proxy) or backends.exports_to_onnx() else self._groups(x)
         if groups is None:
             return self._run_children(x, drop_path)
         *params, conv, training = groups
@@ -414,7 +418,7 @@ class FusedMBConv(nn.Module):
             return (m["conv_exp"], m["bn1"]), (m["conv_pwl"], m["bn2"])
         return (m["conv"], m["bn1"]), None
 
-    def _groups(self) -> tuple | None:
+    def _groups(self, x: Tensor) -> tuple | None:
         """The three parameter groups, the dense convolution and whether to use batch statistics.
 
         None where the fused block would not do what the children do.
@@ -422,9 +426,12 @@ class FusedMBConv(nn.Module):
         if _any_patched():
             return None
         (conv, norm), project = self._conv_norms()
-        training = _shared_mode(norm, *(project[1:] if project else ()))
-        if training is None or not _is_dense(conv) or not (project is None or _is_pointwise(project[0])):
+        mode = _shared_mode(norm, *(project[1:] if project else ()))
+        if mode is None or not _is_dense(conv) or not (project is None or _is_pointwise(project[0])):
             return None
+        if not isinstance(mode, bool) and x.device.type != "cpu":
+            return None
+        training = mode is not False
         fits, squeeze_excite = _squeeze_excite_params(self._modules["se"])
         expand = _conv_norm_params(conv, norm, training)
         last = _conv_norm_params(*project, training) if project else None
@@ -434,10 +441,10 @@ class FusedMBConv(nn.Module):
 
     def _run_children(self, x: Tensor, drop_path: Tensor | None) -> Tensor:
         (conv, norm), project = self._conv_norms()
-        h = self.se(reference.activate(norm(conv(x)), self.activation))
+        h = self.se(reference.activate(_normalise(norm, conv(x)), self.activation))
         if project is not None:
             conv, norm = project
-            h = norm(conv(h))
+            h = _normalise(norm, conv(h))
         return _joined(self, x, h, drop_path)
 
     def extra_repr(self) -> str:
@@ -522,10 +529,10 @@ def padded_conv2d(
 def conv_norm_act(x: Tensor, conv: nn.Module, norm: nn.Module, activation: str) -> Tensor:
     """``activation(norm(conv(x)))``; a plain 1x1 convolution is fused with what follows it as far as that goes."""
     if isinstance(x, Proxy) or _any_patched() or not _is_pointwise(conv):
-        return reference.activate(norm(conv(x)), activation)
+        return reference.activate(_normalise(norm, conv(x)), activation)
     if _is_plain(norm, nn.Identity):
         return functional.pointwise_conv2d(x, conv.weight, conv.bias, activation=activation)
-    return reference.activate(norm(functional.pointwise_conv2d(x, conv.weight, conv.bias)), activation)
+    return reference.activate(_normalise(norm, functional.pointwise_conv2d(x, conv.weight, conv.bias)), activation)
 
 
 def check_rate(name: str, rate: float) -> None:
@@ -594,28 +601,43 @@ def _everywhere(setting: Any, number: int) -> bool:
     return setting == (number, number) if type(setting) is tuple else set(checks.integers(setting, 2)) == {number}
 
 
-def _shared_mode(*norms: nn.Module) -> bool | None:
-    """Whether all normalisations use batch statistics (True) or none (False); None where they differ or do not fit."""
+def _shared_mode(*norms: nn.Module) -> Any:
+    """Whether all normalisations use batch statistics (True) or none (False), or the process group that shares these.
+
+    None where they differ or do not fit.
+    """
     mode = None
     for norm in norms:
-        if _is_plain(norm, nn.BatchNorm2d):
-            if mode is not None and norm.training != mode:
+        if _is_plain(norm, nn.BatchNorm2d) or _is_plain(norm, nn.SyncBatchNorm):
+            own = norm.training and (distributed.group_of(norm) or True)
+            if mode is not None and own is not mode:
                 return None
-            mode = norm.training
+            mode = own
         elif not _is_plain(norm, nn.Identity):
             return None
-    return bool(mode)
+    return mode or False
 
 
 def _conv_norm_params(conv: nn.Module, norm: nn.Module, training: bool) -> ConvNormParams:
     weight, bias = _parameter(conv, "weight"), _parameter(conv, "bias")
     if type(norm) is nn.Identity:
         return ConvNormParams(weight, bias)
+    return ConvNormParams(weight, bias, _norm_params(norm, training))
+
+
+def _norm_params(norm: nn.Module, training: bool) -> BatchNormParams:
     gamma, beta, mean, variance, count = _parameter(norm, "weight"), _parameter(norm, "bias"), None, None, None
     if norm.track_running_stats or not training:
         buffers = norm._buffers
         mean, variance, count = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
-    return ConvNormParams(weight, bias, BatchNormParams(gamma, beta, mean, variance, norm.eps, norm.momentum, count))
+    group = distributed.group_of(norm)
+    return BatchNormParams(gamma, beta, mean, variance, norm.eps, norm.momentum, count, group)
+
+
+def _normalise(norm: nn.Module, x: Tensor) -> Tensor:
+    """``norm(x)``, also where it shares its statistics on a CPU, which torch.nn.SyncBatchNorm refuses."""
+    group = distributed.group_of(norm) if _is_plain(norm, nn.SyncBatchNorm) and x.device.type == "cpu" else None
+    return norm(x) if group is None else functional.sync_batch_norm(x, _norm_params(norm, True), group)
 
 
 def _parameter(module: nn.Module, name: str) -> Tensor | None:
@@ -624,7 +646,15 @@ def _parameter(module: nn.Module, name: str) -> Tensor | None:
     return parameters[name] if name in parameters else getattr(module, name)
 
 
-_CHILDREN = (nn.Conv2d, nn.BatchNorm2d, nn.Identity, DepthwiseConv2d, PaddedConv2d, SqueezeExcite)
+_CHILDREN = (
+    nn.Conv2d,
+    nn.BatchNorm2d,
+    nn.SyncBatchNorm,
+    nn.Identity,
+    DepthwiseConv2d,
+    PaddedConv2d,
+    SqueezeExcite,
+)
 """Classes whose modules the fused functions run without calling them."""
 
 _forward_of = attrgetter("forward")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -11,7 +11,8 @@ class BatchNormParams(NamedTuple):
     """Batch normalisation over the channel axis; every vector has shape (C,).
 
     ``momentum=None`` means the cumulative average of ``torch.nn.BatchNorm2d`` and needs ``num_batches_tracked``.
-    Without running statistics, batch statistics are used in evaluation too, as PyTorch does.
+    Without running statistics, batch statistics are used in evaluation too, as PyTorch does. In training, the batches
+    of all processes of ``process_group`` (of torch.distributed) are one batch to it: each of them must call the block.
     """
 
     weight: Tensor | None
@@ -21,6 +22,7 @@ class BatchNormParams(NamedTuple):
     eps: float = 1e-5
     momentum: float | None = 0.1
     num_batches_tracked: Tensor | None = None
+    process_group: Any = None
 
 
 class ConvNormParams(NamedTuple):

@@ -145,7 +145,6 @@ def synchronized(block: nn.Module) -> None:
 MISFITS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "GroupNorm": (lambda: timm_block(norm_layer=group_norm), "bn2 is GroupNormAct"),
     "SyncBatchNorm of torch": (lambda: changed(synchronized), "convert_sync_batchnorm dropped the activation"),
-    "SyncBatchNorm of timm": (lambda: changed(timm.layers.convert_sync_batchnorm), "bn2 is SyncBatchNormAct"),
     "groups != C": (lambda: timm_inverted(group_size=8), "conv_dw has 4 groups for 32 channels"),
     "dilation": (lambda: timm_inverted(dilation=2), "conv_dw has dilation (2, 2)"),
     "blur pool": (lambda: timm_inverted(stride=2, aa_layer=BlurPool2d), "aa is BlurPool2d"),

@@ -136,7 +136,7 @@ void conv_norm_backward(const DenseLayer& given, const void* grad, const void* x
     if (batch || grads.gamma != nullptr || grads.beta != nullptr)
         with_activation(layer.activation,
                         [&](auto kind) { norm_sums<kind.value>(above, a, norm, factor, pixels_of(s), sums); });
-    const NormGradient<A> norm_gradient(norm, batch, pixels_of(s), sums);
+    const NormGradient<A> norm_gradient(norm, statistics, pixels_of(s), sums);
     const StageGradient<T, T> gradient{layer.activation, s.out_height, s.out_width,  a, above, norm, norm_gradient,
                                        nullptr,          nullptr,      factor.each()};
     dense_gradients<T>(s, layer.conv.weight, gradient, x, layer.residual ? above : nullptr, grads.weight, grad_x);

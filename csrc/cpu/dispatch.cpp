@@ -65,6 +65,7 @@ ParallelFor run_parallel = [](int64_t count, void (*body)(int64_t, int64_t, void
     body(0, count, context);
 };
 ThreadCount count_threads = [] { return int64_t(1); };
+Reduce run_reduce = nullptr;
 
 }  // namespace
 
@@ -74,6 +75,9 @@ void set_threads(ParallelFor run, ThreadCount count) {
 }
 ParallelFor parallel_for() { return run_parallel; }
 int64_t thread_count() { return count_threads(); }
+
+void set_reduce(Reduce reduce) { run_reduce = reduce; }
+Reduce reduce_over_processes() { return run_reduce; }
 
 const Kernels& kernels(DType dtype) { return chosen->table[static_cast<int>(dtype)]; }
 

@@ -25,6 +25,12 @@ void set_threads(ParallelFor run, ThreadCount count);
 ParallelFor parallel_for();
 int64_t thread_count();
 
+// Makes the values of one process those of all processes of a group, in place, and throws where that fails. Of
+// `statistics`, [count, means, squared deviations], the result is of all the values together; others are added up.
+using Reduce = void (*)(const char* group, bool statistics, double* values, int64_t count);
+void set_reduce(Reduce reduce);
+Reduce reduce_over_processes();
+
 // Normalisation of one convolution's output: (a - mean) * scale + shift, per channel; no normalisation where mean is
 // null.
 struct Norm {
@@ -94,9 +100,17 @@ struct ConvNormGrads {
     void* beta = nullptr;
 };
 
+// Processes whose batches a normalisation takes as one.
+struct Processes {
+    const char* group;
+    Reduce reduce;
+};
+
 struct BatchStatistics {
     void* mean = nullptr;
-    void* var = nullptr;  // biased
+    void* var = nullptr;                   // biased
+    const Processes* processes = nullptr;  // null: the statistics are those of this process
+    double* count = nullptr;               // how many values of a channel all processes have
 };
 
 struct Block {

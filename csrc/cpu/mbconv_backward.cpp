@@ -40,7 +40,7 @@ class ProjectBackward {
 
     // Fills `wide`, [pixels][channels], with z̄.
     void operator()(A* wide) const {
-        const NormGradient<A> norm_gradient(norm3_, steps_.is_batch(steps_.saved.project), steps_.pixels_out, sums3_);
+        const NormGradient<A> norm_gradient(norm3_, steps_.saved.project, steps_.pixels_out, sums3_);
         const Weights<A> weights = Weights<A>::columns(steps_.weights(steps_.block.project), out_, channels_);
         A* const weight_gradient = static_cast<A*>(grads_.project.weight);
         const WeightSums<A> weight_sums(weight_gradient == nullptr ? 0 : pieces_.parts, out_, channels_);
@@ -339,14 +339,15 @@ class MadeExpandBackward {
           scaled_(channels_ * in_),
           mean_t_(zeros<double>(channels_)),
           slope_(zeros<double>(channels_)),
-          scale_(norm.scale()) {
-        const bool batch = norm.normalises && steps.is_batch(steps.saved.expand);
-        for (int64_t c = 0; c < channels_; ++c) {
-            if (batch) {
-                mean_t_[c] = double(sums.shift[c]) / double(steps.pixels_in);
-                slope_[c] = double(norm.rstd()[c]) * double(sums.scale[c]) / double(steps.pixels_in);
-            }
+          scale_(norm.scale()),
+          shared_mean_(steps.saved.expand.processes == nullptr ? nullptr : norm.mean()) {
+        for (int64_t c = 0; c < channels_; ++c)
             for (int64_t j = 0; j < in_; ++j) scaled_[c * in_ + j] = scale_[c] * weight_[c * in_ + j];
+        if (!norm.normalises || !steps.is_batch(steps.saved.expand)) return;
+        const NormMeans<A> means(steps.saved.expand, channels_, steps.pixels_in, sums);
+        for (int64_t c = 0; c < channels_; ++c) {
+            mean_t_[c] = means.shift(c);
+            slope_[c] = double(norm.rstd()[c]) * means.scale(c);
         }
     }
 
@@ -400,8 +401,14 @@ class MadeExpandBackward {
                 for (int64_t j = 0; j < in_; ++j) matrix[k * in_ + j] = A(-row[j]);
             }
         });
-        for (int64_t k = 0; k < in_; ++k)
-            for (int64_t j = 0; j < in_; ++j) bias[j] += moments_.mean()[k] * rows[k * in_ + j];
+        // The mean of x that all processes have is not known, but what W1 makes of it.
+        if (shared_mean_ == nullptr)
+            for (int64_t k = 0; k < in_; ++k)
+                for (int64_t j = 0; j < in_; ++j) bias[j] += moments_.mean()[k] * rows[k * in_ + j];
+        else
+            for (int64_t c = 0; c < channels_; ++c)
+                for (int64_t j = 0; j < in_; ++j)
+                    bias[j] += double(shared_mean_[c]) * slope_[c] * double(scaled_[c * in_ + j]);
         for (int64_t c = 0; c < channels_; ++c)
             for (int64_t j = 0; j < in_; ++j) bias[j] -= mean_t_[c] * double(scaled_[c * in_ + j]);
         Weights<A> made = Weights<A>::columns(matrix, in_, in_);
@@ -417,6 +424,13 @@ class MadeExpandBackward {
                 for (int64_t k = 0; k < in_; ++k)
                     for (int64_t j = 0; j < in_; ++j)
                         deviations[j] += double(weight_[c * in_ + k]) * moments_.products(k)[j];
+                if (shared_mean_ != nullptr) {
+                    // Deviations are from the mean of all processes, the products from that of this one.
+                    double offset = -double(shared_mean_[c]);
+                    for (int64_t k = 0; k < in_; ++k) offset += double(weight_[c * in_ + k]) * moments_.mean()[k];
+                    offset *= double(steps_.pixels_in);
+                    for (int64_t j = 0; j < in_; ++j) deviations[j] += offset * moments_.mean()[j];
+                }
                 for (int64_t j = 0; j < in_; ++j) {
                     const double sum = mean_t_[c] * moments_.mean()[j] * double(steps_.pixels_in);
                     A& at = weight_gradient[c * in_ + j];
@@ -443,8 +457,28 @@ class MadeExpandBackward {
     const A* const weight_;
     const Buffer<A> scaled_;
     const Buffer<double> mean_t_, slope_;
-    const A* const scale_;
+    const A *const scale_, *const shared_mean_;  // of a1; null where one process has all values
 };
+
+// Whether some gradient is wanted beside those of the last normalisation.
+bool passes_projection(const BlockGrads& grads) {
+    const SqueezeExciteGrads& gate = grads.squeeze_excite;
+    const void* const all[] = {grads.x,
+                               grads.project.weight,
+                               grads.expand.weight,
+                               grads.expand.gamma,
+                               grads.expand.beta,
+                               grads.depthwise.weight,
+                               grads.depthwise.gamma,
+                               grads.depthwise.beta,
+                               gate.reduce_weight,
+                               gate.reduce_bias,
+                               gate.expand_weight,
+                               gate.expand_bias};
+    for (const void* wanted : all)
+        if (wanted != nullptr) return true;
+    return false;
+}
 
 }  // namespace
 
@@ -462,6 +496,7 @@ void mbconv_backward(const Block& block, const void* grad, const void* x, const 
     // B1 to B3
     const NormVectors<A> norm2 = steps.norm_of(channels, block.depthwise, saved.depthwise);
     const ProjectBackward<T> project(steps, static_cast<const T*>(grad), norm2, gates, grads);
+    if (!passes_projection(grads)) return;
     const Buffer<A> wide(steps.pixels_out * channels), gate_gradient(gate_values), pool_gradient(gate_values);
     project(wide);
     if (steps.gates) {
@@ -473,7 +508,7 @@ void mbconv_backward(const Block& block, const void* grad, const void* x, const 
     project.norm_sums(pool_gradient, sums2);
 
     // B4
-    const NormGradient<A> gradient2(norm2, steps.is_batch(saved.depthwise), steps.pixels_out, sums2);
+    const NormGradient<A> gradient2(norm2, saved.depthwise, steps.pixels_out, sums2);
     const StageGradient<T, A> gradient_of_row{
         block.activation, steps.shape.out_height, steps.shape.out_width, steps.convolved, wide, norm2, gradient2, gates,
         pool_gradient};
@@ -518,7 +553,7 @@ void mbconv_backward(const Block& block, const void* grad, const void* x, const 
         return MadeExpandBackward<T>(steps, x, norm1, sums1)(
             activated_gradient, block.residual ? static_cast<const T*>(grad) : nullptr, static_cast<T*>(grads.x),
             static_cast<A*>(grads.expand.weight));
-    const NormGradient<A> gradient1(norm1, steps.is_batch(saved.expand), steps.pixels_in, sums1);
+    const NormGradient<A> gradient1(norm1, saved.expand, steps.pixels_in, sums1);
     expand_backward_stored(steps, grad, x, static_cast<const T*>(expanded), static_cast<const A*>(activated_gradient),
                            gradient1, grads);
 }

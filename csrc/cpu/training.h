@@ -32,6 +32,18 @@ inline void for_each_block(int64_t begin, int64_t end, int64_t most, const Body&
     for (int64_t first = begin; first < end; first += most) body(first, smaller(most, end - first));
 }
 
+// The statistics of one process, [count, means, squared deviations], become those of all. Between parallel regions
+// only: the thread waits for the other processes.
+template <class A>
+inline void share_statistics(const BatchStatistics& to, int64_t channels, double* values) {
+    to.processes->reduce(to.processes->group, true, values, 1 + 2 * channels);
+    *to.count = values[0];
+    for (int64_t c = 0; c < channels; ++c) {
+        static_cast<A*>(to.mean)[c] = A(values[1 + c]);
+        static_cast<A*>(to.var)[c] = A(values[1 + channels + c] / values[0]);
+    }
+}
+
 // Mean and biased variance of each channel, from parts of the pixels: mean and squared deviations of each block, merged
 // in fp64 by Chan's formula, which neither cancels for |mean| >> deviation nor loses the small terms of a long sum.
 template <class A>
@@ -76,9 +88,11 @@ class Moments {
     template <class SizeOf>
     void merge(const SizeOf& size_of) const {
         if (!wanted) return;
+        const Buffer<double> own(to_.processes == nullptr ? 0 : 1 + 2 * channels_);
         parallel(ceil_div(channels_, block_), [&](int64_t begin, int64_t end) {
-            for (int64_t block = begin; block < end; ++block) merge_channels(block * block_, size_of);
+            for (int64_t block = begin; block < end; ++block) merge_channels(block * block_, size_of, own);
         });
+        if (to_.processes != nullptr) share_statistics<A>(to_, channels_, own);
     }
 
     const bool wanted;
@@ -87,7 +101,7 @@ class Moments {
     static constexpr int64_t block_ = 64;
 
     template <class SizeOf>
-    void merge_channels(int64_t first, const SizeOf& size_of) const {
+    void merge_channels(int64_t first, const SizeOf& size_of, double* own) const {
         const int64_t count = smaller(block_, channels_ - first);
         double m[block_] = {}, q[block_] = {}, before = 0;
         for (int64_t part = 0; part < parts_; ++part) {
@@ -102,6 +116,12 @@ class Moments {
                 q[c] += part_square[c] + delta * delta * cross;
             }
             before = total;
+        }
+        if (own != nullptr) {
+            if (first == 0) own[0] = before;
+            std::memcpy(own + 1 + first, m, size_t(count) * sizeof(double));
+            std::memcpy(own + 1 + channels_ + first, q, size_t(count) * sizeof(double));
+            return;
         }
         for (int64_t c = 0; c < count; ++c) {
             static_cast<A*>(to_.mean)[first + c] = A(m[c]);
@@ -126,16 +146,42 @@ struct NormSums {
           scale(grads.gamma == nullptr ? static_cast<A*>(own_scale) : static_cast<A*>(grads.gamma)) {}
 };
 
+// The means of t and of t * (a - mean) * rstd over the values that the statistics are of. The sums, which are
+// gradients, stay those of this process.
+template <class A>
+class NormMeans {
+  public:
+    NormMeans(const BatchStatistics& batch, int64_t channels, int64_t pixels, const NormSums<A>& sums)
+        : channels_(channels), sums_(sums), shared_(batch.processes == nullptr ? 0 : 2 * channels), count_(pixels) {
+        if (batch.processes == nullptr) return;
+        for (int64_t c = 0; c < channels; ++c)
+            shared_[c] = double(sums.shift[c]), shared_[channels + c] = double(sums.scale[c]);
+        batch.processes->reduce(batch.processes->group, false, shared_, 2 * channels);
+        count_ = *batch.count;
+    }
+    double shift(int64_t c) const { return (shared_ == nullptr ? double(sums_.shift[c]) : shared_[c]) / count_; }
+    double scale(int64_t c) const {
+        return (shared_ == nullptr ? double(sums_.scale[c]) : shared_[channels_ + c]) / count_;
+    }
+
+  private:
+    int64_t channels_;
+    const NormSums<A>& sums_;
+    Buffer<double> shared_;
+    double count_;
+};
+
 // Equation (2) of docs/mbconv.md: dL/da from t = dL/dn and a. With constant statistics it is t * scale alone.
 template <class A>
 class NormGradient {
   public:
-    NormGradient(const NormVectors<A>& norm, bool batch_statistics, int64_t pixels, const NormSums<A>& sums)
+    NormGradient(const NormVectors<A>& norm, const BatchStatistics& batch, int64_t pixels, const NormSums<A>& sums)
         : norm_(norm), mean_t_(zeros<A>(norm.channels)), slope_(zeros<A>(norm.channels)) {
-        if (!norm.normalises || !batch_statistics) return;
+        if (!norm.normalises || batch.mean == nullptr) return;
+        const NormMeans<A> means(batch, norm.channels, pixels, sums);
         for (int64_t c = 0; c < norm.channels; ++c) {
-            mean_t_[c] = sums.shift[c] / A(pixels);
-            slope_[c] = norm.rstd()[c] * sums.scale[c] / A(pixels);
+            mean_t_[c] = A(means.shift(c));
+            slope_[c] = A(double(norm.rstd()[c]) * means.scale(c));
         }
     }
 
@@ -463,6 +509,7 @@ class InputMoments {
 
     // Mean and biased variance of each row of weight [rows][channels] times x.
     void statistics(const A* weight, int64_t rows, const BatchStatistics& to) const {
+        const Buffer<double> own(to.processes == nullptr ? 0 : 1 + 2 * rows);
         parallel(rows, [&](int64_t begin, int64_t end) {
             for (int64_t r = begin; r < end; ++r) {
                 const A* const w = weight + r * channels_;
@@ -473,10 +520,18 @@ class InputMoments {
                     mean += double(w[k]) * mean_[k];
                     square += double(w[k]) * inner;
                 }
+                square = square > 0 ? square : 0;
+                if (own != nullptr) {
+                    own[1 + r] = mean, own[1 + rows + r] = square;
+                    continue;
+                }
                 static_cast<A*>(to.mean)[r] = A(mean);
-                static_cast<A*>(to.var)[r] = A((square > 0 ? square : 0) / double(pixels_));
+                static_cast<A*>(to.var)[r] = A(square / double(pixels_));
             }
         });
+        if (to.processes == nullptr) return;
+        own[0] = double(pixels_);
+        share_statistics<A>(to, rows, own);
     }
 
   private:

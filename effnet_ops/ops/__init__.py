@@ -6,7 +6,7 @@ The compiled library registers their CPU kernels and `gpu` those for CUDA; elsew
 from effnet_ops.ops import conv_norm, gpu, packed, triton
 from effnet_ops.ops.depthwise import DepthwiseCall, depthwise_conv2d
 from effnet_ops.ops.fused_mbconv import FusedMBConvCall, fused_mbconv, fused_mbconv_inference
-from effnet_ops.ops.mbconv import MBConvCall, mbconv, mbconv_inference, set_recompute
+from effnet_ops.ops.mbconv import MBConvCall, mbconv, mbconv_inference, mbconv_sync, set_recompute
 from effnet_ops.ops.pointwise import PointwiseCall, pointwise_conv2d
 from effnet_ops.ops.prepared import PreparedCalls
 from effnet_ops.ops.squeeze_excite import SqueezeExciteCall, squeeze_excite
@@ -24,6 +24,7 @@ __all__ = [
     "fused_mbconv_inference",
     "mbconv",
     "mbconv_inference",
+    "mbconv_sync",
     "packed",
     "pointwise_conv2d",
     "set_recompute",

@@ -169,10 +169,15 @@ class Saved(NamedTuple):
         return used_statistics(self)
 
 
-def used_statistics(saved: Any) -> list[Statistics | None]:
-    """(mean, biased variance) of each normalisation, where those of the batch were used."""
-    pairs = ((saved[i], saved[i + 1]) for i in range(saved._fields.index("expand_mean_used"), len(saved) - 1, 2))
-    return [(mean, var) if mean.numel() else None for mean, var in pairs]
+def used_statistics(saved: Any, counts: Tensor | None = None) -> list[Statistics | None]:
+    """(mean, biased variance) of each normalisation, where those of the batch were used.
+
+    With ``counts``, one for each normalisation, the number of values behind them, too.
+    """
+    first = saved._fields.index("expand_mean_used")
+    pairs = list(zip(saved[first:-1:2], saved[first + 1 :: 2], strict=True))
+    behind = [()] * len(pairs) if counts is None else [(count,) for count in counts]
+    return [(mean, var, *more) if mean.numel() else None for (mean, var), more in zip(pairs, behind, strict=True)]
 
 
 class MBConvTrainingCall(NamedTuple):
@@ -249,7 +254,7 @@ class MBConvGradientCall(NamedTuple):
     of = _library.Gradient.of(MBConvCall)
     reference, output = _library.reference_of_gradient, _library.output_of_gradient
 
-    def flops(self, out: Any) -> int:
+    def flops(self, out: Any = None) -> int:
         """The gradients of each product and convolution; what is computed a second time does not count."""
         call, output = self.call, (self.grad[0], 0, *self.grad[2:])
         convs = {"project": (call.project, output), "depthwise": (call.depthwise, output)}
@@ -278,6 +283,52 @@ def block_gradient_flops(signature: Signature, gradient: Any, convs: dict[str, t
     return flops
 
 
+class MBConvSyncTrainingCall(NamedTuple):
+    """The same where the processes of a group share the statistics; the results are those, and counts (3,).
+
+    Counts are the numbers of values behind the statistics of expand, depthwise and project.
+    """
+
+    training: MBConvTrainingCall
+    process_group: str
+
+    def reference(self) -> tuple[Tensor, ...]:
+        raise _only_cpu()
+
+    def output(self) -> tuple[Tensor, ...]:
+        return (*self.training.output(), self.training.call.x.new_empty(3, dtype=torch.float64))
+
+    def flops(self, out: Sequence[Sequence[int]]) -> int:
+        return self.training.flops(out)
+
+
+class MBConvSyncGradientCall(NamedTuple):
+    """The gradients of such a block."""
+
+    grad: Activation
+    call: MBConvCall
+    saved: Saved
+    counts: Constant
+    process_group: str
+    needs: Flags
+
+    of = _library.Gradient.of(MBConvCall)
+    output = _library.output_of_gradient
+
+    def reference(self) -> tuple[Tensor, ...]:
+        raise _only_cpu()
+
+    def flops(self, out: Any) -> int:
+        return MBConvGradientCall(self.grad, self.call, self.saved, self.needs).flops()
+
+
+def _only_cpu() -> RuntimeError:
+    return RuntimeError(
+        "effnet_ops: only the CPU's kernels share statistics with other processes; use effnet_ops.mbconv, or the "
+        "reference backend"
+    )
+
+
 class Block:
     """A block's operators, for inference, training and its gradient, from the classes of their calls and results.
 
@@ -290,9 +341,9 @@ class Block:
         self.signature = signature = self.inference.signature
         self._training = _library.Operator(f"{name}_training", training, 1 + len(saved._fields), autocast=True)
         self._gradient = _library.Operator(f"{name}_backward", gradient, len(signature.differentiable))
-        _library.register_autograd(self._training, self._setup_context, self._differentiate, self._gradient)
+        _library.register_autograd(self._training, self.setup_context, self._differentiate, self._gradient)
 
-    def _setup_context(self, ctx: Any, training: Any, output: tuple[Tensor, ...]) -> None:
+    def setup_context(self, ctx: Any, training: Any, output: tuple[Tensor, ...]) -> None:
         signature = self.signature
         args = signature.flatten(training.call)
         for i, (argument, value) in enumerate(zip(signature.arguments, args, strict=True)):
@@ -314,9 +365,13 @@ class Block:
     def _differentiate(self, ctx: Any, grad: Tensor | None, *_: None) -> Sequence[Tensor | None]:
         if grad is None:
             return (None,) * len(ctx.needs)
-        saved, count = ctx.saved_tensors, len(ctx.others)
-        args = [other if tensor is None else tensor for tensor, other in zip(saved[:count], ctx.others, strict=True)]
-        return self._gradient.run(grad, *args, *saved[count:], ctx.needs)
+        args, saved = saved_arguments(ctx)
+        return self._gradient.run(grad, *args, *saved, ctx.needs)
+
+    def arguments(self, call: Any) -> tuple[Sequence[Any], bool]:
+        """The operator's arguments, and whether a gradient may come."""
+        args = self.signature.flatten(call)
+        return args, torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args)
 
     def __call__(self, call: Any) -> tuple[Tensor, list[Statistics | None]]:
         """The public function of the block without checks and without updating running statistics.
@@ -324,19 +379,29 @@ class Block:
         Returns:
             y, and for each convolution the mean and biased variance (C,) of the batch where they were used.
         """
-        args = self.signature.flatten(call)
-        differentiate = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args)
+        args, differentiate = self.arguments(call)
         # The operator of inference has gradients, too, by the reference: torch.jit.trace records it for both uses.
         if not call.uses_batch() and (not differentiate or torch.jit.is_tracing()):
             return self.inference.run(*args), [None] * self._convs
-        saves = differentiate and _policy != "always" and (_policy == "never" or call.saves_expanded())
-        y, *saved = self._training.run(*args, saves)
+        y, *saved = self._training.run(*args, differentiate and saves_expanded(call))
         return y, used_statistics(self._saved(*saved))
+
+
+def saved_arguments(ctx: Any) -> tuple[list[Any], Sequence[Tensor]]:
+    """The arguments of the training operator, and what it kept behind them."""
+    saved, count = ctx.saved_tensors, len(ctx.others)
+    args = [other if tensor is None else tensor for tensor, other in zip(saved[:count], ctx.others, strict=True)]
+    return args, saved[count:]
 
 
 _POLICIES = ("auto", "always", "never")
 _AUTO_CHANNELS = 64
 _policy = "auto"
+
+
+def saves_expanded(call: Any) -> bool:
+    """Whether the policy is that training keeps a block's expanded activation."""
+    return _policy != "always" and (_policy == "never" or call.saves_expanded())
 
 
 class set_recompute:
@@ -369,3 +434,34 @@ class set_recompute:
 
 mbconv = Block("mbconv", MBConvCall, MBConvTrainingCall, MBConvGradientCall, Saved)
 mbconv_inference = mbconv.inference
+_sync_results = 2 + len(Saved._fields)
+_sync_training = _library.Operator("mbconv_sync_training", MBConvSyncTrainingCall, _sync_results, autocast=True)
+_sync_gradient = _library.Operator("mbconv_sync_backward", MBConvSyncGradientCall, len(mbconv.signature.differentiable))
+
+
+def _setup_sync_context(ctx: Any, sync: MBConvSyncTrainingCall, output: tuple[Tensor, ...]) -> None:
+    mbconv.setup_context(ctx, sync.training, output)
+    ctx.process_group = sync.process_group
+
+
+def _differentiate_sync(ctx: Any, grad: Tensor | None, *_: None) -> Sequence[Tensor | None]:
+    if torch.is_grad_enabled():
+        raise RuntimeError("effnet_ops: a block that shares its statistics with other processes has no second gradient")
+    # The other processes wait for this one also where nobody uses its result.
+    args, saved = saved_arguments(ctx)
+    grad = torch.zeros_like(saved[Saved._fields.index("projected")]) if grad is None else grad
+    return _sync_gradient.run(grad, *args, *saved, ctx.process_group, ctx.needs)
+
+
+_library.register_autograd(_sync_training, _setup_sync_context, _differentiate_sync, _sync_gradient)
+
+
+def mbconv_sync(call: MBConvCall, process_group: str) -> tuple[Tensor, list[Statistics | None]]:
+    """`mbconv` in training, where the processes of a group, given by its name, share the statistics.
+
+    Returns:
+        y, and where statistics of the batch were used their mean and biased variance (C,) and the number of values.
+    """
+    args, differentiate = mbconv.arguments(call)
+    y, *saved, counts = _sync_training.run(*args, differentiate and saves_expanded(call), process_group)
+    return y, used_statistics(Saved(*saved), counts)

@@ -5,7 +5,7 @@ fp64; a backend may keep more precision between the steps of a fused operation, 
 """
 
 from effnet_ops.reference.activation import ACTIVATIONS, GATES, activate, compute_dtype
-from effnet_ops.reference.batch_norm import batch_norm, batch_statistics
+from effnet_ops.reference.batch_norm import Statistics, batch_norm, batch_statistics, sync_batch_norm
 from effnet_ops.reference.convolution import convolution, pad_unevenly
 from effnet_ops.reference.depthwise import depthwise_conv2d
 from effnet_ops.reference.fused_mbconv import FusedStages, fused_mbconv
@@ -18,6 +18,7 @@ __all__ = [
     "GATES",
     "FusedStages",
     "Stages",
+    "Statistics",
     "activate",
     "batch_norm",
     "batch_statistics",
@@ -30,4 +31,5 @@ __all__ = [
     "pad_unevenly",
     "pointwise_conv2d",
     "squeeze_excite",
+    "sync_batch_norm",
 ]

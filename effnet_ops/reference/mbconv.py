@@ -27,8 +27,9 @@ class Stages(NamedTuple):
     """What one pass through a block makes.
 
     ``y`` is in the dtype of x, all others in the compute dtype: what each convolution gives before its bias and
-    normalisation, the mean and biased variance (C,) of the batch where a normalisation used them, and the mean (N, C)
-    that squeeze-and-excitation takes. None where the block has no such part.
+    normalisation, the mean and biased variance (C,) of the batch where a normalisation used them, with the number of
+    values behind them where several processes share the batch, and the mean (N, C) that squeeze-and-excitation takes.
+    None where the block has no such part.
     """
 
     y: Tensor

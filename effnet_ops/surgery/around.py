@@ -14,22 +14,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effnet_ops import backends
+from effnet_ops import backends, distributed, functional
 from effnet_ops.checks import output_size, padding_sides, resolve_padding
 from effnet_ops.functional import may_keep
 from effnet_ops.ops import PreparedCalls, packed
 from effnet_ops.ops._library import Operator
 from effnet_ops.ops.conv_norm import FEW_CHANNELS, TALLEST, batch_norm, conv_norm, keeps_channels_last
 from effnet_ops.surgery.fused import (
+    NORMS,
     FusedLayer,
     NotFusable,
     Part,
     check_norm,
     convolution_padding,
     convolution_pair,
+    fused_class,
+    norm_params,
     parameter,
     same_convolution,
 )
+from effnet_ops.surgery.structure import stock_class
 
 _FEWEST_PIXELS = 16
 """Packing the weights of a 1x1 convolution costs as much as multiplying them with some ten pixels."""
@@ -39,6 +43,9 @@ NETWORKS: set[type[nn.Module]] = set()
 
 AROUND: dict[type[nn.Module], type[FusedLayer]] = {}
 """The replacement of each stock class."""
+
+SYNC_NORMS: dict[type[nn.Module], type[FusedLayer]] = {}
+"""The same for normalisations that share their statistics with other processes, wherever they are."""
 
 NETWORK_POOLS: dict[type[nn.Module], type[FusedLayer]] = {}
 """The same for pools, which are replaced only as a network's own children."""
@@ -242,6 +249,19 @@ class AroundNorm(AroundLayer):
         return _NormPlan(check_norm(Part("it", module)))
 
 
+class AroundSyncNorm(AroundNorm):
+    """Base of the normalisations that share their statistics: on a CPU in training, where the stock ones refuse."""
+
+    def run(self, x: Tensor) -> Tensor | None:
+        group = distributed.group_of(self) if isinstance(x, Tensor) and x.device.type == "cpu" else None
+        if group is None:
+            return super().run(x)
+        y = functional.sync_batch_norm(x, norm_params(self), group)
+        for part in NORMS[stock_class(self)](self):
+            y = part.module(y)
+        return y
+
+
 class AroundConvNorm(AroundLayer):
     """Base of the sequences of a convolution, its normalisation and, in most of them, an activation."""
 
@@ -280,3 +300,6 @@ class AroundPool(AroundLayer):
 def _average(keepdim: bool, layer: nn.Module, x: Tensor) -> Tensor | None:
     fits = 0 not in x.shape and backends.select(x) == "cpu"
     return packed.average_pool(packed.AveragePoolCall(x, keepdim)) if fits else None
+
+
+SYNC_NORMS[nn.SyncBatchNorm] = fused_class(AroundSyncNorm, nn.SyncBatchNorm)

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from effnet_ops import context, functional
+from effnet_ops import context, distributed, functional
 from effnet_ops.checks import FLOAT_DTYPES, integers
 from effnet_ops.layers import padded_conv2d
 from effnet_ops.params import BatchNormParams, ConvNormParams, SqueezeExciteParams
 from effnet_ops.reference import activate
 from effnet_ops.surgery.drop_path import drop_path_scale
-from effnet_ops.surgery.structure import FORWARDS, HOOKS, Structure, stock_class
+from effnet_ops.surgery.structure import FORWARDS, HOOKS, Structure, below_sharding, stock_class
 
 _CACHE = "_effnet_ops_plan"
 
@@ -112,11 +112,16 @@ class BlockPlan(NamedTuple):
         """What there is of them, the depthwise one first."""
         return [stage for stage in (self.depthwise, self.project, self.expand) if stage is not None]
 
-    def mixed(self) -> bool:
-        """Whether some normalisations train and others do not; the functions have one flag for all."""
+    def mixed(self, x: Tensor) -> bool:
+        """Whether the normalisations differ: the functions have one flag for training, and one process group.
+
+        On a GPU, those that share their statistics are left to torch.nn.SyncBatchNorm.
+        """
         first, *others = self.stages()
-        training = trains(first[1])
-        return any(norm is not None and trains(norm) is not training for _, norm in others)
+        mode = mode_of(first[1])
+        if any(norm is not None and mode_of(norm) is not mode for _, norm in others):
+            return True
+        return not isinstance(mode, bool) and x.device.type != "cpu"
 
     def run(self, x: Tensor, rate: float | None = None) -> Tensor:
         """The block's output for x; ``rate`` is the drop rate of this call, where the block takes one."""
@@ -218,19 +223,26 @@ def trains(norm: nn.Module) -> bool:
     return norm.training and isinstance(norm, _BatchNorm)
 
 
+def mode_of(norm: nn.Module) -> Any:
+    """The process group with which a normalisation shares the statistics of its batch, else whether it uses them."""
+    return trains(norm) and (distributed.group_of(norm) or True)
+
+
 def conv_norm_params(conv: nn.Conv2d, norm: nn.Module | None) -> ConvNormParams:
     if norm is None:
         return ConvNormParams(parameter(conv, "weight"), parameter(conv, "bias"))
+    return ConvNormParams(parameter(conv, "weight"), None, norm_params(norm))
+
+
+def norm_params(norm: nn.Module) -> BatchNormParams:
     buffers = norm._buffers
     weight, bias = parameter(norm, "weight"), parameter(norm, "bias")
     if not isinstance(norm, _BatchNorm):
-        params = BatchNormParams(weight, bias, buffers["running_mean"], buffers["running_var"], norm.eps)
-        return ConvNormParams(parameter(conv, "weight"), None, params)
+        return BatchNormParams(weight, bias, buffers["running_mean"], buffers["running_var"], norm.eps)
     tracks = norm.track_running_stats or not norm.training
     running = (buffers["running_mean"], buffers["running_var"]) if tracks else (None, None)
     count = buffers["num_batches_tracked"] if tracks else None
-    params = BatchNormParams(weight, bias, *running, norm.eps, norm.momentum, count)
-    return ConvNormParams(parameter(conv, "weight"), None, params)
+    return BatchNormParams(weight, bias, *running, norm.eps, norm.momentum, count, distributed.group_of(norm))
 
 
 class FusedLayer(nn.Module):
@@ -318,7 +330,10 @@ ACTIVATIONS: dict[type[nn.Module], str] = {
 }
 GATES: dict[type[nn.Module], str] = {nn.Sigmoid: "sigmoid", nn.Hardsigmoid: "hard_sigmoid"}
 
-NORMS: dict[type[nn.Module], Callable[[Any], list[Part]]] = {nn.BatchNorm2d: lambda norm: []}
+NORMS: dict[type[nn.Module], Callable[[Any], list[Part]]] = {
+    nn.BatchNorm2d: lambda norm: [],
+    nn.SyncBatchNorm: lambda norm: [],
+}
 """The modules that a normalisation runs behind itself: all must be activations that fit. What is here and no BatchNorm
 of PyTorch is frozen: it always normalises by its running statistics."""
 
@@ -479,10 +494,10 @@ def check_norm(norm: Part, activation: Part | None = None) -> str:
     """The name of the one activation behind a normalisation; raises `NotFusable` for what is not one that is fused."""
     name, module = norm
     parts_of = known(NORMS, module)
-    if isinstance(module, nn.SyncBatchNorm):
+    if stock_class(module) is nn.SyncBatchNorm and module._modules:
         raise NotFusable(
-            f"{name} is {type(module).__name__}. Note that torch's convert_sync_batchnorm dropped the activation of "
-            "timm's BatchNormAct2d, which timm.layers.convert_sync_batchnorm keeps"
+            f"{name} is SyncBatchNorm with parts that it does not call. Note that torch's convert_sync_batchnorm "
+            "dropped the activation of timm's BatchNormAct2d, which timm.layers.convert_sync_batchnorm keeps"
         )
     if parts_of is None:
         raise NotFusable(f"{name} is {type(module).__name__}, not a BatchNorm2d that is fused")
@@ -522,7 +537,7 @@ def describe_or_none(module: FusedLayer) -> Any:
     """`describe` of a replaced module, None instead of `NotFusable`."""
     try:
         module.check_now()
-        return describe(type(module), module)
+        return describe(below_sharding(type(module)), module)
     except NotFusable:
         return None
 

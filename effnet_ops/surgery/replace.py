@@ -17,11 +17,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from effnet_ops import layers
 from effnet_ops.surgery import (
     adapters,
     generic,  # noqa: F401  (registers the layers of PyTorch itself)
 )
-from effnet_ops.surgery.around import AROUND, NETWORK_POOLS, NETWORKS, AroundLayer
+from effnet_ops.surgery.around import AROUND, NETWORK_POOLS, NETWORKS, SYNC_NORMS, AroundLayer
 from effnet_ops.surgery.blocks import FusedBlock, FusedSqueezeExcite, has_more
 from effnet_ops.surgery.folded import Folded
 from effnet_ops.surgery.fused import (
@@ -110,6 +111,7 @@ def replace_layers(model: nn.Module) -> ReplacementReport:
     changes: list[tuple[nn.Module, type[nn.Module]]] = []
     _visit("", model, report, changes, set())
     _surround("", model, False, report, changes, {module for module, _ in changes})
+    _synchronise(model, report, changes)
     _apply(changes)
     return report
 
@@ -209,6 +211,19 @@ def _surround(
             _change(inner, child, pool, report, changes)
         else:
             _surround(inner, child, inside or network, report, changes, seen)
+
+
+def _synchronise(model: nn.Module, report: ReplacementReport, changes: list[tuple[nn.Module, type[nn.Module]]]) -> None:
+    """Plan the changes to normalisations that share their statistics, but for those that blocks and our layers run."""
+    owners = {module for module, layer in changes if layer.kind == "block"}
+    for module in model.modules():
+        if type(module).__module__ == layers.__name__ or (isinstance(module, FusedLayer) and module.kind == "block"):
+            owners.add(module)
+    inside = {part for owner in owners for part in owner.modules()}
+    for name, module in model.named_modules():
+        layer = SYNC_NORMS.get(type(module))
+        if layer is not None and module not in inside and "forward" not in module.__dict__:
+            _change(name, module, layer, report, changes)
 
 
 def _change(

@@ -28,9 +28,14 @@ _SETTINGS = ("stride", "padding", "dilation", "output_size")
 
 def stock_class(module: nn.Module) -> type[nn.Module]:
     """The class of ``module``, or the one it had before it was replaced or folded."""
-    cls = type(module)
+    cls = below_sharding(type(module))
     stock = cls.__dict__.get("stock")
-    return stock if isinstance(stock, type) and issubclass(cls, stock) else cls
+    return stock if isinstance(stock, type) and issubclass(cls, stock) else type(module)
+
+
+def below_sharding(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class on top of which fully_shard of torch.distributed puts one, whose calls are those of this class."""
+    return next(base for base in cls.__mro__ if not base.__module__.startswith("torch.distributed."))
 
 
 class Structure:

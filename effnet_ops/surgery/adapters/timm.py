@@ -6,12 +6,20 @@ from timm.layers import ConvNormAct, activations, activations_me
 from timm.layers.adaptive_avgmax_pool import SelectAdaptivePool2d
 from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.drop import DropPath
-from timm.layers.norm_act import BatchNormAct2d, FrozenBatchNormAct2d
+from timm.layers.norm_act import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
 from timm.models import _efficientnet_blocks as blocks
 from timm.models import efficientnet, mobilenetv3
 from torch import nn
 
-from effnet_ops.surgery.around import AROUND, NETWORK_POOLS, NETWORKS, AroundNorm, AroundPool
+from effnet_ops.surgery.around import (
+    AROUND,
+    NETWORK_POOLS,
+    NETWORKS,
+    SYNC_NORMS,
+    AroundNorm,
+    AroundPool,
+    AroundSyncNorm,
+)
 from effnet_ops.surgery.folded import METHODS, POOLS, FoldedPool
 from effnet_ops.surgery.fused import (
     ACTIVATIONS,
@@ -43,9 +51,11 @@ GATES.update(
     }
 )
 NORMS[BatchNormAct2d] = lambda norm: [Part("drop", norm.drop), Part("act", norm.act)]
+NORMS[SyncBatchNormAct] = lambda norm: [Part(n, getattr(norm, n)) for n in ("drop", "act") if hasattr(norm, n)]
 NORMS[FrozenBatchNormAct2d] = lambda norm: [Part("act", norm.act)]
 DROP_PATHS.add(DropPath)
 AROUND[BatchNormAct2d] = fused_class(AroundNorm, BatchNormAct2d)
+SYNC_NORMS[SyncBatchNormAct] = fused_class(AroundSyncNorm, SyncBatchNormAct)
 register_convolution(Conv2dSame, lambda conv: "same")
 CHAINS.update(
     {

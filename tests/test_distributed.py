@@ -1,0 +1,66 @@
+"""Several processes: batch normalisation with shared statistics inside the blocks, and what PyTorch wraps models in."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import processes
+import pytest
+import torch
+from processes import run_processes
+from torch import distributed as dist
+
+
+def _normalisations(rank: int) -> None:
+    pair, every = dist.new_group([0, 1]), dist.group.WORLD
+    for name in processes.BLOCKS:
+        if rank < 2:
+            processes.check_block(name, rank, pair, [5, 3], torch.float64, 1e-11, "auto")
+    for policy, name in (("always", "many channels, stride 2"), ("never", "few channels"), ("always", "few channels")):
+        processes.check_block(name, rank, every, [4, 3, 1], torch.float64, 1e-11, policy)
+        processes.check_block(name, rank, every, [4, 3, 1], torch.float32, 2e-5, policy)
+    processes.check_block("few channels", rank, every, [5, 0, 3], torch.float64, 1e-11, "auto")
+    processes.check_training(rank, every, [4, 3, 1], torch.float64, 1, 1e-11)
+    if rank < 2:
+        processes.check_training(rank, pair, [5, 3], torch.float64, 20, 1e-11)
+        processes.check_training(rank, pair, [5, 3], torch.float32, 20, 1e-3)
+
+
+def test_shared_statistics_are_those_of_the_whole_batch() -> None:
+    run_processes(3, _normalisations)
+
+
+@pytest.mark.parametrize("function", [processes.end_early, processes.freeze_alone])
+def test_a_process_that_does_not_take_part_ends_the_others(function: Callable[..., None], tmp_path: Path) -> None:
+    run_processes(2, function, str(tmp_path), timeout=3)
+    seconds, _, message = (tmp_path / "0").read_text().partition(" ")
+    assert float(seconds) < 8
+    assert message.startswith("effnet_ops: process 0 of 2 could not share the statistics")
+    assert "frozen normalisations" in message
+
+
+def _sharding(rank: int, folder: str) -> None:
+    processes.check_sharding(rank, dist.group.WORLD, [5, 3], folder)
+    processes.check_mixed_precision(rank, dist.group.WORLD)
+    processes.check_distributed_tensors(rank, dist.group.WORLD)
+
+
+def test_sharded_models(tmp_path: Path) -> None:
+    run_processes(2, _sharding, str(tmp_path))
+
+
+@pytest.mark.slow
+def test_script_in_the_docs_runs_by_torchrun(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parent.parent
+    block = re.search(r"```python\n(.*?)```", (root / "docs" / "distributed.md").read_text(), re.DOTALL)
+    (tmp_path / "train.py").write_text(block.group(1))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert result.stdout.count(": loss ") == 2

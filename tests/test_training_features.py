@@ -1,0 +1,211 @@
+"""What trainers do to a model: replaced layers train as the stock ones under each of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import numpy
+import pytest
+import timm
+import timm.loss
+import timm.optim
+import timm.utils
+import torch
+import torch.nn.functional as F
+from processes import difference
+from timm.data import Mixup
+from timm.models import _efficientnet_blocks as timm_blocks
+from timm.scheduler import CosineLRScheduler
+from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.optim import swa_utils
+from torch.utils.flop_counter import FlopCounterMode
+
+from effnet_ops import replace_layers
+from effnet_ops.scaling.digits import digits
+
+pytest.importorskip("sklearn")
+
+
+class Network(nn.Module):
+    """A stem, blocks of timm with drop path, and a head, for the digits of scikit-learn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        settings = {"exp_ratio": 3, "se_layer": timm.layers.SqueezeExcite, "act_layer": nn.SiLU}
+        self.stem = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.SiLU())
+        self.blocks = nn.Sequential(
+            timm_blocks.InvertedResidual(8, 8, drop_path_rate=0.2, **settings),
+            timm_blocks.InvertedResidual(8, 16, stride=2, **settings),
+            timm_blocks.InvertedResidual(16, 16, drop_path_rate=0.2, **settings),
+        )
+        self.classifier = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+def models(dtype: torch.dtype = torch.float64) -> tuple[Network, Network]:
+    """The stock network and a replaced one with the same weights."""
+    torch.manual_seed(0)
+    stock = Network().to(dtype).train()
+    ours = copy.deepcopy(stock)
+    assert len(replace_layers(ours).replaced) == 3
+    return stock, ours
+
+
+def batch(step: int, size: int = 16, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    images, labels = digits()
+    at = slice(step * size, (step + 1) * size)
+    # A copy: mixup writes to the pictures that it is given.
+    return images[at].to(dtype, copy=True), labels[at]
+
+
+def train(model: nn.Module, steps: range, parts: int = 1, after: Callable[[], None] = lambda: None) -> list[float]:
+    """Losses of steps of SGD, each of ``parts`` batches; the step's number is the seed of what is random in it."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.05)
+    losses = []
+    for step in steps:
+        torch.manual_seed(step)
+        for part in range(parts):
+            images, labels = batch(step * parts + part)
+            loss = F.cross_entropy(model(images), labels) / parts
+            loss.backward()
+            losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+        after()
+    return losses
+
+
+def assert_same(ours: nn.Module, stock: nn.Module) -> None:
+    for (name, value), other in zip(ours.state_dict().items(), stock.state_dict().values(), strict=True):
+        assert difference(value, other, 0.1) < 1e-11, name
+
+
+def average(model: nn.Module) -> nn.Module:
+    averaged = swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.5))
+    train(model, range(2), after=lambda: averaged.update_parameters(model))
+    swa_utils.update_bn([batch(9), batch(10)], averaged)
+    return averaged.eval()
+
+
+def pruned(model: nn.Module) -> nn.Module:
+    prune.l1_unstructured(model.blocks[0].conv_pw, "weight", 0.5)
+    prune.ln_structured(model.blocks[2].conv_dw, "weight", 0.25, n=2, dim=0)
+    train(model, range(2))
+    prune.remove(model.blocks[0].conv_pw, "weight")
+    train(model, range(2, 4))
+    return model
+
+
+def accumulated(model: nn.Module) -> nn.Module:
+    train(model, range(2), parts=3)
+    return model
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    for module in (model.stem, model.blocks[0]):
+        module.requires_grad_(False).eval()
+    train(model, range(2))
+    return model
+
+
+@pytest.mark.parametrize("feature", [average, pruned, accumulated, frozen])
+def test_feature_is_that_of_the_stock_model(feature: Callable[[nn.Module], nn.Module]) -> None:
+    """All of them with drop path, which draws the same images for the same seed."""
+    stock, ours = models()
+    assert_same(feature(ours), feature(stock))
+    images, _ = batch(20)
+    with torch.no_grad():
+        assert difference(ours.eval()(images), stock.eval()(images)) < 1e-11
+
+
+def test_nothing_is_computed_for_gradients_that_nobody_needs() -> None:
+    """No backward pass of a frozen block in front, and of the last only what its bias needs."""
+    _, ours = models()
+    ours.requires_grad_(False)
+    ours.blocks[2].bn3.bias.requires_grad_(True)
+    with FlopCounterMode(display=False) as counter:
+        train(ours, range(1))
+    backward = [flops for op, flops in counter.get_flop_counts()["Global"].items() if "mbconv_backward" in str(op)]
+    assert backward in ([], [0])
+    assert ours.blocks[2].conv_pwl.weight.grad is None
+
+
+def trained_by_timm(model: nn.Module, steps: range, state: dict | None = None) -> tuple[list[float], dict, nn.Module]:
+    """Losses of timm's optimizer, scheduler, mixup, scaler and average; what a checkpoint has; the average."""
+    optimizer = timm.optim.create_optimizer_v2(model, "adamw", lr=0.002, weight_decay=0.01)
+    scheduler = CosineLRScheduler(optimizer, t_initial=30, warmup_t=5, warmup_lr_init=1e-5)
+    scaler, mixup = timm.utils.NativeScaler("cpu"), Mixup(mixup_alpha=0.2, label_smoothing=0.1, num_classes=10)
+    ema = timm.utils.ModelEmaV3(model, decay=0.9)
+    if state is not None:
+        for part, key in ((model, "model"), (optimizer, "optimizer"), (scaler, "scaler"), (ema.module, "ema")):
+            part.load_state_dict(copy.deepcopy(state[key]))
+    losses = []
+    for step in steps:
+        scheduler.step(step)
+        torch.manual_seed(step)
+        numpy.random.seed(step)
+        images, targets = mixup(*batch(step, 32, torch.float32))
+        loss = timm.loss.SoftTargetCrossEntropy()(model(images), targets)
+        optimizer.zero_grad()
+        scaler(loss, optimizer, clip_grad=1.0, parameters=model.parameters())
+        ema.update(model, step=step)
+        losses.append(loss.item())
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler, "ema": ema.module}
+    return losses, {key: part.state_dict() for key, part in parts.items()}, ema.module
+
+
+def test_thirty_steps_of_timm_and_checkpoints_of_either_model() -> None:
+    stock, ours = models(torch.float32)
+    fresh = copy.deepcopy(stock.state_dict())
+    expected, _, stock_ema = trained_by_timm(stock, range(30))
+    losses, _, ema = trained_by_timm(ours, range(30))
+    assert max(abs(one - other) for one, other in zip(losses, expected, strict=True)) < 1e-4
+    for first, second in (models(torch.float32), models(torch.float32)[::-1]):
+        first.load_state_dict(fresh)
+        half, state, _ = trained_by_timm(first, range(15))
+        rest, _, _ = trained_by_timm(second, range(15, 30), state)
+        assert max(abs(one - other) for one, other in zip(half + rest, expected, strict=True)) < 1e-4
+    images, _ = batch(40, 32, torch.float32)
+    with torch.no_grad():
+        assert difference(ema.eval()(images), stock_ema.eval()(images)) < 1e-3
+
+
+def accuracy_after(model: nn.Module, steps: int, dtype: torch.dtype) -> float:
+    """Accuracy on the last 500 digits after steps under autocast, with a scaler for float16."""
+    optimizer = torch.optim.AdamW(model.parameters(), 0.003)
+    scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
+    for step in range(steps):
+        torch.manual_seed(step)
+        images, labels = batch(step % 40, 32, torch.float32)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = F.cross_entropy(model(images).float(), labels)
+        assert loss.isfinite()
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+    images, labels = digits()
+    with torch.no_grad():
+        return float((model.eval()(images[-500:]).argmax(1) == labels[-500:]).float().mean())
+
+
+def test_half_precision_with_a_scaler_stays_finite() -> None:
+    _, ours = models(torch.float32)
+    assert accuracy_after(ours, 12, torch.float16) > 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_accuracy_after_300_steps_is_that_of_the_stock_model(dtype: torch.dtype) -> None:
+    stock, ours = models(torch.float32)
+    again = copy.deepcopy(ours)
+    expected, found = accuracy_after(stock, 300, dtype), accuracy_after(ours, 300, dtype)
+    assert abs(expected - found) <= 0.01
+    assert accuracy_after(again, 300, dtype) == found
+    for value, other in zip(again.state_dict().values(), ours.state_dict().values(), strict=True):
+        assert torch.equal(value, other)
