@@ -115,7 +115,7 @@ $(ENVIRONMENT): requirements-dev.txt
 	@touch $@
 
 $(BUILD): $(ENVIRONMENT) setup.py setup_cuda.py pyproject.toml $(CXX_SOURCES)
-	@echo "==> building effnet_ops"
-	@$(call install,build,--no-build-isolation -v -e .)
+	@echo "==> building effnet_ops for this processor"
+	@export EFFNET_OPS_ISAS=native; $(call install,build,--no-build-isolation -v -e .)
 	@sed -n 's/^ *\(effnet_ops: .*\)/    \1/p' $(VENV)/build.log
 	@touch $@

@@ -3,7 +3,8 @@
 
 EFFNET_OPS_BUILD=auto|cpu|cuda|none says what to build. `auto` builds what this machine can run, with CUDA if it has a
 GPU or TORCH_CUDA_ARCH_LIST is set, and says what it left out. FORCE_CUDA=1 and `cuda` build every architecture without
-a GPU, too. A choice that cannot be built is an error. CXX, MAX_JOBS and CUDA_HOME are honoured. EFFNET_OPS_SANITIZE=1
+a GPU, too. A choice that cannot be built is an error. EFFNET_OPS_ISAS=all|native: with `native` the CPU part is for
+this processor alone, which takes less time. CXX, MAX_JOBS and CUDA_HOME are honoured. EFFNET_OPS_SANITIZE=1
 adds the address and undefined-behaviour sanitizers to the CPU part.
 """
 
@@ -35,7 +36,7 @@ import setup_cuda  # noqa: E402
 
 TORCH_TARGET = (2, 10)
 CPP_LIBRARY = "libeffnet_ops.so"
-CHOICES = ("auto", "cpu", "cuda", "none")
+CHOICES = {"EFFNET_OPS_BUILD": ("auto", "cpu", "cuda", "none"), "EFFNET_OPS_ISAS": ("all", "native")}
 COMMON_FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno"]
 COMMON_FLAGS += ["-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
@@ -52,10 +53,11 @@ def say(message: str) -> None:
     print(f"effnet_ops: {message}", flush=True)
 
 
-def build_choice() -> str:
-    choice = os.environ.get("EFFNET_OPS_BUILD", "auto")
-    if choice not in CHOICES:
-        raise SystemExit(f"EFFNET_OPS_BUILD must be one of {', '.join(CHOICES)}, got {choice!r}")
+def choice_of(variable: str) -> str:
+    choices = CHOICES[variable]
+    choice = os.environ.get(variable, choices[0])
+    if choice not in choices:
+        raise SystemExit(f"{variable} must be one of {', '.join(choices)}, got {choice!r}")
     return choice
 
 
@@ -69,12 +71,20 @@ def find_compiler() -> list[str] | None:
     return None
 
 
-def accepts(compiler: list[str], flags: list[str]) -> bool:
+def accepts(compiler: list[str], flags: list[str], native: bool = False) -> bool:
+    """Whether the compiler knows these flags and, where `native`, this processor has what they name."""
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "empty.cpp")
+        source, program = Path(folder, "probe.cpp"), Path(folder, "probe")
         source.write_text("int main() { return 0; }\n")
-        command = [*compiler, *flags, "-c", str(source), "-o", str(source.with_suffix(".o"))]
-        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+        command = [*compiler, *flags, "-c", str(source), "-o", str(program)]
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            return False
+        if not native:
+            return True
+        supported = [f'__builtin_cpu_supports("{flag.removeprefix("-m")}")' for flag in flags]
+        source.write_text(f"int main() {{ return !({' && '.join(supported)}); }}\n")
+        done = subprocess.run([*compiler, str(source), "-o", str(program)], capture_output=True, check=False)
+        return done.returncode == 0 and subprocess.run([str(program)], check=False).returncode == 0
 
 
 def why_no_cpu(compiler: list[str] | None) -> str:
@@ -106,7 +116,7 @@ class Plan:
 
     @classmethod
     def make(cls) -> Plan:
-        choice = build_choice()
+        choice, native = choice_of("EFFNET_OPS_BUILD"), choice_of("EFFNET_OPS_ISAS") == "native"
         cuda_required = choice == "cuda" or os.environ.get("FORCE_CUDA", "0") == "1"
         if choice == "none":
             say("EFFNET_OPS_BUILD=none: the C++ part is left out, the reference backend runs everything")
@@ -119,7 +129,7 @@ class Plan:
             say(f"C++ left out: {reason}; the reference backend runs everything")
             return cls(None, [], False)
         x86 = platform.machine().lower() in ("x86_64", "amd64")
-        isas = [isa for isa, flags in ISA_FLAGS.items() if not flags or (x86 and accepts(compiler, flags))]
+        isas = [isa for isa, flags in ISA_FLAGS.items() if not flags or (x86 and accepts(compiler, flags, native))]
         say(f"C++ with {shlex.join(compiler)} for {', '.join(isas)}; torch target {'.'.join(map(str, TORCH_TARGET))}")
         cuda = cuda_plan(choice, cuda_required)
         return cls(compiler, isas, choice != "auto", cuda, cuda_required)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import shutil
 import subprocess
@@ -12,9 +14,10 @@ import pytest
 import torch
 
 import setup_cuda
+from effnet_ops import _native
 
 ROOT = setup_cuda.ROOT
-VARIABLES = ("EFFNET_OPS_BUILD", "CXX", "FORCE_CUDA", "TORCH_CUDA_ARCH_LIST")
+VARIABLES = ("EFFNET_OPS_BUILD", "EFFNET_OPS_ISAS", "CXX", "FORCE_CUDA", "TORCH_CUDA_ARCH_LIST")
 
 
 def build(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -114,6 +117,41 @@ def test_an_unknown_choice_names_the_known_ones(tmp_path: Path) -> None:
     result = build(tmp_path, EFFNET_OPS_BUILD="gpu")
     assert result.returncode != 0
     assert "auto, cpu, cuda, none" in result.stderr and "'gpu'" in result.stderr
+    result = build(tmp_path, EFFNET_OPS_ISAS="avx9")
+    assert result.returncode != 0 and "EFFNET_OPS_ISAS must be one of all, native, got 'avx9'" in result.stderr
+
+
+@functools.cache
+def instruction_sets() -> dict[str, tuple[list[str], bool]]:
+    """The flags of each, and whether this processor has it."""
+    code = """
+import json, setuptools
+setuptools.setup = lambda **_: None
+from setup import ISA_FLAGS, accepts, find_compiler
+compiler = find_compiler()
+known = {name: flags for name, flags in ISA_FLAGS.items() if accepts(compiler, flags)}
+print(json.dumps({name: (flags, not flags or accepts(compiler, flags, native=True)) for name, flags in known.items()}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def test_native_is_what_the_processor_has() -> None:
+    if _native.module is None:
+        pytest.skip("the C++ part was not built")
+    assert [name for name, (_, here) in instruction_sets().items() if here] == _native.module.available_isas()
+
+
+@pytest.mark.parametrize("source", sorted((ROOT / "csrc" / "cpu").glob("*.cpp")), ids=lambda path: path.stem)
+def test_instruction_sets_of_other_processors_compile(source: Path) -> None:
+    """`make test` builds for its own processor; what else a wheel holds must pass the compiler's front end at least."""
+    sets = instruction_sets()
+    for name, (flags, here) in sets.items():
+        if not here:
+            define = f"-DEFFNET_ISA_{name.upper()}"
+            command = ["g++", "-std=c++17", "-fsyntax-only", "-Wno-psabi", *flags, define, str(source)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("asked", [{"EFFNET_OPS_BUILD": "cuda"}, {"FORCE_CUDA": "1"}], ids=["choice", "force"])
