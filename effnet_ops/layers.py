@@ -274,11 +274,10 @@ class MBConv(nn.Module):
         if context.is_leaf(self, x):
             return context.leaf(self, x)
         drop_path = _drawn_drop_path(self, x)
-        # Exporters to ONNX fold the normalisations that they see as modules.
-        groups = None if isinstance(x, Proxy) or backends.exports_to_onnx() else self._groups(x)
+        groups = _fused_groups(self, x)
         if groups is None:
             return self._run_children(x, drop_path)
-        *params, depthwise, training = groups
+        *params, depthwise, mode = groups
         return functional.mbconv(
             x,
             *params,
@@ -288,7 +287,7 @@ class MBConv(nn.Module):
             gate=self.gate,
             residual=self.residual,
             drop_path=drop_path,
-            training=training,
+            training=mode is not False,
         )
 
     def _conv_norms(self) -> tuple[tuple[nn.Module, nn.Module] | None, ...]:
@@ -298,8 +297,8 @@ class MBConv(nn.Module):
             return (m["conv_pw"], m["bn1"]), (m["conv_dw"], m["bn2"]), (m["conv_pwl"], m["bn3"])
         return None, (m["conv_dw"], m["bn1"]), (m["conv_pw"], m["bn2"])
 
-    def _groups(self, x: Tensor) -> tuple | None:
-        """The four parameter groups, the depthwise convolution and whether to use batch statistics.
+    def _groups(self) -> tuple | None:
+        """The four parameter groups, the depthwise convolution and the mode of the normalisations (`_shared_mode`).
 
         None where the fused block would not do what the children do.
         """
@@ -310,9 +309,6 @@ class MBConv(nn.Module):
         mode = _shared_mode(bn_depthwise, bn_project, *(expand[1:] if expand else ()))
         if not fits or mode is None:
             return None
-        if not isinstance(mode, bool) and x.device.type != "cpu":
-            # On a GPU, normalisations that share their statistics are left to torch.nn.SyncBatchNorm.
-            return None
         training = mode is not False
         se_fits, se_params = _squeeze_excite_params(self._modules["se"])
         expand_params = _conv_norm_params(*expand, training) if expand else None
@@ -320,7 +316,7 @@ class MBConv(nn.Module):
         project_params = _conv_norm_params(project, bn_project, training)
         if not se_fits or _has_bias_and_norm(expand_params, depthwise_params, project_params):
             return None
-        return expand_params, depthwise_params, se_params, project_params, depthwise, training
+        return expand_params, depthwise_params, se_params, project_params, depthwise, mode
 
     def _run_children(self, x: Tensor, drop_path: Tensor | None) -> Tensor:
         expand, depthwise, project = self._conv_norms()
@@ -395,10 +391,10 @@ class FusedMBConv(nn.Module):
         if context.is_leaf(self, x):
             return context.leaf(self, x)
         drop_path = _drawn_drop_path(self, x)
-        groups = None if isinstance(x, Proxy) or backends.exports_to_onnx() else self._groups(x)
+        groups = _fused_groups(self, x)
         if groups is None:
             return self._run_children(x, drop_path)
-        *params, conv, training = groups
+        *params, conv, mode = groups
         return functional.fused_mbconv(
             x,
             *params,
@@ -408,7 +404,7 @@ class FusedMBConv(nn.Module):
             gate=self.gate,
             residual=self.residual,
             drop_path=drop_path,
-            training=training,
+            training=mode is not False,
         )
 
     def _conv_norms(self) -> tuple[tuple[nn.Module, nn.Module], tuple[nn.Module, nn.Module] | None]:
@@ -418,8 +414,8 @@ class FusedMBConv(nn.Module):
             return (m["conv_exp"], m["bn1"]), (m["conv_pwl"], m["bn2"])
         return (m["conv"], m["bn1"]), None
 
-    def _groups(self, x: Tensor) -> tuple | None:
-        """The three parameter groups, the dense convolution and whether to use batch statistics.
+    def _groups(self) -> tuple | None:
+        """The three parameter groups, the dense convolution and the mode of the normalisations (`_shared_mode`).
 
         None where the fused block would not do what the children do.
         """
@@ -429,15 +425,13 @@ class FusedMBConv(nn.Module):
         mode = _shared_mode(norm, *(project[1:] if project else ()))
         if mode is None or not _is_dense(conv) or not (project is None or _is_pointwise(project[0])):
             return None
-        if not isinstance(mode, bool) and x.device.type != "cpu":
-            return None
         training = mode is not False
         fits, squeeze_excite = _squeeze_excite_params(self._modules["se"])
         expand = _conv_norm_params(conv, norm, training)
         last = _conv_norm_params(*project, training) if project else None
         if not fits or _has_bias_and_norm(expand, last):
             return None
-        return expand, squeeze_excite, last, conv, training
+        return expand, squeeze_excite, last, conv, mode
 
     def _run_children(self, x: Tensor, drop_path: Tensor | None) -> Tensor:
         (conv, norm), project = self._conv_norms()
@@ -599,6 +593,17 @@ def _is_depthwise(conv: nn.Module) -> bool:
 def _everywhere(setting: Any, number: int) -> bool:
     """Whether a setting of a convolution, in any form that PyTorch takes, is this number in both directions."""
     return setting == (number, number) if type(setting) is tuple else set(checks.integers(setting, 2)) == {number}
+
+
+def _fused_groups(block: MBConv | FusedMBConv, x: Tensor) -> tuple | None:
+    """What the fused function takes of a block, or None where its children have to run."""
+    # Exporters to ONNX fold the normalisations that they see as modules.
+    if isinstance(x, Proxy) or backends.exports_to_onnx():
+        return None
+    groups = block._groups()
+    # On a GPU, normalisations that share their statistics are left to torch.nn.SyncBatchNorm.
+    shares = groups is not None and not isinstance(groups[-1], bool)
+    return None if shares and x.device.type != "cpu" else groups
 
 
 def _shared_mode(*norms: nn.Module) -> Any:
