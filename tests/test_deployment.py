@@ -239,7 +239,7 @@ def test_weights_of_a_copy_are_packed_once() -> None:
     called = [node for node in program.graph.nodes if node.op == "call_function"]
     constants = {node for node in program.graph.nodes if node.op == "placeholder" and node.name != "x"}
     assert not [node for node in called if node.all_input_nodes and set(node.all_input_nodes) <= constants]
-    assert len(own_operators(program)) == 2  # its blocks with an expansion and a gate
+    assert len(own_operators(program)) == 5  # three Fused-MBConv blocks, two MBConv blocks
 
     assert len(program.state_dict) == len(constants) == len({id(value) for value in program.state_dict.values()})
 

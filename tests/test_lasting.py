@@ -525,7 +525,7 @@ def test_bad_input_between_good_calls(name: str, gradients: bool) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["bn1", "bn2", "blocks.1.0.bn1", "conv_stem"])
+@pytest.mark.parametrize("name", ["bn1", "bn2", "blocks.1.0.bn1", "blocks.2.0.bn1", "blocks.3.0.bn1", "conv_stem"])
 def test_a_class_that_is_put_on_top_later_is_noticed(name: str) -> None:
     model = with_statistics(timm.create_model("test_efficientnet"), 32).eval()
     replaced, x = copy.deepcopy(model), images()

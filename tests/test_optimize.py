@@ -220,10 +220,11 @@ def test_weights_are_packed_for_the_cpu_alone(monkeypatch: pytest.MonkeyPatch) -
     with monkeypatch.context() as patch:
         patch.setattr(folding, "_on_cpu", lambda weight: False)
         moved.to(torch.float32)
-        block = next(module for module in moved.modules() if isinstance(module, FoldedMBConv))
-        value = block.value()
-        weight, bias = value._call.depthwise
-        assert weight.shape[:2] == (bias.shape[0], 1)
+        values = [module.value() for module in moved.modules() if isinstance(module, FoldedMBConv)]
+        mbconv = next(value for value in values if isinstance(value, folding.Block))
+        fused = next(value for value in values if isinstance(value, folding.FusedBlock))
+        assert mbconv._call.depthwise.weight.shape[:2] == (len(mbconv._call.depthwise.bias), 1)
+        assert fused._call.expand.weight.shape[:2] == (len(fused._call.expand.bias), fused.channels)
         with effnet_ops.use_backend("reference"):
             assert relative_difference(moved(x), y) < 1e-5
     moved.to(torch.float32)
@@ -503,14 +504,16 @@ def test_autocast_changes_nothing(dtype: torch.dtype | None) -> None:
 @pytest.mark.parametrize("automatic", [torch.bfloat16, torch.float16])
 def test_packed_layers_behind_stock_ones_in_autocast(automatic: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """They convert what does not fit their weights instead of running the reference on it; float16 fits float32's."""
-    model, x = small(), torch.randn(2, 3, SIZE, SIZE)
-    optimized = optimize_for_inference(model)
-    assert any(type(module) is nn.Conv2d for module in optimized.modules())
+    model, x = timm.create_model("test_efficientnet"), torch.randn(2, 3, SIZE, SIZE)
+    first = model.blocks[0][0]
+    # No kernel of ours reflects.
+    first.conv = nn.Conv2d(first.conv.in_channels, first.conv.out_channels, 3, 1, 1, bias=False, padding_mode="reflect")
+    optimized = optimize_for_inference(with_statistics(model, SIZE))
     folded = [module for module in optimized.modules() if isinstance(module, FoldedMBConv)]
     dtypes: list[torch.dtype] = []
     for module in folded:
         module.register_forward_hook(lambda module, args, y: dtypes.append(y.dtype))
-    for call in (packed.PackedBlockCall, packed.PackedPointwiseCall):
+    for call in (packed.PackedBlockCall, packed.FusedPackedCall, packed.PackedPointwiseCall):
         monkeypatch.delattr(call, "reference")
     with torch.autocast("cpu", automatic):
         expected, y = model(x), optimized(x)

@@ -17,7 +17,12 @@ Path = str | os.PathLike[str]
 
 def spec_to_dict(spec: ScaledSpec) -> dict[str, Any]:
     """``spec`` as dictionaries, lists, numbers and strings, which JSON takes; `spec_from_dict` undoes it."""
-    return dataclasses.asdict(spec)
+    data = dataclasses.asdict(spec)
+    # Fields that are younger than the files of others, whose networks have no other value, are left out.
+    for part, name, value in ((data["architecture"], "round_limit", 0.9), (data, "train_resolution", None)):
+        if part[name] == value:
+            del part[name]
+    return data
 
 
 def spec_from_dict(data: dict[str, Any]) -> ScaledSpec:

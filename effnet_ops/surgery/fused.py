@@ -350,12 +350,21 @@ SEQUENCES: set[type[nn.Module]] = {nn.Sequential}
 
 def known(table: dict[type[nn.Module], Any], module: nn.Module) -> Any:
     """What a table has for the class of ``module``, or for one from which it inherits all that a call runs."""
-    own: set[str] = set()
+    own: dict[str, Any] = {}
     for cls in stock_class(module).__mro__:
         if cls in table:
-            return None if any(hasattr(cls, name) for name in own) else table[cls]
-        own.update(filter(changes_calls, vars(cls)))
+            changed = any(hasattr(cls, name) or _hides(value, module, name) for name, value in own.items())
+            return None if changed else table[cls]
+        own.update((name, value) for name, value in vars(cls).items() if changes_calls(name))
     return None
+
+
+def _hides(value: Any, module: nn.Module, name: str) -> bool:
+    """Whether an attribute of a class is found before a module's own attribute of that name."""
+    state = module.__dict__
+    if any(name in state.get(table, ()) for table in ("_parameters", "_buffers", "_modules")):
+        return True
+    return name in state and hasattr(type(value), "__set__")
 
 
 def changes_calls(name: str) -> bool:
