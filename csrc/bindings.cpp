@@ -798,31 +798,106 @@ Results convolution_packed(Reader& in) {
     return {y};
 }
 
+// A normalisation and the activation behind it; without a mean and a variance they are those of the batch.
+struct NormCall {
+    Tensor x, gamma;
+    OptionalTensor beta, mean, var;
+    double eps;
+    Activation activation;
+
+    // `constant`: the schema requires a mean and a variance.
+    NormCall(Reader& in, bool constant)
+        : x(in.tensor()),
+          gamma(in.tensor()),
+          beta(in.optional()),
+          mean(constant ? in.tensor() : in.optional()),
+          var(constant ? in.tensor() : in.optional()),
+          eps(in.real()),
+          activation(activation_of(in.name())) {}
+
+    bool uses_batch() const { return !mean.has_value(); }
+    cpu::ConvNorm params(Parameters& parameter) const {
+        STD_TORCH_CHECK(x.dim() == 4, "x must be (N, C, H, W)");
+        STD_TORCH_CHECK(mean.has_value() == var.has_value(), "a normalisation has a mean and a variance, or neither");
+        const int64_t channels = x.size(1);
+        return {nullptr,
+                parameter(gamma, channels, "gamma"),
+                parameter(beta, channels, "beta"),
+                parameter(mean, channels, "mean"),
+                parameter(var, channels, "var"),
+                eps};
+    }
+    Ints size() const { return {x.size(0), x.size(1), x.size(2), x.size(3)}; }
+    cpu::NormShape shape(bool channels_last) const {
+        const int64_t pixels = x.size(2) * x.size(3);
+        return {x.size(0), pixels, x.size(1), channels_last || pixels == 1};
+    }
+};
+
 Results batch_norm_inference(Reader& in) {
-    const Tensor x = in.tensor(), gamma = in.tensor();
-    const OptionalTensor beta = in.optional();
-    const Tensor mean = in.tensor(), var = in.tensor();
-    const double eps = in.real();
-    const Activation activation = activation_of(in.name());
-    STD_TORCH_CHECK(x.dim() == 4, "x must be (N, C, H, W)");
+    const NormCall call(in, true);
+    const Tensor& x = call.x;
     Parameters parameter(x);
-    const int64_t channels = x.size(1), pixels = x.size(2) * x.size(3);
-    const cpu::ConvNorm norm{nullptr,
-                             parameter(gamma, channels, "gamma"),
-                             parameter(beta, channels, "beta"),
-                             parameter(mean, channels, "mean"),
-                             parameter(var, channels, "var"),
-                             eps};
+    const cpu::ConvNorm norm = call.params(parameter);
     const bool last = keeps_channels_last(x);
-    const Ints size{x.size(0), channels, x.size(2), x.size(3)};
-    const Tensor y = last ? empty_nhwc(size, x.scalar_type()) : empty(size, x.scalar_type());
+    const Tensor y = last ? empty_nhwc(call.size(), x.scalar_type()) : empty(call.size(), x.scalar_type());
     if (x.numel() == 0) return {y};
-    const cpu::NormShape s{x.size(0), pixels, channels, last || pixels == 1};
+    const cpu::NormShape s = call.shape(last);
     run(x, last ? nhwc(x) : torch::stable::contiguous(x), parameter, y, true,
-        [=](const cpu::Kernels& table, const void* from, void* to) {
+        [s, norm, activation = call.activation](const cpu::Kernels& table, const void* from, void* to) {
             table.batch_norm(s, from, norm, activation, to);
         });
     return {y};
+}
+
+Results batch_norm_training(Reader& in) {
+    const NormCall call(in, false);
+    const Tensor& x = call.x;
+    Parameters parameter(x);
+    const cpu::ConvNorm norm = call.params(parameter);
+    const auto vector = [&] {
+        Tensor v = torch::stable::empty({call.uses_batch() ? x.size(1) : 0}, compute_type(x.scalar_type()));
+        return x.numel() == 0 ? torch::stable::fill_(v, 0.0) : v;
+    };
+    const Tensor mean = vector(), var = vector();
+    const Output y(x, call.size());
+    if (x.numel() != 0) {
+        cpu::BatchStatistics statistics;
+        if (call.uses_batch()) statistics = {mean.mutable_data_ptr(), var.mutable_data_ptr()};
+        const Tensor input = nhwc(x);
+        kernels_for(x).norm_training(call.shape(true), input.const_data_ptr(), norm, call.activation, y.data(),
+                                     statistics);
+    }
+    return {y.finish(), mean, var};
+}
+
+Results batch_norm_backward(Reader& in) {
+    const Tensor grad = in.tensor();
+    const NormCall call(in, false);
+    const Tensor mean = in.tensor(), var = in.tensor();
+    const Needs needs = in.flags();
+    const Tensor& x = call.x;
+    Parameters parameter(x);
+    const cpu::ConvNorm norm = call.params(parameter);
+    STD_TORCH_CHECK(needs.size() == 3, "needs takes 3 flags, got ", needs.size());
+    STD_TORCH_CHECK(grad.numel() == x.numel(), "grad does not have the output's size");
+    cpu::BatchStatistics statistics;
+    if (call.uses_batch())
+        // Read only.
+        statistics = {const_cast<void*>(parameter(mean, x.size(1), "mean_used")),
+                      const_cast<void*>(parameter(var, x.size(1), "var_used"))};
+    Gradients gradients(x);
+    cpu::ConvNormGrads grads;
+    grads.gamma = gradients.add(call.gamma, needs[1]);
+    grads.beta = gradients.add(call.beta, needs[2]);
+    std::optional<Output> grad_x;
+    if (needs[0]) grad_x.emplace(x, call.size());
+    if (x.numel() != 0) {
+        const Tensor above = like_output(grad, x), input = nhwc(x);
+        kernels_for(x).norm_backward(call.shape(true), above.const_data_ptr(), input.const_data_ptr(), norm,
+                                     call.activation, statistics, grad_x ? grad_x->data() : nullptr, grads);
+    }
+    return gradients.take(grad_x);
 }
 
 // A convolution is pointwise, or has few channels and filter rows. Its output is channels_last where x or the weight
@@ -1248,6 +1323,8 @@ STABLE_TORCH_LIBRARY_IMPL(effnet_ops, CPU, m) {
     m.impl("pointwise_packed", &effnet::boxed<effnet::pointwise_packed>);
     m.impl("convolution_packed", &effnet::boxed<effnet::convolution_packed>);
     m.impl("batch_norm_inference", &effnet::boxed<effnet::batch_norm_inference>);
+    m.impl("batch_norm_training", &effnet::boxed<effnet::batch_norm_training>);
+    m.impl("batch_norm_backward", &effnet::boxed<effnet::batch_norm_backward>);
     m.impl("conv_norm_inference", &effnet::boxed<effnet::conv_norm_inference>);
     m.impl("mbconv_training", &effnet::boxed<effnet::mbconv_training>);
     m.impl("mbconv_backward", &effnet::boxed<effnet::mbconv_backward>);

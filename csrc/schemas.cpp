@@ -33,6 +33,10 @@ STABLE_TORCH_LIBRARY(effnet_ops, m) {
     m.def(
         "batch_norm_inference(Tensor x, Tensor gamma, Tensor? beta, Tensor mean, Tensor var, float eps, str activation) -> Tensor");
     m.def(
+        "batch_norm_training(Tensor x, Tensor gamma, Tensor? beta, Tensor? mean, Tensor? var, float eps, str activation) -> (Tensor, Tensor, Tensor)");
+    m.def(
+        "batch_norm_backward(Tensor grad, Tensor x, Tensor gamma, Tensor? beta, Tensor? mean, Tensor? var, float eps, str activation, Tensor mean_used, Tensor var_used, bool[] needs) -> (Tensor, Tensor, Tensor)");
+    m.def(
         "conv_norm_inference(Tensor x, Tensor conv_weight, Tensor? conv_gamma, Tensor? conv_beta, Tensor? conv_mean, Tensor? conv_var, float conv_eps, int[] stride, int[] padding, str activation) -> Tensor");
     m.def(
         "mbconv_training(Tensor x, Tensor? expand_weight, Tensor? expand_gamma, Tensor? expand_beta, Tensor? expand_mean, Tensor? expand_var, float expand_eps, Tensor depthwise_weight, Tensor? depthwise_gamma, Tensor? depthwise_beta, Tensor? depthwise_mean, Tensor? depthwise_var, float depthwise_eps, Tensor? squeeze_excite_reduce_weight, Tensor? squeeze_excite_reduce_bias, Tensor? squeeze_excite_expand_weight, Tensor? squeeze_excite_expand_bias, str squeeze_excite_activation, str squeeze_excite_gate, Tensor project_weight, Tensor? project_gamma, Tensor? project_beta, Tensor? project_mean, Tensor? project_var, float project_eps, Tensor? drop_path, int[] stride, int[] padding, bool residual, str activation, bool save_expanded) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");

@@ -284,6 +284,47 @@ def fused_mbconv(
     return y
 
 
+def batch_norm(x: Tensor, norm: BatchNormParams, *, activation: str = "none", training: bool) -> Tensor:
+    """Batch normalisation (arXiv 1502.03167) and the activation behind it: ``activation(batch_norm(x))``.
+
+    Training keeps x alone for the backward pass; eager PyTorch keeps what is between the two, too.
+
+    Args:
+        x: (N, C, H, W), float32, float64, bfloat16 or float16.
+        norm: its vectors (C,). Running statistics are updated where ``training``, as torch.nn.BatchNorm2d does.
+        activation: one of `effnet_ops.reference.ACTIVATIONS`.
+        training: use batch statistics.
+
+    Returns:
+        (N, C, H, W) in the dtype of x.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or name that does not fit, named in the message.
+    """
+    if isinstance(x, Proxy):
+        return handle_torch_function(batch_norm, (x,), x, norm, activation=activation, training=training)
+    checks.check_input(x)
+    _check_norm("norm", norm, x.shape[1], x)
+    checks.check_activation(activation)
+    if training and norm.process_group is not None:
+        return reference.activate(sync_batch_norm(x, norm, norm.process_group), activation)
+    values = x.shape[0] * x.shape[2] * x.shape[3]
+    if training and values == 1:
+        raise ValueError(f"training needs more than 1 value per channel, but x is {tuple(x.shape)}")
+    y, *used = _batch_norm(x, norm, activation, training)
+    if training and not context.recomputing():
+        _update_norm(norm, *used, values)
+    return y
+
+
+def _batch_norm(x: Tensor, norm: BatchNormParams, activation: str, training: bool) -> tuple[Tensor, ...]:
+    gamma = x.new_ones(x.shape[1]) if norm.weight is None else norm.weight
+    statistics = (None, None) if training else (norm.running_mean, norm.running_var)
+    call = ops.NormTrainingCall(x, gamma, norm.bias, *statistics, norm.eps, activation)
+    covered = "" if x.device.type == "cpu" else "only CPUs have a kernel for batch_norm"
+    return call.reference() if _runs_reference(x, "batch_norm", covered) else ops.batch_norm_training(call)
+
+
 def sync_batch_norm(x: Tensor, norm: BatchNormParams, group: Any) -> Tensor:
     """Batch normalisation in training with the statistics of all processes of ``group``, as torch.nn.SyncBatchNorm."""
     y, mean, variance, count = reference.sync_batch_norm(x, norm.weight, norm.bias, norm.eps, group)
@@ -489,16 +530,19 @@ def _check_conv_norm(name: str, conv: ConvNormParams, shape: tuple[int | None, .
         raise ValueError(f"{name}.weight {tuple(weight.shape)} must have no empty axis")
     if bias is not None:
         checks.check_parameter(f"{name}.bias", bias, (channels,), x)
-    if norm is None:
-        return
+    if norm is not None:
+        _check_norm(f"{name}.norm", norm, channels, x)
+
+
+def _check_norm(name: str, norm: BatchNormParams, channels: int, x: Tensor) -> None:
     size = (channels,)
     for field, p in zip(_VECTORS, norm, strict=False):
         if not checks.fits(p, size, x):
-            checks.check_parameter(f"{name}.norm.{field}", p, size, x)
+            checks.check_parameter(f"{name}.{field}", p, size, x)
     if (norm.running_mean is None) != (norm.running_var is None):
-        raise ValueError(f"{name}.norm must have both running_mean and running_var, or neither")
+        raise ValueError(f"{name} must have both running_mean and running_var, or neither")
     if norm.momentum is None and norm.running_mean is not None and norm.num_batches_tracked is None:
-        raise ValueError(f"{name}.norm with momentum=None needs num_batches_tracked")
+        raise ValueError(f"{name} with momentum=None needs num_batches_tracked")
 
 
 def _check_mbconv(

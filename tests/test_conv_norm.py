@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FORWARD_TOLERANCE, LAYOUTS, expected_strides, lay_out, normal, relative_error
+from helpers import FORWARD_TOLERANCE, GRADIENT_TOLERANCE, LAYOUTS, expected_strides, lay_out, normal, relative_error
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from effnet_ops import _native, reference
+from effnet_ops import BatchNormParams, _native, functional, reference
 from effnet_ops.checks import resolve_padding
 from effnet_ops.ops import _library, conv_norm
 
@@ -214,3 +214,55 @@ def test_large_outputs_are_not_faulted_in_at_each_call() -> None:
     """The first two outputs have 12.8 MB each, 6272 pages; where glibc puts them takes some calls to settle."""
     result = subprocess.run([sys.executable, "-c", _FAULTS], capture_output=True, text=True, check=True)
     assert int(result.stdout) < 600
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("size", "activation"),
+    [((2, 32, 9, 7), "silu"), ((3, 7, 5, 1), "hardswish"), ((2, 1, 4, 4), "relu6"), ((70, 300, 1, 1), "none")],
+)
+def test_batch_norm_with_gradients(
+    isa: str, size: tuple[int, ...], activation: str, training: bool, dtype: torch.dtype, poison: None
+) -> None:
+    x, grad = normal(*size), normal(*size)
+    given = [p.to(reference.compute_dtype(dtype)) for p in norm_arguments(size[1], torch.float64)[0][:4]]
+    exact_x = x.to(dtype).double().requires_grad_()
+    exact_norm = [p.double().requires_grad_(i < 2) for i, p in enumerate(given)]
+    mean, var = reference.batch_statistics(exact_x) if training else exact_norm[2:]
+    exact = normalised(exact_x, [*exact_norm[:2], mean, var, 1e-3], activation)
+    expected = torch.autograd.grad(exact, [exact_x, *exact_norm[:2]], grad.to(dtype).double())
+    for layout in LAYOUTS:
+        x_given = lay_out(x.to(dtype), layout).requires_grad_()
+        norm = BatchNormParams(*(p.clone().requires_grad_(i < 2) for i, p in enumerate(given)), eps=1e-3)
+        y = functional.batch_norm(x_given, norm, activation=activation, training=training)
+        assert y.dtype is dtype and y.stride() == expected_strides(x_given, y.shape)
+        assert relative_error(y, exact) < FORWARD_TOLERANCE[dtype]
+        found = torch.autograd.grad(y, [x_given, norm.weight, norm.bias], grad.to(dtype))
+        for value, right in zip(found, expected, strict=True):
+            assert relative_error(value, right) < 3 * GRADIENT_TOLERANCE[dtype]
+        if training:
+            count = x.numel() // size[1]
+            running = torch.lerp(given[3].double(), var * count / (count - 1), 0.1)
+            assert relative_error(norm.running_var, running) < FORWARD_TOLERANCE[dtype]
+
+
+def test_batch_norm_is_the_same_on_two_threads(two_threads: None) -> None:
+    x = normal(4, 48, 40, 40).float().to(memory_format=torch.channels_last).requires_grad_()
+    norm = BatchNormParams(torch.rand(48).requires_grad_(), torch.rand(48).requires_grad_())
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        y = functional.batch_norm(x, norm, activation="silu", training=True)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *norm[:2]])])
+    assert all(map(torch.equal, *results))
+
+
+def test_batch_norm_refuses_what_does_not_fit() -> None:
+    x = normal(2, 6, 7, 5).float()
+    with pytest.raises(ValueError, match=r"norm.weight .*\(5,\)"):
+        functional.batch_norm(x, BatchNormParams(torch.ones(5), None), training=True)
+    with pytest.raises(ValueError, match="unknown activation 'silo'; did you mean 'silu'"):
+        functional.batch_norm(x, BatchNormParams(None, None), activation="silo", training=True)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        functional.batch_norm(x[:1, :, :1, :1], BatchNormParams(None, None), training=True)

@@ -27,6 +27,7 @@ CONFIGS: dict[str, list[Any]] = {
     "depthwise_conv2d": [[2, 1], [], [1, 1], "silu"],
     "pointwise_conv2d": ["hardswish"],
     "squeeze_excite": ["silu", "sigmoid"],
+    "batch_norm_training": [None, None, 1e-3, "silu"],
 }
 BLOCKS = {
     "expand": MBConvCase("", (3, 6, 7, 5), 6, 16, 4, kernel=(5, 5), residual=True, drop_path=True),
@@ -34,7 +35,9 @@ BLOCKS = {
     "folded": MBConvCase("", (2, 6, 7, 5), 10, 12, 2, norm="folded"),
 }
 FORWARDS = ["depthwise_conv2d", "pointwise_conv2d", "squeeze_excite", "mbconv_inference", "mbconv_training"]
+FORWARDS += ["batch_norm_training"]
 BACKWARDS = ["depthwise_conv2d_backward", "pointwise_conv2d_backward", "squeeze_excite_backward", "mbconv_backward"]
+BACKWARDS += ["batch_norm_backward"]
 
 
 def block_arguments(case: MBConvCase, x: Tensor, batch_statistics: bool) -> list[Any]:
@@ -72,7 +75,7 @@ def arguments(name: str, layout: str, dtype: torch.dtype, batch: int | None = No
     """Arguments of the operator called ``name``; of a backward operator with everything that its forward gave."""
     if name.endswith("_backward"):
         forward = name.removesuffix("_backward")
-        forward = "mbconv_training" if forward == "mbconv" else forward
+        forward = f"{forward}_training" if forward in ("mbconv", "batch_norm") else forward
         args = arguments(forward, layout, dtype, batch, block)
         results = getattr(OPERATORS, forward)(*args)
         results = results if isinstance(results, tuple) else (results,)
@@ -81,6 +84,8 @@ def arguments(name: str, layout: str, dtype: torch.dtype, batch: int | None = No
             return [grad, *args[:-1], *results[1:], [True] * 14]
         if forward == "squeeze_excite":
             return [grad, *args, results[1], [True] * 5]
+        if forward == "batch_norm_training":
+            return [grad, *args, *results[1:], [True] * 3]
         if forward == "pointwise_conv2d":
             args[3] = None
         return [grad, *args, [True] * 3]
@@ -96,6 +101,7 @@ def arguments(name: str, layout: str, dtype: torch.dtype, batch: int | None = No
         "depthwise_conv2d": [normal(6, 1, 3, 5), normal(6)],
         "pointwise_conv2d": [normal(9, 6, 1, 1), normal(9), normal(SIZE[0], 9, *SIZE[2:])[:batch]],
         "squeeze_excite": [normal(3, 6, 1, 1), normal(3), normal(6, 3, 1, 1), normal(6)],
+        "batch_norm_training": [normal(6), normal(6)],
     }[name]
     return [x, *(p.to(dtype) for p in parameters), *CONFIGS[name]]
 
@@ -146,6 +152,7 @@ _FUSED_SAVED = (
 )
 _DEPTHWISE = "Tensor x, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, str activation"
 _POINTWISE = "Tensor x, Tensor weight, Tensor? bias, Tensor? residual, str activation"
+_NORM = "Tensor x, Tensor gamma, Tensor? beta, Tensor? mean, Tensor? var, float eps, str activation"
 _PACKED = "Tensor x, Tensor weight, Tensor bias"
 SCHEMAS = {
     "depthwise_conv2d": (_DEPTHWISE, 1),
@@ -154,6 +161,8 @@ SCHEMAS = {
     "pointwise_conv2d_backward": (f"Tensor grad, {_POINTWISE}, bool[] needs", 3),
     "squeeze_excite": (f"Tensor x, {_SE}", 2),
     "squeeze_excite_backward": (f"Tensor grad, Tensor x, {_SE}, Tensor pooled, bool[] needs", 5),
+    "batch_norm_training": (_NORM, 3),
+    "batch_norm_backward": (f"Tensor grad, {_NORM}, Tensor mean_used, Tensor var_used, bool[] needs", 3),
     "mbconv_inference": (_MBCONV, 1),
     "mbconv_training": (f"{_MBCONV}, bool save_expanded", 11),
     "mbconv_backward": (f"Tensor grad, {_MBCONV}, {_SAVED}, bool[] needs", 14),
@@ -388,7 +397,7 @@ def test_statistics_and_drop_path_have_no_gradient() -> None:
         OPERATORS.mbconv_training(*args)
 
 
-@pytest.mark.parametrize("name", FORWARDS)
+@pytest.mark.parametrize("name", [name for name in FORWARDS if name != "batch_norm_training"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_casts_activations_only(name: str, dtype: torch.dtype) -> None:
     args = arguments(name, "channels_last", torch.float32)
@@ -515,6 +524,7 @@ def test_forward_flops_are_two_per_multiply_add(name: str) -> None:
         "squeeze_excite": 2 * 2 * 2 * 6 * 3,
         "mbconv_inference": block,
         "mbconv_training": block,
+        "batch_norm_training": 0,
     }[name]
     assert flops(lambda: getattr(OPERATORS, name)(*args)) == expected
 
@@ -522,7 +532,8 @@ def test_forward_flops_are_two_per_multiply_add(name: str) -> None:
 @pytest.mark.parametrize("name", BACKWARDS)
 def test_backward_flops_are_twice_the_forwards(name: str) -> None:
     """One product for the gradient of each factor; nothing for one that is not needed, nor for what is recomputed."""
-    forward = {"mbconv_backward": "mbconv_training"}.get(name, name.removesuffix("_backward"))
+    forward = name.removesuffix("_backward")
+    forward = f"{forward}_training" if forward in ("mbconv", "batch_norm") else forward
     once = flops(lambda: getattr(OPERATORS, forward)(*arguments(forward, "channels_last", torch.float32)))
     args = arguments(name, "channels_last", torch.float32)
     assert flops(lambda: getattr(OPERATORS, name)(*args)) == 2 * once

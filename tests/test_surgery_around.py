@@ -110,6 +110,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     counted(ops.conv_norm, "conv_norm")
     counted(ops.conv_norm, "batch_norm")
     counted(ops.packed, "average_pool")
+    counted(ops, "batch_norm_training")
     return found
 
 
@@ -179,16 +180,54 @@ def layers_and_inputs(model: nn.Module, stock: nn.Module) -> list[tuple[nn.Modul
     return [(getattr(model, n), getattr(stock, n), x.to(memory_format=last)) for n, x in sizes.items()]
 
 
-def test_gradients_and_training_are_the_stocks(calls: Counter[str]) -> None:
+def test_convolutions_and_pools_with_gradients_are_the_stocks(calls: Counter[str]) -> None:
     model, stock = replaced()
     for layer, other, x in layers_and_inputs(model, stock):
+        if isinstance(layer, nn.BatchNorm2d):
+            continue
         assert torch.equal(layer(x), other(x))
         assert torch.equal(layer.train()(x), other.train()(x))
         with torch.no_grad():
             assert torch.equal(layer(x), other(x))
     assert not calls
-    for (key, value), other in zip(model.state_dict().items(), stock.state_dict().values(), strict=True):
-        assert torch.equal(value, other), key
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize("name", ["timm", "torchvision", "efficientnet_pytorch", "geffnet"])
+def test_training(name: str, layout: torch.memory_format, calls: Counter[str]) -> None:
+    """Two steps, the second with frozen normalisations: outputs, gradients and running statistics, in fp64."""
+    model, stock = replaced(name, layout)
+    for m in (model, stock):
+        m.double().train()
+    x = images(layout).double()
+    for frozen in (False, True):
+        results = []
+        for m in (model, stock):
+            m.zero_grad()
+            for module in m.modules():
+                if frozen and isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+            torch.manual_seed(3)
+            y = m(x)
+            y.square().mean().backward()
+            results.append([y, *(p.grad for p in m.parameters())])
+        largest = max(p.detach().norm() for p in results[1])
+        for ours, theirs in zip(*results, strict=True):
+            assert (ours - theirs).norm() <= 1e-10 * max(theirs.norm(), 1e-3 * largest)
+    for ours, theirs in zip(model.buffers(), stock.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    assert calls == ({"batch_norm_training": 4} if layout is torch.channels_last else {})
+
+
+def test_training_of_a_layer_that_the_kernel_does_not_take(calls: Counter[str]) -> None:
+    model, _ = replaced()
+    norm = model.bn1.train()
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        norm(torch.randn(1, 32, 1, 1))
+    assert norm(torch.randn(0, 32, 4, 4).to(memory_format=torch.channels_last)).shape == (0, 32, 4, 4)
+    with pytest.raises(RuntimeError, match="32"):
+        norm(torch.randn(2, 33, 4, 4).to(memory_format=torch.channels_last))
+    assert not calls
 
 
 @pytest.mark.parametrize("name", ["timm", "torchvision"])

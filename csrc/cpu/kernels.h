@@ -221,6 +221,11 @@ struct Kernels {
     void (*conv_norm_training)(const DenseLayer&, const void* x, void* y, void* convolved, const BatchStatistics&);
     void (*conv_norm_backward)(const DenseLayer&, const void* grad, const void* x, const void* convolved,
                                const BatchStatistics&, void* grad_x, const ConvNormGrads&);
+    // activation(norm(x)) in training; x is [pixels][channels], and the statistics are of the batch, or null.
+    void (*norm_training)(const NormShape&, const void* x, const ConvNorm&, Activation, void* y,
+                          const BatchStatistics&);
+    void (*norm_backward)(const NormShape&, const void* grad, const void* x, const ConvNorm&, Activation,
+                          const BatchStatistics&, void* grad_x, const ConvNormGrads&);
     // The same for a block that is dense and has a projection.
     void (*fused_mbconv_training)(const Block&, const void* x, void* y, const BlockSaved&);
     void (*fused_mbconv_backward)(const Block&, const void* grad, const void* x, const BlockSaved&, const BlockGrads&);

@@ -25,6 +25,8 @@ constexpr Kernels kernels_of() {
     kernels.sequence = sequence<T>;
     kernels.mbconv_training = mbconv_training<T>;
     kernels.mbconv_backward = mbconv_backward<T>;
+    kernels.norm_training = norm_training<T>;
+    kernels.norm_backward = norm_backward<T>;
     kernels.conv_norm_training = conv_norm_training<T>;
     kernels.conv_norm_backward = conv_norm_backward<T>;
     kernels.fused_mbconv_training = fused_mbconv_training<T>;

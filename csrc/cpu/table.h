@@ -67,6 +67,11 @@ template <class T>
 void conv_norm_backward(const DenseLayer&, const void* grad, const void* x, const void* convolved,
                         const BatchStatistics&, void* grad_x, const ConvNormGrads&);
 template <class T>
+void norm_training(const NormShape&, const void* x, const ConvNorm&, Activation, void* y, const BatchStatistics&);
+template <class T>
+void norm_backward(const NormShape&, const void* grad, const void* x, const ConvNorm&, Activation,
+                   const BatchStatistics&, void* grad_x, const ConvNormGrads&);
+template <class T>
 void fused_mbconv_training(const Block&, const void* x, void* y, const BlockSaved&);
 template <class T>
 void fused_mbconv_backward(const Block&, const void* grad, const void* x, const BlockSaved&, const BlockGrads&);

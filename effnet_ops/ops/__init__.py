@@ -4,6 +4,7 @@ The compiled library registers their CPU kernels and `gpu` those for CUDA; elsew
 """
 
 from effnet_ops.ops import conv_norm, gpu, packed, triton
+from effnet_ops.ops.batch_norm import NormTrainingCall, batch_norm_training
 from effnet_ops.ops.depthwise import DepthwiseCall, depthwise_conv2d
 from effnet_ops.ops.fused_mbconv import FusedMBConvCall, fused_mbconv, fused_mbconv_inference
 from effnet_ops.ops.mbconv import MBConvCall, mbconv, mbconv_inference, mbconv_sync, set_recompute
@@ -15,9 +16,11 @@ __all__ = [
     "DepthwiseCall",
     "FusedMBConvCall",
     "MBConvCall",
+    "NormTrainingCall",
     "PointwiseCall",
     "PreparedCalls",
     "SqueezeExciteCall",
+    "batch_norm_training",
     "conv_norm",
     "depthwise_conv2d",
     "fused_mbconv",

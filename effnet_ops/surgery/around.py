@@ -1,7 +1,8 @@
 """The layers around the blocks of a known network: its first and last convolutions, their normalisations, its pool.
 
-They are fused in evaluation without gradients; everywhere else, and where PyTorch's compiler sees them together, the
-stock forward runs. As in all replaced layers, parameters are read at each call.
+They are fused in evaluation without gradients. Where a gradient may come, a normalisation and its activation are, in
+channels_last. Everywhere else, and where PyTorch's compiler sees them together, the stock forward runs. As in all
+replaced layers, parameters are read at each call.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from operator import is_
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from effnet_ops import backends, distributed, functional
 from effnet_ops.checks import output_size, padding_sides, resolve_padding
 from effnet_ops.functional import may_keep
 from effnet_ops.ops import PreparedCalls, packed
-from effnet_ops.ops._library import Operator
+from effnet_ops.ops._library import Operator, memory_format
 from effnet_ops.ops.conv_norm import FEW_CHANNELS, TALLEST, batch_norm, conv_norm, keeps_channels_last
 from effnet_ops.surgery.fused import (
     NORMS,
@@ -32,6 +33,7 @@ from effnet_ops.surgery.fused import (
     norm_params,
     parameter,
     same_convolution,
+    trains,
 )
 from effnet_ops.surgery.structure import stock_class
 
@@ -54,12 +56,18 @@ NETWORK_POOLS: dict[type[nn.Module], type[FusedLayer]] = {}
 class AroundLayer(FusedLayer):
     """Base of the layers around the blocks; what `describe` gives is called with the layer and x."""
 
+    trains: ClassVar[bool] = False
+    """Whether it has a method `train`, too, for calls of which a gradient may come."""
+
     def run(self, x: Tensor) -> Tensor | None:
         """The layer's output for x, or None where the stock forward shall run."""
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        differentiates = self.training or torch.is_grad_enabled()
+        if (differentiates and not self.trains) or torch.compiler.is_compiling():
             return None
         plan = self.plan(x)
-        return None if plan is None else plan(self, x)
+        if plan is None:
+            return None
+        return plan.train(self, x) if differentiates else plan(self, x)
 
 
 class _Checked:
@@ -196,6 +204,16 @@ class _NormPlan:
             return None
         return self._checked(x, _norm_state(norm), self._arguments)
 
+    def train(self, norm: nn.BatchNorm2d, x: Tensor) -> Tensor | None:
+        params, training = norm_params(norm), trains(norm)
+        batch = training or params.running_mean is None
+        # PyTorch refuses a single value by an error of its own.
+        fits = x.numel() > (x.shape[1] if batch else 0) and backends.select(x) == "cpu"
+        last = x.shape[2:].numel() == 1 or memory_format(x) is torch.channels_last
+        if not (fits and last) or not all(_goes_with(p, x, x.shape[1]) for p in params[:4]):
+            return None
+        return functional.batch_norm(x, params, activation=self._activation, training=training)
+
     def _arguments(self, x: Tensor, *state: Any) -> tuple[Any, ...] | None:
         norm = _norm_arguments(x, x.shape[1], *state)
         return None if norm is None else (*norm, self._activation)
@@ -204,11 +222,11 @@ class _NormPlan:
 class _ConvNormPlan(_Convolution):
     """A convolution, its normalisation and the activation behind it, which one module calls."""
 
-    __slots__ = ("_activation", "_after", "_checked", "_conv", "_norm")
+    __slots__ = ("_activation", "_after", "_checked", "_conv", "_norm", "_stock")
 
-    def __init__(self, conv: Part, norm: nn.BatchNorm2d, activation: str) -> None:
+    def __init__(self, conv: Part, norm: nn.BatchNorm2d, activation: str, stock: Sequence[nn.Module]) -> None:
         super().__init__(conv)
-        self._conv, self._norm, self._activation = conv.module, norm, activation
+        self._conv, self._norm, self._activation, self._stock = conv.module, norm, activation, stock
         self._after, self._checked = _NormPlan(activation), _Checked(conv_norm)
 
     def __call__(self, layer: nn.Module, x: Tensor) -> Tensor | None:
@@ -218,6 +236,15 @@ class _ConvNormPlan(_Convolution):
         if not self.pays(x, weight):
             return self._after(norm, self._conv(x))
         return self._checked(x, (*_norm_state(norm), weight), self._arguments)
+
+    def train(self, layer: nn.Module, x: Tensor) -> Tensor:
+        x = self._conv(x)
+        y = self._after.train(self._norm, x)
+        if y is not None:
+            return y
+        for module in self._stock:
+            x = module(x)
+        return x
 
     def _arguments(self, x: Tensor, *state: Any) -> tuple[Any, ...] | None:
         *norm_state, weight = state
@@ -243,6 +270,7 @@ class AroundNorm(AroundLayer):
     """Base of the normalisations, with the activation that a library's class runs behind its own."""
 
     kind = "norm"
+    trains = True
 
     @classmethod
     def describe(cls, module: nn.Module) -> _NormPlan:
@@ -266,6 +294,7 @@ class AroundConvNorm(AroundLayer):
     """Base of the sequences of a convolution, its normalisation and, in most of them, an activation."""
 
     kind = "conv_norm"
+    trains = True
 
     @classmethod
     def describe(cls, module: nn.Module) -> _ConvNormPlan:
@@ -273,7 +302,7 @@ class AroundConvNorm(AroundLayer):
         activation = rest[0]
         if conv is None or norm is None or rest[1:] != [None]:
             raise NotFusable("it is not a convolution, its normalisation and an activation")
-        plan = _ConvNormPlan(conv, norm.module, check_norm(norm, activation))
+        plan = _ConvNormPlan(conv, norm.module, check_norm(norm, activation), list(module)[1:])
         if conv.module.bias is not None:
             raise NotFusable(f"{conv.name} has a bias before its normalisation")
         return plan
