@@ -19,6 +19,7 @@ from torch.nn import Parameter
 from torch.overrides import handle_torch_function
 
 from effnet_ops import backends, checks, context, ops, reference
+from effnet_ops.ops._library import memory_format
 from effnet_ops.params import BatchNormParams, ConvNormParams, SqueezeExciteParams
 
 Padding = int | str | Sequence[int]
@@ -315,6 +316,12 @@ def batch_norm(x: Tensor, norm: BatchNormParams, *, activation: str = "none", tr
     if training and not context.recomputing():
         _update_norm(norm, *used, values)
     return y
+
+
+def trains_norm(x: Tensor) -> bool:
+    """Whether a kernel computes `batch_norm` of x without a copy of it."""
+    last = x.shape[2:].numel() == 1 or memory_format(x) is torch.channels_last
+    return last and backends.select(x) == "cpu"
 
 
 def _batch_norm(x: Tensor, norm: BatchNormParams, activation: str, training: bool) -> tuple[Tensor, ...]:

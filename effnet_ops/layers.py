@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
@@ -522,11 +523,13 @@ def padded_conv2d(
 
 def conv_norm_act(x: Tensor, conv: nn.Module, norm: nn.Module, activation: str) -> Tensor:
     """``activation(norm(conv(x)))``; a plain 1x1 convolution is fused with what follows it as far as that goes."""
-    if isinstance(x, Proxy) or _any_patched() or not _is_pointwise(conv):
+    if isinstance(x, Proxy) or _any_patched():
         return reference.activate(_normalise(norm, conv(x)), activation)
+    if not _is_pointwise(conv):
+        return _norm_act(norm, conv(x), activation)
     if _is_plain(norm, nn.Identity):
         return functional.pointwise_conv2d(x, conv.weight, conv.bias, activation=activation)
-    return reference.activate(_normalise(norm, functional.pointwise_conv2d(x, conv.weight, conv.bias)), activation)
+    return _norm_act(norm, functional.pointwise_conv2d(x, conv.weight, conv.bias), activation)
 
 
 def check_rate(name: str, rate: float) -> None:
@@ -643,6 +646,16 @@ def _normalise(norm: nn.Module, x: Tensor) -> Tensor:
     """``norm(x)``, also where it shares its statistics on a CPU, which torch.nn.SyncBatchNorm refuses."""
     group = distributed.group_of(norm) if _is_plain(norm, nn.SyncBatchNorm) and x.device.type == "cpu" else None
     return norm(x) if group is None else functional.sync_batch_norm(x, _norm_params(norm, True), group)
+
+
+def _norm_act(norm: nn.Module, x: Tensor, activation: str) -> Tensor:
+    """``activation(norm(x))``, one operator where a gradient may come and the CPU's kernel takes x as it is."""
+    trains = norm.training or torch.is_grad_enabled()
+    seen = torch.compiler.is_compiling() or torch.jit.is_tracing() or context.in_transform()
+    if trains and not seen and _is_plain(norm, nn.BatchNorm2d) and functional.trains_norm(x):
+        params = _norm_params(norm, norm.training)
+        return functional.batch_norm(x, params, activation=activation, training=norm.training)
+    return reference.activate(_normalise(norm, x), activation)
 
 
 def _parameter(module: nn.Module, name: str) -> Tensor | None:

@@ -19,7 +19,7 @@ from effnet_ops import backends, distributed, functional
 from effnet_ops.checks import output_size, padding_sides, resolve_padding
 from effnet_ops.functional import may_keep
 from effnet_ops.ops import PreparedCalls, packed
-from effnet_ops.ops._library import Operator, memory_format
+from effnet_ops.ops._library import Operator
 from effnet_ops.ops.conv_norm import FEW_CHANNELS, TALLEST, batch_norm, conv_norm, keeps_channels_last
 from effnet_ops.surgery.fused import (
     NORMS,
@@ -208,9 +208,8 @@ class _NormPlan:
         params, training = norm_params(norm), trains(norm)
         batch = training or params.running_mean is None
         # PyTorch refuses a single value by an error of its own.
-        fits = x.numel() > (x.shape[1] if batch else 0) and backends.select(x) == "cpu"
-        last = x.shape[2:].numel() == 1 or memory_format(x) is torch.channels_last
-        if not (fits and last) or not all(_goes_with(p, x, x.shape[1]) for p in params[:4]):
+        fits = x.numel() > (x.shape[1] if batch else 0) and functional.trains_norm(x)
+        if not fits or not all(_goes_with(p, x, x.shape[1]) for p in params[:4]):
             return None
         return functional.batch_norm(x, params, activation=self._activation, training=training)
 
