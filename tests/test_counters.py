@@ -58,7 +58,9 @@ def test_family_matches_the_published_table(name: str) -> None:
     assert (tensorflow.parameters, tensorflow.macs) == (count.parameters, count.macs)
 
 
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if blocks > 30 else []) for name, (blocks, *_) in FAMILY.items()]
+)
 def test_count_equals_the_built_model(name: str) -> None:
     model = on_meta(lambda: effnet_ops.create_model(name))
     count = scaling.count(model)

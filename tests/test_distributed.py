@@ -39,7 +39,8 @@ def test_shared_statistics_are_those_of_the_whole_batch() -> None:
 def test_a_process_that_does_not_take_part_ends_the_others(function: Callable[..., None], tmp_path: Path) -> None:
     run_processes(2, function, str(tmp_path), timeout=3)
     seconds, _, message = (tmp_path / "0").read_text().partition(" ")
-    assert float(seconds) < 8
+    # The group's timeout is 3 s; what is on top, a busy machine takes.
+    assert float(seconds) < 30
     assert message.startswith("effnet_ops: process 0 of 2 could not share the statistics")
     assert "frozen normalisations" in message
 

@@ -453,6 +453,7 @@ def test_every_part_of_a_lent_gpu_has_rows() -> None:
         assert any(re.search(only, call) for call, _ in precompile.calls(script, False, gpu_there)), name
 
 
+@pytest.mark.slow
 def test_dry_run_of_a_lent_gpu(tmp_path: Path) -> None:
     """The same command on the CPU; a second one has nothing left to measure, and says so."""
     chosen = [word for name in ("limits", "B0: ours", "depthwise: cuDNN", "traffic") for word in ("--part", name)]
