@@ -397,7 +397,7 @@ def test_layers_are_all_there_with_the_work_of_the_stock_model(dtype: str, tmp_p
         assert measurement.provider == NETWORK and len(measurement.seconds) == len(total.seconds) >= 5
     parts = [sum(m.seconds[i] for m in network[:-2]) + outside.seconds[i] for i in range(len(total.seconds))]
     assert parts == pytest.approx(total.seconds)
-    assert {m.work.operation for m in functions} == {"pointwise", "depthwise", "squeeze_excite"}
+    assert {m.work.operation for m in functions} == {"convolution", "pointwise", "depthwise", "squeeze_excite"}
     assert all(m.provider == FUNCTION and m.seconds and m.error is not None and m.work.flops for m in functions)
     assert len({(m.work.operation, m.work.shape) for m in functions}) == len(functions)
 

@@ -56,7 +56,7 @@ def test_importing_scaling_imports_no_plotting_and_no_training() -> None:
 
 def test_family_shows_the_published_figures() -> None:
     output = run("family").output
-    for figure in ("5.29", "37.746", "84.3", "3.53", "lite4"):
+    for figure in ("5.29", "37.746", "84.3", "3.53", "lite4", "v2_b3", "14.36", "v2_xl", "93.353", "87.2"):
         assert figure in output
 
 

@@ -31,7 +31,15 @@ from effnet_ops.benchmark.worker import LEAST, WARM_UP
 from effnet_ops.params import ConvNormParams
 from effnet_ops.surgery.folded import OBSERVES, Folded
 from effnet_ops.surgery.folding import fold
-from effnet_ops.surgery.fused import BlockPlan, FusedLayer, NotFusable, conv_norm_params, describe
+from effnet_ops.surgery.fused import (
+    AnyBlockPlan,
+    BlockPlan,
+    FusedBlockPlan,
+    FusedLayer,
+    NotFusable,
+    conv_norm_params,
+    describe,
+)
 from effnet_ops.surgery.replace import classify
 
 NETWORK, FUNCTION = "optimize_for_inference", "function"
@@ -224,8 +232,8 @@ def _calls(stock: nn.Module, x: Tensor, dtype: torch.dtype) -> Iterator[Call]:
                 yield call
 
 
-def _blocks(stock: nn.Module, x: Tensor) -> Iterator[tuple[str, BlockPlan, tuple[int, ...]]]:
-    """Name, plan and size of the input of each MBConv block that `replace_layers` would replace."""
+def _blocks(stock: nn.Module, x: Tensor) -> Iterator[tuple[str, AnyBlockPlan, tuple[int, ...]]]:
+    """Name, plan and size of the input of each block that `replace_layers` would replace."""
     stock, sizes = copy.deepcopy(stock), {}
     layers: dict[str, type[FusedLayer]] = {}
     for name, module in stock.named_modules():
@@ -244,11 +252,11 @@ def _blocks(stock: nn.Module, x: Tensor) -> Iterator[tuple[str, BlockPlan, tuple
     for name, size in sizes.items():
         with contextlib.suppress(NotFusable):
             plan = describe(layers[name], blocks[name])
-            if isinstance(plan, BlockPlan):
+            if isinstance(plan, BlockPlan | FusedBlockPlan):
                 yield name, plan, size
 
 
-def _parts(plan: BlockPlan, x: Tensor) -> Iterator[_Part]:
+def _parts(plan: AnyBlockPlan, x: Tensor) -> Iterator[_Part]:
     """The steps of a block after folding, each on the output of the one before."""
     value = x
     for part in _steps(plan, x):
@@ -257,15 +265,21 @@ def _parts(plan: BlockPlan, x: Tensor) -> Iterator[_Part]:
         value = part.function(part.tensors)
 
 
-def _steps(plan: BlockPlan, x: Tensor) -> Iterator[_Part]:
-    activation = plan.activation
+def _steps(plan: AnyBlockPlan, x: Tensor) -> Iterator[_Part]:
+    padding = plan.padding(x) if callable(plan.padding) else plan.padding
+    activation, window = plan.activation, {"stride": plan.stride, "padding": padding}
 
     def pointwise(t: dict[str, Tensor]) -> Tensor:
         return effnet_ops.pointwise_conv2d(t["x"], t["weight"], t["bias"], activation=activation)
 
     def depthwise(t: dict[str, Tensor]) -> Tensor:
-        window = {"stride": plan.stride, "padding": plan.padding}
         return effnet_ops.depthwise_conv2d(t["x"], t["weight"], t["bias"], **window, activation=activation)
+
+    def dense(t: dict[str, Tensor]) -> Tensor:
+        conv = ConvNormParams(t["weight"], t["bias"])
+        residual = plan.residual and plan.project is None
+        settings = {**window, "activation": activation, "residual": residual, "training": False}
+        return effnet_ops.fused_mbconv(t["x"], conv, None, None, **settings)
 
     def squeeze_excite(t: dict[str, Tensor]) -> Tensor:
         names = ("reduce_weight", "reduce_bias", "expand_weight", "expand_bias")
@@ -277,9 +291,12 @@ def _steps(plan: BlockPlan, x: Tensor) -> Iterator[_Part]:
             t["x"], t["weight"], t["bias"], residual=t.get("residual"), activation=plan.after
         )
 
-    if plan.expand is not None:
-        yield _Part("expand", "pointwise", pointwise, _folded(fold(conv_norm_params(*plan.expand))))
-    yield _Part("depthwise", "depthwise", depthwise, _folded(fold(conv_norm_params(*plan.depthwise))))
+    if isinstance(plan, FusedBlockPlan):
+        yield _Part("expand", "convolution", dense, _folded(fold(conv_norm_params(*plan.expand))))
+    else:
+        if plan.expand is not None:
+            yield _Part("expand", "pointwise", pointwise, _folded(fold(conv_norm_params(*plan.expand))))
+        yield _Part("depthwise", "depthwise", depthwise, _folded(fold(conv_norm_params(*plan.depthwise))))
     if plan.squeeze_excite is not None:
         tensors = {
             name: value.detach()
@@ -287,6 +304,8 @@ def _steps(plan: BlockPlan, x: Tensor) -> Iterator[_Part]:
             if isinstance(value, Tensor)
         }
         yield _Part("squeeze_excite", "squeeze_excite", squeeze_excite, tensors)
+    if plan.project is None:
+        return
     residual = {"residual": x} if plan.residual else {}
     yield _Part("project", "pointwise", project, {**_folded(fold(conv_norm_params(*plan.project))), **residual})
 
@@ -309,7 +328,7 @@ def _call(name: str, part: _Part, dtype: torch.dtype) -> Call:
     error = gate(name, relative_error(run(), exact), BOUNDS[str(dtype).removeprefix("torch.")])
     elements = exact.numel() + sum(value.numel() for value in tensors.values())
     shape = f"{_size(tuple(tensors['x'].shape))} -> {_size(tuple(exact.shape))}"
-    if part.operation == "depthwise":
+    if part.operation in ("depthwise", "convolution"):
         shape += f", k{tensors['weight'].shape[-1]}"
     work = Work(name, part.operation, shape, counter.get_total_flops(), elements * dtype.itemsize)
     return Call(work, run, error)

@@ -26,7 +26,7 @@ from effnet_ops.scaling import (
 from effnet_ops.scaling.budget import spec_cost
 from effnet_ops.scaling.latency import default_path, units
 from effnet_ops.scaling.laws import base_spec
-from effnet_ops.scaling.published import LITE, RELEASED
+from effnet_ops.scaling.published import LITE, RELEASED, V2_SCALED, V2_SEARCHED
 
 
 class Measuring(NamedTuple):
@@ -77,15 +77,18 @@ def family() -> None:
     table = Table(title="EfficientNets as released", title_justify="left", box=None, padding=(0, 1, 0, 0))
     for heading in ("", "width", "depth", "pixels", "params (M)", "MACs (G)", "top-1", "phi d", "phi w", "phi r"):
         table.add_column(heading, justify="left" if heading == "" else "right", no_wrap=True)
-    for row in (*RELEASED, *LITE):
+    for row in (*RELEASED, *LITE, *V2_SCALED, *V2_SEARCHED):
         spec, costs = row.spec, count(row.spec)
-        name = spec.name.removeprefix("efficientnet_")
-        scaled = f"{spec.width:g}", f"{spec.depth:g}", str(spec.resolution)
+        name = spec.name.removeprefix("tf_").removeprefix("efficientnet").removeprefix("_")
+        scaled, phis = (f"{spec.width:g}", f"{spec.depth:g}"), implied_phi(spec)
+        if row in V2_SEARCHED:
+            scaled, phis = ("", ""), ()
         figures = f"{costs.parameters / 1e6:.2f}", f"{costs.macs / 1e9:.3f}", f"{row.top1:.1f}"
-        table.add_row(name, *scaled, *figures, *(f"{phi:.2f}" for phi in implied_phi(spec)))
+        table.add_row(name, *scaled, str(spec.resolution), *figures, *(f"{phi:.2f}" for phi in phis))
     show(table)
-    console.print("top-1: % of ImageNet, published (arXiv 1905.11946; Lite: tensorflow/tpu)")
+    console.print("top-1: % of ImageNet, published (arXiv 1905.11946; Lite: tensorflow/tpu; V2: google/automl)")
     console.print("phi d, w, r: where 1.2^phi, 1.1^phi, 1.15^phi are the depth, width, resolution")
+    console.print("V2-S to XL have stages of their own: they are scaled from nothing. XL saw ImageNet-21k first.")
 
 
 def plan(

@@ -29,6 +29,8 @@ _RELEASED = (
     ("b7", 84.3, 66.0, 37.0),
 )
 _LITE = (("lite0", 75.1), ("lite1", 76.7), ("lite2", 77.6), ("lite3", 79.8), ("lite4", 81.5))
+_V2_SCALED = (("b0", 78.7), ("b1", 79.8), ("b2", 80.5), ("b3", 82.1))
+_V2_SEARCHED = (("s", 83.9), ("m", 85.2), ("l", 85.7), ("xl", 87.2))
 _AXES = (
     ("B0", 1.0, 1.0, 1.0, 0.4, 77.3),
     ("depth only", 4.0, 1.0, 1.0, 1.8, 79.0),
@@ -47,6 +49,18 @@ LITE = tuple(
     Published(model_spec(f"efficientnet_{name}"), top1, None, None, "tensorflow/tpu, efficientnet/lite")
     for name, top1 in _LITE
 )
+
+V2_SCALED = tuple(
+    Published(model_spec(f"tf_efficientnetv2_{name}"), top1, None, None, "google/automl, efficientnetv2")
+    for name, top1 in _V2_SCALED
+)
+"""V2-B0 to B3: one network, scaled as B0 to B3 are."""
+
+V2_SEARCHED = tuple(
+    Published(model_spec(f"efficientnetv2_{name}"), top1, None, None, "google/automl, efficientnetv2")
+    for name, top1 in _V2_SEARCHED
+)
+"""V2-S, M, L and XL, each with stages of its own; XL was trained on ImageNet-21k first."""
 
 SCALED_B0 = tuple(
     Published(
