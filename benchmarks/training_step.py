@@ -2,6 +2,7 @@
 
 python benchmarks/training_step.py                           # the standard set, about half an hour
 python benchmarks/training_step.py --model efficientnet_b0 --batch 8
+python benchmarks/training_step.py --model efficientnet_b0 --batch 8 --steps    # where our step goes, against the peaks
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import torch
 import typer
 from rich.table import Table
 
+from effnet_ops.benchmark.calibration import measure_peaks
 from effnet_ops.benchmark.comparison import Settings
 from effnet_ops.benchmark.rows import Results, Row, environment
+from effnet_ops.benchmark.steps import step_costs
 from effnet_ops.benchmark.timing import ratio
 from effnet_ops.benchmark.training import VARIANTS, compare_training
 from effnet_ops.checks import unknown_name
@@ -48,6 +51,26 @@ def table_of(settings: Settings, rows: list[Row]) -> Table:
     return table
 
 
+def steps_table(settings: Settings) -> Table:
+    """Each step of the blocks against what this machine can do at best; the rest of the network in one line."""
+    (costs, whole), peaks = step_costs(settings), measure_peaks(settings.threads)
+    table = Table(
+        title=f"Steps of {settings.model}, {settings.shape}, {settings.threads} threads: {whole * 1e3:.0f} ms"
+    )
+    for heading in ("", "ms", "of all", "GFLOP", "GFLOP/s (of peak)", "MB", "GB/s (of copy)"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for name, cost in costs.items():
+        rate, speed = cost.flops / cost.seconds / 1e9, cost.bytes / cost.seconds / 1e9
+        table.add_row(
+            *(name, f"{cost.seconds * 1e3:.1f}", f"{cost.seconds / whole:.1%}", f"{cost.flops / 1e9:.2f}"),
+            f"{rate:.1f} ({rate / peaks.of(settings.dtype):.0%})",
+            *(f"{cost.bytes / 1e6:.0f}", f"{speed:.1f} ({speed / peaks.copy:.0%})"),
+        )
+    rest = whole - sum(cost.seconds for cost in costs.values())
+    table.add_row("outside of the blocks' kernels", f"{rest * 1e3:.1f}", f"{rest / whole:.1%}")
+    return table
+
+
 def main(
     model: Annotated[str | None, typer.Option(help="By default the standard set.")] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1)] = None,
@@ -57,6 +80,7 @@ def main(
     variants: Annotated[str, typer.Option(help="With commas between them.")] = ",".join(VARIANTS),
     rounds: Annotated[int, typer.Option(min=1)] = 7,
     seconds: Annotated[float, typer.Option(min=0.0, help="Of each turn, at least.")] = 1.0,
+    steps: Annotated[bool, typer.Option(help="Instead: the steps of the blocks, ours alone, in float32.")] = False,
     output: Path = RESULTS / "training_step.json",
 ) -> None:
     """Compare training steps; exit code 1 if a result is wrong or a variant has no time."""
@@ -71,6 +95,9 @@ def main(
             for count in threads or (torch.get_num_threads(),):
                 for images in batch or batches:
                     settings = Settings(name, images, kind, count, resolution, rounds, seconds)
+                    if steps:
+                        show(steps_table(settings))
+                        continue
                     with progress() as report:
                         rows = compare_training(settings, [VARIANTS[one] for one in names], report)
                     show(table_of(settings, rows))

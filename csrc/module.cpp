@@ -15,6 +15,7 @@
 
 #include "cpu/calibration.h"
 #include "cpu/kernels.h"
+#include "cpu/step_times.h"
 #include "recording.h"
 
 EFFNET_DECLARE_CALIBRATION(baseline)
@@ -94,6 +95,23 @@ int64_t multiply_adds(const std::string& isa, bool bfloat16, int64_t iterations)
     const MultiplyAdds& loops = multiply_adds_of.at(isa);
     py::gil_scoped_release release;
     return (bfloat16 ? loops.bfloat16 : loops.float32)(iterations);
+}
+
+// Seconds and calls of each step of training while `function` runs.
+std::map<std::string, std::pair<double, int64_t>> time_steps(const py::function& function) {
+    cpu::StepTimes times{};
+    cpu::set_step_times(&times);
+    try {
+        function();
+    } catch (...) {
+        cpu::set_step_times(nullptr);
+        throw;
+    }
+    cpu::set_step_times(nullptr);
+    std::map<std::string, std::pair<double, int64_t>> found;
+    for (int i = 0; i < cpu::step_count; ++i)
+        if (times.calls[i] != 0) found[cpu::step_names[i]] = {times.seconds[i], times.calls[i]};
+    return found;
 }
 
 void copy(const py::buffer& destination, const py::buffer& source) {
@@ -216,6 +234,10 @@ PYBIND11_MODULE(_C, m) {
     m.def("multiply_adds", &multiply_adds, py::arg("isa"), py::arg("bfloat16"), py::arg("iterations"),
           "Run a loop of independent multiply-adds on this thread, in float32 or with dot products of bfloat16, and "
           "return its floating-point operations; 0, at once, where the instruction set has no such dot product.");
+    m.def("time_steps", &time_steps, py::arg("function"),
+          "Call function(), and return the seconds and calls of each step of the blocks' training (docs/mbconv.md) in "
+          "it. "
+          "One thread at a time may train meanwhile.");
     m.def("copy", &copy, py::arg("destination"), py::arg("source"),
           "Copy a contiguous buffer to one of the same size, on this thread.");
     py::class_<Places>(m, "Places", "Where the dictionaries of a snapshot are.")

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner, Result
 
 from effnet_ops import _native
-from effnet_ops.benchmark import calibration, comparison, models
+from effnet_ops.benchmark import calibration, comparison, models, steps
 from effnet_ops.benchmark.calibration import Peaks, measure_peaks
 from effnet_ops.benchmark.comparison import Settings, compare, prepare
 from effnet_ops.benchmark.gate import Failed, gate
@@ -314,6 +314,27 @@ def test_optional_peer_is_right(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["test_efficientnet", "efficientnet_lite0"])
+def test_steps_of_training_have_their_costs(name: str) -> None:
+    costs, whole = steps.step_costs(Settings(name, 2, "float32", 1, 32), 1)
+    assert set(costs) == {"F1", "F2", "F3, F4", "F5", "B1, B2", "B3", "B4", "B5"}
+    assert 0 < sum(cost.seconds for cost in costs.values()) < whole
+    stock, counted = models.build(name), []
+    for module_name, module in stock.named_modules():
+        if module_name.endswith("conv_pwl") or (name == "efficientnet_lite0" and module_name == "blocks.0.0.conv_pw"):
+            module.register_forward_hook(lambda conv, _, y: counted.append(2 * y.numel() * conv.in_channels))
+    with torch.no_grad():
+        stock(torch.randn(2, 3, 32, 32))
+    projects = sum(counted)
+    assert (costs["F3, F4"].flops, costs["B1, B2"].flops) == (projects, 2 * projects)
+    assert costs["B4"].flops > costs["F2"].flops > 0 and costs["B5"].bytes > costs["F1"].bytes > 0
+
+
+def test_steps_of_training_are_measured_in_float32_alone() -> None:
+    with pytest.raises(ValueError, match="measured in float32, not in bfloat16"):
+        steps.step_costs(Settings("test_efficientnet", 2, "bfloat16", 1, 32))
+
+
 def test_training_steps_are_measured_side_by_side() -> None:
     """Ours beside eager PyTorch, right, with less memory; a variant that cannot be built has its reason."""
     broken = Variant("broken", "no_such_layout")

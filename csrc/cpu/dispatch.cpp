@@ -1,7 +1,10 @@
-// Which instruction set runs. This file is compiled once, for the baseline.
+// Which instruction set runs, and the clock of the steps in training. This file is compiled once, for the baseline.
+#include <atomic>
+#include <chrono>
 #include <cstring>
 
 #include "kernels.h"
+#include "step_times.h"
 
 namespace effnet {
 namespace cpu {
@@ -66,6 +69,11 @@ ParallelFor run_parallel = [](int64_t count, void (*body)(int64_t, int64_t, void
 };
 ThreadCount count_threads = [] { return int64_t(1); };
 Reduce run_reduce = nullptr;
+std::atomic<StepTimes*> step_times{nullptr};
+
+double seconds_now() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
 
 }  // namespace
 
@@ -78,6 +86,17 @@ int64_t thread_count() { return count_threads(); }
 
 void set_reduce(Reduce reduce) { run_reduce = reduce; }
 Reduce reduce_over_processes() { return run_reduce; }
+
+void set_step_times(StepTimes* to) { step_times = to; }
+double begin_step() { return step_times.load(std::memory_order_relaxed) == nullptr ? -1 : seconds_now(); }
+double end_step(Step step, double start) {
+    const double now = seconds_now();
+    if (StepTimes* const to = step_times.load()) {
+        to->seconds[int(step)] += now - start;
+        ++to->calls[int(step)];
+    }
+    return now;
+}
 
 const Kernels& kernels(DType dtype) { return chosen->table[static_cast<int>(dtype)]; }
 

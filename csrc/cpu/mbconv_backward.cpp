@@ -1,6 +1,7 @@
 // The backward pass of a block.
 #include "convolution_training.h"
 #include "mbconv_steps.h"
+#include "stopwatch.h"
 #include "table.h"
 
 EFFNET_NAMESPACE_BEGIN
@@ -164,7 +165,10 @@ class ProjectBackward {
         const int64_t step = channels_;
         Vec<A> g[N], sum[N][sums] = {};
         for (int i = 0; i < N; ++i) g[i] = GATED ? load(gates_ + image * channels_ + c + i * L, n) : Vec<A>{};
-        for (int64_t p = 0; p < count; ++p, from += step, z += step, gated += S)
+        for (int64_t p = 0; p < count; ++p, from += step, z += step, gated += S) {
+            // What the next columns read and write: pixels are further apart than the processor looks ahead.
+            __builtin_prefetch(from + N * L);
+            __builtin_prefetch(z + N * L, 1);
 #pragma GCC unroll 2
             for (int i = 0; i < N; ++i) {
                 const Vec<A> a = load(from + i * L, n), hat = norm.hat(i, a), t = load(z + i * L, n);
@@ -181,6 +185,7 @@ class ProjectBackward {
                     store(gated + i * L, u.value);
                 }
             }
+        }
         for (int i = 0; i < N; ++i)
             for (int which = 0; which < (GATED ? int(sums) : int(gate)); ++which)
                 totals_.add(piece, which, c + i * L, n, sum[i][which]);
@@ -486,6 +491,7 @@ template <class T>
 void mbconv_backward(const Block& block, const void* grad, const void* x, const BlockSaved& saved,
                      const BlockGrads& grads) {
     using A = Compute<T>;
+    Stopwatch watch;
     const Steps<T> steps(block, saved);
     const int64_t channels = steps.channels, gate_values = steps.gates ? steps.shape.batch * channels : 0;
     const SqueezeExciteShape excitation_shape = steps.excitation_shape(steps.gates ? steps.shape.batch : 0);
@@ -499,6 +505,7 @@ void mbconv_backward(const Block& block, const void* grad, const void* x, const 
     if (!passes_projection(grads)) return;
     const Buffer<A> wide(steps.pixels_out * channels), gate_gradient(gate_values), pool_gradient(gate_values);
     project(wide);
+    watch.end(Step::B1_B2);
     if (steps.gates) {
         project.gate_gradient(gate_gradient);
         excitation_backward<A>(excitation_shape, block.squeeze_excite, pooled, excitation, gate_gradient, pool_gradient,
@@ -506,16 +513,18 @@ void mbconv_backward(const Block& block, const void* grad, const void* x, const 
     }
     const NormSums<A> sums2(channels, grads.depthwise);
     project.norm_sums(pool_gradient, sums2);
+    watch.end(Step::B3);
 
     // B4
     const NormGradient<A> gradient2(norm2, saved.depthwise, steps.pixels_out, sums2);
     const StageGradient<T, A> gradient_of_row{
         block.activation, steps.shape.out_height, steps.shape.out_width, steps.convolved, wide, norm2, gradient2, gates,
         pool_gradient};
-    if (block.dense)
-        return dense_gradients<T>(dense_shape(steps.shape, block.in), block.depthwise.weight, gradient_of_row, x,
-                                  block.residual ? static_cast<const T*>(grad) : nullptr, grads.depthwise.weight,
-                                  grads.x);
+    if (block.dense) {
+        dense_gradients<T>(dense_shape(steps.shape, block.in), block.depthwise.weight, gradient_of_row, x,
+                           block.residual ? static_cast<const T*>(grad) : nullptr, grads.depthwise.weight, grads.x);
+        return watch.end(Step::B4);
+    }
     const auto stage_gradient = [&](int64_t image, int64_t row, int64_t c, int64_t n, A* to) {
         gradient_of_row(image, row, c, n, to, slab<A>);
     };
@@ -536,7 +545,7 @@ void mbconv_backward(const Block& block, const void* grad, const void* x, const 
                          values, slab<A>);
             },
             filter_gradient);
-        return;
+        return watch.end(Step::B4);
     }
     const Buffer<T> own(steps.own_expanded());
     T* const expanded = steps.expanded(own);
@@ -546,16 +555,20 @@ void mbconv_backward(const Block& block, const void* grad, const void* x, const 
     const Buffer<A> activated_gradient(steps.pixels_in * channels);
     expanded_gradient(steps, stage_gradient, x, static_cast<const T*>(expanded), norm1, sums1, filter_gradient,
                       static_cast<A*>(activated_gradient));
+    watch.end(Step::B4);
 
     // B5
     if (grads.expand.weight == nullptr && grads.x == nullptr) return;
-    if (expanded == nullptr)
-        return MadeExpandBackward<T>(steps, x, norm1, sums1)(
-            activated_gradient, block.residual ? static_cast<const T*>(grad) : nullptr, static_cast<T*>(grads.x),
-            static_cast<A*>(grads.expand.weight));
-    const NormGradient<A> gradient1(norm1, saved.expand, steps.pixels_in, sums1);
-    expand_backward_stored(steps, grad, x, static_cast<const T*>(expanded), static_cast<const A*>(activated_gradient),
-                           gradient1, grads);
+    if (expanded == nullptr) {
+        MadeExpandBackward<T>(steps, x, norm1, sums1)(activated_gradient,
+                                                      block.residual ? static_cast<const T*>(grad) : nullptr,
+                                                      static_cast<T*>(grads.x), static_cast<A*>(grads.expand.weight));
+    } else {
+        const NormGradient<A> gradient1(norm1, saved.expand, steps.pixels_in, sums1);
+        expand_backward_stored(steps, grad, x, static_cast<const T*>(expanded),
+                               static_cast<const A*>(activated_gradient), gradient1, grads);
+    }
+    watch.end(Step::B5);
 }
 
 EFFNET_INSTANTIATE(mbconv_backward)

@@ -224,7 +224,7 @@ class _Part(NamedTuple):
 def _calls(stock: nn.Module, x: Tensor, dtype: torch.dtype) -> Iterator[Call]:
     """The distinct steps of the stock model's blocks as public functions, each checked against fp64."""
     seen: set[tuple[str, str]] = set()
-    for name, plan, size in _blocks(stock, x):
+    for name, plan, size in blocks_of(stock, x):
         for part in _parts(plan, torch.randn(size)):
             call = _call(f"{name}.{part.name}", part, dtype)
             if (key := (part.operation, call.work.shape)) not in seen:
@@ -232,7 +232,7 @@ def _calls(stock: nn.Module, x: Tensor, dtype: torch.dtype) -> Iterator[Call]:
                 yield call
 
 
-def _blocks(stock: nn.Module, x: Tensor) -> Iterator[tuple[str, AnyBlockPlan, tuple[int, ...]]]:
+def blocks_of(stock: nn.Module, x: Tensor) -> Iterator[tuple[str, AnyBlockPlan, tuple[int, ...]]]:
     """Name, plan and size of the input of each block that `replace_layers` would replace."""
     stock, sizes = copy.deepcopy(stock), {}
     layers: dict[str, type[FusedLayer]] = {}

@@ -64,7 +64,7 @@ class MBConvCall(NamedTuple):
 
     def saves_expanded(self) -> bool:
         """Whether training keeps the result of the expansion, where nobody says so (`set_recompute`)."""
-        return self.x.shape[1] > _AUTO_CHANNELS
+        return self.x.shape[1] > RECOMPUTED_CHANNELS
 
     def window(self) -> backends.Window:
         return backends.Window(self.depthwise.weight.shape[2:], self.stride, (1, 1))
@@ -395,7 +395,7 @@ def saved_arguments(ctx: Any) -> tuple[list[Any], Sequence[Tensor]]:
 
 
 _POLICIES = ("auto", "always", "never")
-_AUTO_CHANNELS = 64
+RECOMPUTED_CHANNELS = 64
 _policy = "auto"
 
 
