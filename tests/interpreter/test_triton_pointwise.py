@@ -117,7 +117,9 @@ def test_input_gradient_with_residual(shape: tuple[int, int, int, int]) -> None:
     assert relative_error(dx, t.grad.double() @ t.weight.double() + t.x.double()) <= 2e-6
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(kind, marks=pytest.mark.slow if kind is torch.float64 else ()) for kind in DTYPES], ids=str
+)
 @pytest.mark.parametrize("gated", [True, False])
 def test_both_gradients_with_everything(shape: tuple[int, int, int, int], dtype: torch.dtype, gated: bool) -> None:
     """One launch that makes what two make. With a gate the sums are of each image, else of each program."""
