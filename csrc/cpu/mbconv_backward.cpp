@@ -259,7 +259,8 @@ void expanded_gradient(const Steps<T>& steps, const StageGradient& stage_gradien
             constexpr int N = decltype(size)::value;
             const int64_t at = pixel(made.image, made.row) * channels + c + i;
             Vec<A> shift[N] = {}, scale[N] = {};
-            for (int64_t p = 0; p < width; ++p)
+            for (int64_t p = 0; p < width; ++p) {
+                __builtin_prefetch(to + at + (p + width) * channels, 1);
 #pragma GCC unroll 2
                 for (int j = 0; j < N; ++j) {
                     const int64_t from = p * S + i + j * L;
@@ -268,6 +269,7 @@ void expanded_gradient(const Steps<T>& steps, const StageGradient& stage_gradien
                     scale[j] += t * load(hats + from);
                     store(to + at + p * channels + j * L, t, valid);
                 }
+            }
             for (int j = 0; j < N; ++j) {
                 add_to<A>(partial.of(made.part, 0) + c + i + j * L, shift[j], valid);
                 add_to<A>(partial.of(made.part, 1) + c + i + j * L, scale[j], valid);
@@ -311,7 +313,11 @@ void expand_backward_stored(const Steps<T>& steps, const void* grad, const void*
             if (weight_gradient != nullptr) weight_sums.clear(part, 0, round_up(in, S));
             for_each_block(parts.begin(part), parts.begin(part + 1), rows, [&](int64_t first, int64_t count) {
                 norm_gradient.stage(
-                    first, count, [&](int64_t, int64_t at, int n) { return load(activated_gradient + at, n); },
+                    first, count,
+                    [&](int64_t, int64_t at, int n) {
+                        __builtin_prefetch(activated_gradient + at + S);
+                        return load(activated_gradient + at, n);
+                    },
                     expanded, own.gradient, step);
                 if (grad_x != nullptr)
                     weights.multiply(Left<A>::rows(own.gradient, channels, step), first, count, finish);

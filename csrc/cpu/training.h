@@ -212,12 +212,15 @@ class NormGradient {
         for_each_vectors<A>(channels, [&](auto size, int64_t c, int n) {
             constexpr int N = decltype(size)::value;
             const auto gradient = columns<N>(c, n);
-            for (int64_t p = 0; p < count; ++p)
+            for (int64_t p = 0; p < count; ++p) {
+                // The next columns: pixels are further apart than the processor looks ahead.
+                __builtin_prefetch(a + (first + p) * channels + c + N * lanes<A>);
 #pragma GCC unroll 2
                 for (int i = 0; i < N; ++i) {
                     const int64_t vector = c + i * lanes<A>, at = (first + p) * channels + vector;
                     store(to + p * step + vector, gradient(i, t_of(first + p, at, n), load(a + at, n)));
                 }
+            }
         });
     }
 
