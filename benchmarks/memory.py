@@ -25,11 +25,12 @@ from rich.table import Table
 import effnet_ops
 from effnet_ops.benchmark.rows import Results, Row, environment
 from effnet_ops.benchmark.worker import resident
-from effnet_ops.cli.console import show
+from effnet_ops.checks import unknown_name
+from effnet_ops.cli.console import fail, show
 
 RESULTS = Path(__file__).resolve().parent / "results" / "memory.json"
 STOCK = "eager_channels_last"
-POLICIES = {STOCK: None, "effnet_ops_replace": "auto", "effnet_ops_replace, recompute always": "always"}
+POLICIES = {STOCK: None, "effnet_ops_replace": "auto", "effnet_ops_replace_always": "always"}
 """What is compared, with its recompute policy; stock layers have none."""
 
 
@@ -81,10 +82,10 @@ def largest_batch(peak: Callable[[int], int | None], limit: int, first: tuple[in
 
 def _meeting(tried: dict[int, int | None], limit: int) -> int:
     """The batch at which the line through the two known ones nearest to the limit meets it."""
-    known = sorted(
-        ((batch, used) for batch, used in tried.items() if used is not None), key=lambda p: abs(p[1] - limit)
-    )
-    (one, used), (other, used_by_other) = known[:2]
+    known = [(batch, used) for batch, used in tried.items() if used is not None]
+    if len(known) < 2:
+        return 0
+    (one, used), (other, used_by_other) = sorted(known, key=lambda pair: abs(pair[1] - limit))[:2]
     return int(one + (limit - used) * (one - other) / (used - used_by_other))
 
 
@@ -100,29 +101,30 @@ def table_of(model: str, resolution: int, limit: int, largest: dict[str, int]) -
 def main(
     model: str = "efficientnet_b4",
     resolution: int = 380,
+    ways: Annotated[str, typer.Option(help="With commas between them.")] = ",".join(POLICIES),
     limit_gb: Annotated[float, typer.Option(help="GB of 1e9 bytes.")] = 8.0,
     output: Path = RESULTS,
 ) -> None:
     """Find the largest batch of each way; every try is a row with the peak memory of its process."""
     limit, kept, largest = int(limit_gb * 1e9), Results(output), {}
-    for provider, policy in POLICIES.items():
-        rows: list[Row] = []
+    here = environment()
+    for provider in ways.split(","):
+        if provider not in POLICIES:
+            fail(unknown_name("way", provider, POLICIES))
+        policy = POLICIES[provider]
 
-        def peak(
-            batch: int, provider: str = provider, policy: str | None = policy, rows: list[Row] = rows
-        ) -> int | None:
+        def peak(batch: int, provider: str = provider, policy: str | None = policy) -> int | None:
             used = in_own_process(model, resolution, batch, policy)
             print(f"{provider}, {batch} images: {'ended' if used is None else f'{used / 1e9:.2f} GB'}", flush=True)
             shape = f"{batch}x3x{resolution}x{resolution}"
             problem = "the process was ended" if used is None else None
             row = Row(operation=model, provider=provider, shape=shape, dtype="float32", mode="step", threads=1)
             row.peak_rss_bytes, row.problem = used, problem
-            rows.append(row)
+            kept.add([row], here)
             return used
 
         tried = largest_batch(peak, limit, (2, 6))
         largest[provider] = max((b for b, used in tried.items() if used is not None and used <= limit), default=0)
-        kept.add(rows, environment())
     show(table_of(model, resolution, limit, largest))
 
 

@@ -209,33 +209,6 @@ def check_own_statistics(rank: int, group: Any, sizes: list[int], training: bool
         assert difference(value, other, 0.1) < 1e-11, name
 
 
-def check_compiled(rank: int, group: Any, sizes: list[int]) -> None:
-    """torch.compile over blocks that share their statistics: the steps of one process with the whole batch."""
-    torch.manual_seed(6)
-    big = Classifier().double().train()
-    small = copy.deepcopy(big)
-    replace_layers(small)
-    converted(small, group)
-    replace_layers(small)
-    x, labels = torch.randn(sum(sizes), 3, 32, 32, dtype=torch.float64), torch.arange(sum(sizes)) % 4
-    part, targets = own_part(rank, group, sizes), set()
-
-    def backend(graph: Any, inputs: list[Tensor]) -> Callable[..., Any]:
-        targets.update(str(node.target) for node in graph.graph.nodes)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-
-    compiled = torch.compile(small, backend=backend)
-    for _ in range(2):
-        F.cross_entropy(compiled(x[part]), labels[part], reduction="sum").backward()
-        F.cross_entropy(big(x), labels, reduction="sum").backward()
-    assert any("mbconv_sync_training" in target for target in targets), targets
-    for (name, value), other in zip(small.named_parameters(), big.parameters(), strict=True):
-        dist.all_reduce(value.grad, group=group)
-        assert difference(value.grad, other.grad, 0.1) < 1e-11, name
-    for (name, value), other in zip(small.named_buffers(), big.buffers(), strict=True):
-        assert difference(value, other, 0.1) < 1e-11, name
-
-
 def end_early(rank: int, folder: str) -> None:
     """The last process dies between two steps, as one that runs out of memory; the others note how they end."""
     torch.manual_seed(0)

@@ -35,15 +35,6 @@ def test_shared_statistics_are_those_of_the_whole_batch() -> None:
     run_processes(3, _normalisations)
 
 
-def _compiled(rank: int) -> None:
-    processes.check_compiled(rank, dist.group.WORLD, [5, 3])
-
-
-@pytest.mark.slow
-def test_compiled_models_share_their_statistics() -> None:
-    run_processes(2, _compiled)
-
-
 @pytest.mark.parametrize("function", [processes.end_early, processes.freeze_alone])
 def test_a_process_that_does_not_take_part_ends_the_others(function: Callable[..., None], tmp_path: Path) -> None:
     run_processes(2, function, str(tmp_path), timeout=3)
