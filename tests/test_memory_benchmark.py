@@ -24,6 +24,7 @@ def test_largest_batch_is_the_last_that_fits(limit: int, noise: int) -> None:
     assert len(tried) <= 6
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 def test_a_try_is_a_process_of_its_own() -> None:
     assert memory.in_own_process("efficientnet_lite0", 32, 2, "always") > 100e6
