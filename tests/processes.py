@@ -182,6 +182,33 @@ def check_training(rank: int, group: Any, sizes: list[int], dtype: torch.dtype, 
         assert difference(small.eval()(x), big.eval()(x)) < tolerance
 
 
+def check_own_statistics(rank: int, group: Any, sizes: list[int], training: bool) -> None:
+    """DistributedDataParallel without shared statistics: the sum of what each part of the batch gives by itself.
+
+    With frozen normalisations that is what one process gets from the whole batch.
+    """
+    torch.manual_seed(5)
+    stock = Classifier().double().train(training)
+    small = copy.deepcopy(stock)
+    replace_layers(small)
+    wrapped = nn.parallel.DistributedDataParallel(small, process_group=group)
+    x, labels = torch.randn(sum(sizes), 3, 32, 32, dtype=torch.float64), torch.arange(sum(sizes)) % 4
+
+    def step(model: nn.Module, part: slice, share: float) -> nn.Module:
+        (F.cross_entropy(model(x[part]), labels[part], reduction="sum") * share / sum(sizes)).backward()
+        return model
+
+    with FlopCounterMode(display=False) as counter:
+        step(wrapped, own_part(rank, group, sizes), group.size())
+    assert any("mbconv_backward" in str(op) for op in counter.get_flop_counts()["Global"])
+    parts = [own_part(at, group, sizes) for at in range(group.size())] if training else [slice(None)]
+    models = [step(copy.deepcopy(stock), part, 1) for part in parts]
+    for (name, value), *others in zip(small.named_parameters(), *(m.parameters() for m in models), strict=True):
+        assert difference(value.grad, sum(other.grad for other in others), 0.1) < 1e-11, name
+    for (name, value), other in zip(small.named_buffers(), models[rank if training else 0].buffers(), strict=True):
+        assert difference(value, other, 0.1) < 1e-11, name
+
+
 def end_early(rank: int, folder: str) -> None:
     """The last process dies between two steps, as one that runs out of memory; the others note how they end."""
     torch.manual_seed(0)

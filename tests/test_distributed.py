@@ -45,14 +45,16 @@ def test_a_process_that_does_not_take_part_ends_the_others(function: Callable[..
     assert "frozen normalisations" in message
 
 
-def _sharding(rank: int, folder: str) -> None:
+def _data_parallel_and_sharded(rank: int, folder: str) -> None:
+    for training in (True, False):
+        processes.check_own_statistics(rank, dist.group.WORLD, [5, 3], training)
     processes.check_sharding(rank, dist.group.WORLD, [5, 3], folder)
     processes.check_mixed_precision(rank, dist.group.WORLD)
     processes.check_distributed_tensors(rank, dist.group.WORLD)
 
 
-def test_sharded_models(tmp_path: Path) -> None:
-    run_processes(2, _sharding, str(tmp_path))
+def test_data_parallel_and_sharded_models(tmp_path: Path) -> None:
+    run_processes(2, _data_parallel_and_sharded, str(tmp_path))
 
 
 @pytest.mark.slow

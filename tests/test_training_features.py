@@ -134,6 +134,73 @@ def test_nothing_is_computed_for_gradients_that_nobody_needs() -> None:
     assert ours.blocks[2].conv_pwl.weight.grad is None
 
 
+class LowRank(nn.Module):
+    """A convolution with an adapter of low rank beside it, as peft wraps them."""
+
+    def __init__(self, base_layer: nn.Conv2d) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.down = nn.Conv2d(base_layer.in_channels, 2, 1, bias=False, dtype=base_layer.weight.dtype)
+        self.up = nn.Conv2d(2, base_layer.out_channels, 1, bias=False, dtype=base_layer.weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + self.up(self.down(x))
+
+    def merged(self) -> nn.Conv2d:
+        with torch.no_grad():
+            self.base_layer.weight += torch.einsum("oruv,riuv->oiuv", self.up.weight, self.down.weight)
+        return self.base_layer
+
+
+def adapted_by_hand(model: nn.Module) -> nn.Module:
+    model.requires_grad_(False)
+    for block in model.blocks:
+        block.conv_pw, block.conv_pwl = LowRank(block.conv_pw), LowRank(block.conv_pwl)
+    return model
+
+
+def merged_by_hand(model: nn.Module) -> nn.Module:
+    for block in model.blocks:
+        block.conv_pw, block.conv_pwl = block.conv_pw.merged(), block.conv_pwl.merged()
+    return model
+
+
+def adapted_by_peft(model: nn.Module) -> nn.Module:
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(r=2, target_modules=["conv_pw", "conv_pwl"], init_lora_weights=False)
+    return peft.get_peft_model(model, settings)
+
+
+@pytest.mark.parametrize(
+    ("adapt", "merge"),
+    [(adapted_by_hand, merged_by_hand), (adapted_by_peft, lambda model: model.merge_and_unload())],
+    ids=["by hand", "by peft"],
+)
+def test_adapters_train_as_on_the_stock_model(adapt: Callable, merge: Callable) -> None:
+    """Put on before the replacement or behind it; merged into the weights, their blocks are fused again."""
+    stock, before = models()
+    after, adapted = copy.deepcopy(stock), []
+    for model in (stock, before, after):
+        torch.manual_seed(1)
+        adapted.append(adapt(model))
+    report = replace_layers(after)
+    assert "blocks.0" in report.skipped and "blocks.0.conv_dw" in report.replaced
+    assert "runs its stock forward now: " in replace_layers(before).skipped["blocks.0"]
+    losses = [train(model, range(3)) for model in adapted]
+    images, _ = batch(20)
+    for ours, found in zip(adapted[1:], losses[1:], strict=True):
+        assert found == pytest.approx(losses[0], rel=1e-11)
+        assert_same(ours, adapted[0])
+        with torch.no_grad():
+            whole = merge(ours).eval()
+            assert difference(whole(images), adapted[0].eval()(images)) < 1e-11
+    assert len(replace_layers(after).replaced) == 3
+    for model in (before, after):
+        with FlopCounterMode(display=False) as counter:
+            model.train()(images)
+        assert any("mbconv_training" in str(op) for op in counter.get_flop_counts()["Global"])
+
+
 def trained_by_timm(model: nn.Module, steps: range, state: dict | None = None) -> tuple[list[float], dict, nn.Module]:
     """Losses of timm's optimizer, scheduler, mixup, scaler and average; what a checkpoint has; the average."""
     optimizer = timm.optim.create_optimizer_v2(model, "adamw", lr=0.002, weight_decay=0.01)

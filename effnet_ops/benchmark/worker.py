@@ -150,8 +150,6 @@ def saved_bytes(run: Callable[[], object], model: nn.Module) -> int:
 class PeakMemory:
     """A context: ``bytes`` by which it raised the process's resident memory at its peak, None where it is not Linux."""
 
-    _STATUS = Path("/proc/self/status")
-
     def __init__(self) -> None:
         self.bytes: int | None = None
         self._before: int | None = None
@@ -161,16 +159,18 @@ class PeakMemory:
             # Memory that the heap keeps from earlier calls would hide what this one needs.
             ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far: proc(5)
-            self._before = _resident(self._STATUS, "VmRSS")
+            self._before = resident("VmRSS")
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._before is not None:
-            self.bytes = max(_resident(self._STATUS, "VmHWM") - self._before, 0)
+            self.bytes = max(resident("VmHWM") - self._before, 0)
 
 
-def _resident(status: Path, field: str) -> int:
-    line = next(line for line in status.read_text().splitlines() if line.startswith(f"{field}:"))
+def resident(field: str) -> int:
+    """Bytes of this process's resident memory, VmRSS, or of its peak, VmHWM; OSError where it is not Linux."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    line = next(line for line in lines if line.startswith(f"{field}:"))
     return int(line.split()[1]) * 1024
 
 

@@ -542,11 +542,16 @@ def check_inside(stock: type[nn.Module], module: nn.Module) -> None:
             check_untouched(name, inner)
 
 
+def describe_now(module: FusedLayer) -> Any:
+    """`describe` of a replaced module in its present mode."""
+    module.check_now()
+    return describe(below_sharding(type(module)), module)
+
+
 def describe_or_none(module: FusedLayer) -> Any:
-    """`describe` of a replaced module, None instead of `NotFusable`."""
+    """`describe_now`, None instead of `NotFusable`."""
     try:
-        module.check_now()
-        return describe(below_sharding(type(module)), module)
+        return describe_now(module)
     except NotFusable:
         return None
 

@@ -32,6 +32,7 @@ from effnet_ops.surgery.fused import (
     NotFusable,
     check_inside,
     describe,
+    describe_now,
     fused_class,
     known,
     stock_class,
@@ -264,7 +265,7 @@ def classify(module: nn.Module) -> tuple[str, type[FusedLayer] | str] | None:
     if isinstance(module, AroundLayer):
         return None
     if isinstance(module, FusedLayer):
-        return module.kind, "it is fused already, by an earlier replace_layers"
+        return module.kind, _fused_already(module)
     if kind := own_kind(module):
         return kind, f"it is fused already: effnet_ops.layers.{type(module).__name__}"
     adapter_error = load_adapters(type(module))
@@ -276,6 +277,15 @@ def classify(module: nn.Module) -> tuple[str, type[FusedLayer] | str] | None:
             layer = fused_class(layer, stock_class(module))
         return layer.kind, _why_not(module, layer) or layer
     return _recognised(module) or (("other", adapter_error) if adapter_error else None)
+
+
+def _fused_already(module: FusedLayer) -> str:
+    """What the report says of a layer of an earlier `replace_layers`, in which something may have changed since."""
+    try:
+        describe_now(module)
+    except NotFusable as reason:
+        return f"it was fused by an earlier replace_layers, and runs its stock forward now: {reason}"
+    return "it is fused already, by an earlier replace_layers"
 
 
 def _recognised(module: nn.Module) -> tuple[str, type[FusedLayer] | str] | None:
