@@ -237,9 +237,13 @@ def convolution_bwd_kernel_weight(
 def _product_rule(
     shape: Mapping[str, int], arch: Architecture, reduced: int, kept: int, images: int, pixels: int
 ) -> Config:
-    """Tiles of a product of (images x pixels, reduced) with (reduced, kept); larger ones spill registers."""
-    wide_ = wide_tiles(shape, arch)
-    block_p, block_kept = rows_of_tile(pixels, 128 if wide_ else 32), block_width(kept, reduced, 128 if wide_ else 32)
+    """Tiles of a product of (images x pixels, reduced) with (reduced, kept).
+
+    In 16 bits they are the largest of which two programs with eight warps share a multiprocessor's registers, so that
+    one multiplies while the other stores.
+    """
+    most_rows, most_kept = (128, 64) if wide_tiles(shape, arch) else (32, 32)
+    block_p, block_kept = rows_of_tile(pixels, most_rows), block_width(kept, reduced, most_kept)
     while block_p > 16 and few_programs(images, pixels, block_p, kept, block_kept, arch):
         block_p //= 2
     while block_kept > 32 and few_programs(images, pixels, block_p, kept, block_kept, arch):
@@ -266,7 +270,9 @@ def _input_gradient_rule(shape: Mapping[str, int], arch: Architecture) -> Config
     phases = shape["phases"]
     reduced = cdiv(shape["taps"], phases) * shape["channels_out"]
     pixels = cdiv(shape["pixels"], phases)
-    return _product_rule(shape, arch, reduced, shape["channels_in"], shape["images"] * phases, pixels)
+    config = _product_rule(shape, arch, reduced, shape["channels_in"], shape["images"] * phases, pixels)
+    # Left to itself, the compiler spills a few in order to fit a third program.
+    return {**config, "registers": 128} if config["num_warps"] == 8 else config
 
 
 @tuning.heuristic("convolution_weight_gradient")
