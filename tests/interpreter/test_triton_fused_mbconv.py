@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from helpers import FORWARD_TOLERANCE, GRADIENT_TOLERANCE, HALF, LAYOUTS, check, names, prepared, relative_error, run
-from test_fused_mbconv import CASES, Case, function_of, tensors_of
+from fused_mbconv import CASES, Case, bounds, function_of, tensors_of
+from helpers import FORWARD_TOLERANCE, LAYOUTS, check, names, prepared, relative_error, run
 from test_recorded_launches import at, interpreted, same  # noqa: F401
 from torch import Tensor
 from triton.runtime.interpreter import GridExecutor
@@ -32,11 +30,6 @@ SMALL = [
 ]
 MIXED = [(case, DTYPES[i % 4], i % 3 > 0, LAYOUTS[i % 4]) for i, case in enumerate(SMALL)]
 ALL = [(case, dtype, training) for case in (*SMALL, *CASES) for dtype in DTYPES for training in (False, True)]
-
-
-def bounds(dtype: torch.dtype) -> dict[str, Any]:
-    """As on the CPU: what training keeps is rounded to half precision."""
-    return {"gradient_tolerance": 3 * GRADIENT_TOLERANCE[dtype], "rounded_to": dtype} if dtype in HALF else {}
 
 
 @pytest.mark.parametrize(("case", "dtype", "training", "layout"), MIXED, ids=names(SMALL))
@@ -128,7 +121,7 @@ def arguments(case: Case, dtype: torch.dtype, training: bool, tensors: dict[str,
     return tuple(list(value) if isinstance(value, tuple) else value for value in flat)
 
 
-@pytest.mark.parametrize("name", ["gate", "alone"])
+@pytest.mark.parametrize("name", [pytest.param("gate", marks=pytest.mark.slow), "alone"])
 def test_recorded_calls_give_the_same_bits(name: str, interpreted: list[str]) -> None:  # noqa: F811
     """Inference, training and its gradient, launched again from addresses alone."""
     case = next(case for case in SMALL if case.name == name)
