@@ -259,7 +259,7 @@ def test_fused_block() -> None:
     assert not (wrong := narrow_convolutions(launches, "sm_90")), "\n".join(wrong)
 
 
-FUSED_NETWORKS = [("efficientnetv2_s", 300, 128), ("efficientnetv2_b0", 192, 256), ("efficientnetv2_xl", 384, 1)]
+FUSED_NETWORKS = [("efficientnetv2_s", 300, 128), ("tf_efficientnetv2_b0", 192, 256), ("efficientnetv2_xl", 384, 1)]
 
 
 @pytest.mark.slow
