@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from effnet_ops.kernels import tuning
-from effnet_ops.kernels.activation import ACTIVATION_CODES, activate, narrow, widen
+from effnet_ops.kernels.activation import ACTIVATION_CODES, NONE, activate, activation_gradient, narrow, widen
 from effnet_ops.kernels.launching import launch
 from effnet_ops.kernels.layout import cdiv
 from effnet_ops.kernels.tuning import Architecture, Config
@@ -216,11 +216,12 @@ def gradient_sums_kernel(
     image_pixels,
     parts,
     C: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Sums over a part of the rows of n = image_scale * grad and of n (a - mean), (parts, 2, C)."""
+    """Sums over a part of the rows of n and of n (a - mean), (parts, 2, C); n as in `gradient_sums`."""
     ACC: tl.constexpr = p_norm.dtype.element_ty
     blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     i_part = tl.program_id(0) // blocks
@@ -229,6 +230,9 @@ def gradient_sums_kernel(
     o_p = tl.arange(0, BLOCK_P)
     o = o_p[:, None] * C + o_c[None, :]
     mean = tl.load(p_norm + o_c, mask=m_c, other=0.0)[None, :]
+    if ACTIVATION != NONE:
+        scale = tl.load(p_norm + C + o_c, mask=m_c, other=0.0)[None, :]
+        shift = tl.load(p_norm + 2 * C + o_c, mask=m_c, other=0.0)[None, :]
     b_sum = tl.zeros([BLOCK_P, BLOCK_C], ACC)
     b_moment = tl.zeros([BLOCK_P, BLOCK_C], ACC)
     tiles = tl.cdiv(rows, BLOCK_P)
@@ -243,11 +247,61 @@ def gradient_sums_kernel(
         if p_image_scale is not None:
             o_image = tl.minimum(i_row + o_p, rows - 1) // image_pixels
             b_n = b_n * tl.load(p_image_scale + o_image)[:, None]
+        if ACTIVATION != NONE:
+            FAST: tl.constexpr = p_a.dtype.element_ty == tl.bfloat16
+            b_n = b_n * activation_gradient((b_a - mean) * scale + shift, ACTIVATION, FAST)
         b_sum += b_n
         b_moment += b_n * (b_a - mean)
     p_mine = p_partials + i_part.to(tl.int64) * 2 * C + o_c
     tl.store(p_mine, tl.sum(b_sum, 0), mask=m_c)
     tl.store(p_mine + C, tl.sum(b_moment, 0), mask=m_c)
+
+
+@triton.jit
+def input_gradient_kernel(
+    p_grad,
+    p_a,
+    p_norm,
+    p_coefficients,
+    p_gate,
+    p_pooled,
+    p_image_scale,
+    p_da,
+    rows,
+    image_pixels,
+    C: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """da = A n + B (a - mean) + D, elementwise; n as in `input_gradient`."""
+    blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    i_row = tl.program_id(0) // blocks * BLOCK_P
+    o_c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    o_p = tl.arange(0, BLOCK_P)
+    m = (o_p < rows - i_row)[:, None] & m_c[None, :]
+    start = i_row.to(tl.int64) * C
+    o = o_p[:, None] * C + o_c[None, :]
+    o_image = tl.minimum(i_row + o_p, rows - 1) // image_pixels
+    b_n = widen(tl.load(p_grad + start + o, mask=m, other=0.0))
+    b_a = widen(tl.load(p_a + start + o, mask=m, other=0.0))
+    if p_image_scale is not None:
+        b_n = b_n * tl.load(p_image_scale + o_image)[:, None]
+    if p_gate is not None:
+        o_gate = o_image[:, None] * C + o_c[None, :]
+        b_n = b_n * tl.load(p_gate + o_gate, mask=m, other=0.0) + tl.load(p_pooled + o_gate, mask=m, other=0.0)
+    mean = tl.load(p_norm + o_c, mask=m_c, other=0.0)[None, :]
+    if ACTIVATION != NONE:
+        scale = tl.load(p_norm + C + o_c, mask=m_c, other=0.0)[None, :]
+        shift = tl.load(p_norm + 2 * C + o_c, mask=m_c, other=0.0)[None, :]
+        FAST: tl.constexpr = p_a.dtype.element_ty == tl.bfloat16
+        b_n = b_n * activation_gradient((b_a - mean) * scale + shift, ACTIVATION, FAST)
+    of_grad = tl.load(p_coefficients + C + o_c, mask=m_c, other=0.0)[None, :]
+    of_a = tl.load(p_coefficients + 2 * C + o_c, mask=m_c, other=0.0)[None, :]
+    constant = tl.load(p_coefficients + 3 * C + o_c, mask=m_c, other=0.0)[None, :]
+    b_da = of_grad * b_n + (of_a * (b_a - mean) + constant)
+    tl.store(p_da + start + o, narrow(b_da, p_da.dtype.element_ty), mask=m)
 
 
 def wide(x: Tensor) -> torch.dtype:
@@ -362,6 +416,12 @@ def _apply_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
     return {"block_p": max(16, 4096 // block_c), "block_c": block_c, "num_warps": 4}
 
 
+@tuning.heuristic("batch_norm_input_gradient")
+def _input_gradient_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
+    block_c = channel_block(shape["channels"])
+    return {"block_p": max(16, 2048 // block_c), "block_c": block_c, "num_warps": 4}
+
+
 @tuning.heuristic("batch_norm_gradient_sums")
 def _gradient_sums_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
     block_c = channel_block(shape["channels"])
@@ -392,15 +452,47 @@ def apply(
     return y
 
 
-def gradient_sums(grad: Tensor, a: Tensor, norm: Tensor, image_scale: Tensor | None = None) -> Tensor:
-    """Partial sums (programs, 2, C), for `finalize_backward`, of n = image_scale * grad and of n (a - mean)."""
+def gradient_sums(
+    grad: Tensor, a: Tensor, norm: Tensor, image_scale: Tensor | None = None, activation: str = "none"
+) -> Tensor:
+    """Partial sums (programs, 2, C), for `finalize_backward`, of n and of n (a - mean).
+
+    n = image_scale * grad * activation'(norm(a)) is the gradient behind the normalisation.
+    """
     images, pixels, channels = a.shape
     shape = {"pixels": images * pixels, "channels": channels, "element_size": a.element_size()}
     config = tuning.choose("batch_norm_gradient_sums", shape, a.device)
     partials = norm.new_empty(config["parts"], 2, channels)
     launch(gradient_sums_kernel, (config["parts"] * cdiv(channels, config["block_c"]),),
         grad, a, norm, image_scale, partials, images * pixels, pixels, config["parts"],
-        C=channels, BLOCK_P=config["block_p"], BLOCK_C=config["block_c"], STAGES=config["stages"],
-        num_warps=config["num_warps"],
+        C=channels, ACTIVATION=ACTIVATION_CODES[activation], BLOCK_P=config["block_p"], BLOCK_C=config["block_c"],
+        STAGES=config["stages"], num_warps=config["num_warps"],
     )  # fmt: skip
     return partials
+
+
+def input_gradient(
+    grad: Tensor,
+    a: Tensor,
+    norm: Tensor,
+    coefficients: Tensor,
+    activation: str = "none",
+    *,
+    gate: Tensor | None = None,
+    pooled: Tensor | None = None,
+    image_scale: Tensor | None = None,
+) -> Tensor:
+    """A n + B (a - mean) + D for n = (image_scale * grad * gate + pooled) * activation'(norm(a)), in the dtype of a.
+
+    ``grad`` and ``a`` are (images, pixels, C), contiguous; ``gate`` and ``pooled`` (images, C), both or neither.
+    """
+    images, pixels, channels = a.shape
+    shape = {"pixels": images * pixels, "channels": channels, "element_size": a.element_size()}
+    config = tuning.choose("batch_norm_input_gradient", shape, a.device)
+    da = torch.empty_like(a)
+    launch(input_gradient_kernel, (cdiv(images * pixels, config["block_p"]) * cdiv(channels, config["block_c"]),),
+        grad, a, norm, coefficients, gate, pooled, image_scale, da, images * pixels, pixels,
+        C=channels, ACTIVATION=ACTIVATION_CODES[activation], BLOCK_P=config["block_p"], BLOCK_C=config["block_c"],
+        num_warps=config["num_warps"],
+    )  # fmt: skip
+    return da

@@ -27,3 +27,8 @@ def nhwc(x: Tensor) -> Tensor:
 def nchw(x: Tensor) -> Tensor:
     """The (N, C, H, W) view of x (N, H, W, C)."""
     return x.permute(0, 3, 1, 2)
+
+
+def flat(x: Tensor) -> Tensor:
+    """x (N, H, W, C) as a product takes it, (N, H * W, C): a view."""
+    return x.flatten(1, 2)

@@ -22,7 +22,6 @@ from effnet_ops.kernels.activation import (
     NONE,
     activate,
     activation_gradient,
-    fold,
     inside,
     narrow,
     normalise,
@@ -32,36 +31,23 @@ from effnet_ops.kernels.activation import (
 )
 from effnet_ops.kernels.batch_norm import wide
 from effnet_ops.kernels.launching import launch
-from effnet_ops.kernels.layout import cdiv, next_power_of_2
+from effnet_ops.kernels.layout import cdiv
+from effnet_ops.kernels.product import (
+    block_width,
+    epilogue,
+    few_programs,
+    norm_vectors,
+    parts_of_image,
+    place,
+    rows_of_tile,
+    store_statistics,
+    tiles_of_part,
+    vectors,
+    weight_tile,
+    wide_tiles,
+)
 from effnet_ops.kernels.reduction import sum_partials
 from effnet_ops.kernels.tuning import Architecture, Config
-
-
-@triton.jit
-def _place(parts, C: tl.constexpr, BLOCK: tl.constexpr):
-    """What a program owns: its number among those of a block of channels, its image and part of it; its channels."""
-    blocks: tl.constexpr = (C + BLOCK - 1) // BLOCK
-    o_c = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    i_program = tl.program_id(0) // blocks
-    return i_program, i_program // parts, i_program % parts, o_c, inside(o_c, C)
-
-
-@triton.jit
-def _range(i_part, tiles, parts):
-    """The first tile of a part, and that after its last."""
-    tiles_per_part = tl.cdiv(tiles, parts)
-    first = i_part * tiles_per_part
-    return first, tl.minimum(first + tiles_per_part, tiles)
-
-
-@triton.jit
-def _rows(p_rows, ROWS: tl.constexpr, o_c, m_c, C: tl.constexpr):
-    """The first rows of a (rows, C) tensor, [1, BC] each; none where there is no such tensor."""
-    found = ()
-    if p_rows is not None:
-        for row in tl.static_range(ROWS):
-            found = found + (widen(tl.load(p_rows + row * C + o_c, mask=m_c, other=0.0))[None, :],)
-    return found
 
 
 @triton.jit
@@ -80,15 +66,6 @@ def _of_image(p_rows, o_image, o_c, m_c, C: tl.constexpr):
         return tl.load(p_rows + (o_image * C + o_c[None, :]), mask=m_c[None, :], other=0.0)
     else:
         return 1.0
-
-
-@triton.jit
-def _norm(p_norm, o_c, m_c, C: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr, FOLDED: tl.constexpr):
-    """(mean, scale, shift) of a normalisation in front of an activation, for `normalise`; nothing without one."""
-    norm = _rows(p_norm, 3, o_c, m_c, C)
-    if FOLDED and p_norm is not None:
-        norm = fold(norm, KIND, FAST)
-    return norm
 
 
 @triton.jit
@@ -117,7 +94,7 @@ def _input_tile(
 @triton.jit
 def _coefficients(p_coefficients, p_image_scale, i_image, o_c, m_c, C: tl.constexpr, FOLDED: tl.constexpr):
     """(mean, A, B, D) for `_gradient_tile`, A times what a program's only image is scaled by; FOLDED as in `fold`."""
-    rows = _rows(p_coefficients, 4, o_c, m_c, C)
+    rows = vectors(p_coefficients, 4, o_c, m_c, C)
     if p_coefficients is not None:
         of_grad, constant = rows[1], rows[3]
         if p_image_scale is not None:
@@ -165,15 +142,6 @@ def _through(b_x, norm, ACTIVATION: tl.constexpr, FAST: tl.constexpr, FOLDED: tl
 
 
 @triton.jit
-def _weight_tile(
-    p_weight, o_row, m_row, o_column, m_column, ROW: tl.constexpr, COLUMN: tl.constexpr, TYPE: tl.constexpr
-):
-    """Weights as [rows, columns], with the strides of either."""
-    o_w = o_row[:, None] * ROW + o_column[None, :] * COLUMN
-    return operand(tl.load(p_weight + o_w, mask=m_row[:, None] & m_column[None, :], other=0.0), TYPE)
-
-
-@triton.jit
 def _resident_weights(
     p_weight, o_k, o_column, m_column, ROW: tl.constexpr, COLUMN: tl.constexpr, TYPE: tl.constexpr,
     C: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
@@ -182,7 +150,7 @@ def _resident_weights(
     weights = ()
     for step in tl.static_range(STEPS):
         o_row = step * BLOCK + o_k
-        weights = weights + (_weight_tile(p_weight, o_row, inside(o_row, C), o_column, m_column, ROW, COLUMN, TYPE),)
+        weights = weights + (weight_tile(p_weight, o_row, inside(o_row, C), o_column, m_column, ROW, COLUMN, TYPE),)
     return weights
 
 
@@ -205,7 +173,7 @@ def _input_product(
             o_k = step * BLOCK_IN + o_in
             m_k = inside(o_k, C_IN)
             if not HOISTED:
-                norm = _norm(p_norm, o_k, m_k, C_IN, ACTIVATION, FAST, FOLDED)
+                norm = norm_vectors(p_norm, o_k, m_k, C_IN, ACTIVATION, FAST, FOLDED)
             if GATHER or not HOISTED:
                 gate = _of_image(p_gate, o_image, o_k, m_k, C_IN)
             b_x = _input_tile(p_x, start, o_p, m_p, o_k, m_k, C_IN, p_norm, norm, p_gate, gate, ACTIVATION, ANCHOR)
@@ -214,49 +182,12 @@ def _input_product(
         for k in tl.range(0, C_IN, BLOCK_IN, num_stages=STAGES):
             o_k = k + o_in
             m_k = inside(o_k, C_IN)
-            k_norm = _norm(p_norm, o_k, m_k, C_IN, ACTIVATION, FAST, FOLDED)
+            k_norm = norm_vectors(p_norm, o_k, m_k, C_IN, ACTIVATION, FAST, FOLDED)
             k_gate = _of_image(p_gate, o_image, o_k, m_k, C_IN)
             b_x = _input_tile(p_x, start, o_p, m_p, o_k, m_k, C_IN, p_norm, k_norm, p_gate, k_gate, ACTIVATION, ANCHOR)
-            b_w = _weight_tile(p_weight, o_k, m_k, o_out, m_out, 1, C_IN, TYPE)
+            b_w = weight_tile(p_weight, o_k, m_k, o_out, m_out, 1, C_IN, TYPE)
             b_acc = tl.dot(b_x, b_w, b_acc, input_precision=PRECISION, out_dtype=ACC)
     return b_acc
-
-
-@triton.jit
-def _epilogue(
-    b_acc, start, o_y, m_y, o_image, p_bias, bias, p_out_norm, out_norm, p_grad, p_image_scale, p_residual,
-    C_OUT: tl.constexpr, OUT_ACTIVATION: tl.constexpr, FAST: tl.constexpr, FOLDED: tl.constexpr,
-):  # fmt: skip
-    """A tile of the product as it is stored: out_activation(out_norm(. + bias)) * image_scale + residual."""
-    HALVED: tl.constexpr = FOLDED and p_out_norm is not None
-    if p_bias is not None:
-        b_acc += bias[0]
-    if p_out_norm is not None:
-        b_acc = normalise(b_acc, out_norm, FOLDED)
-    if p_grad is not None:
-        b_grad = widen(tl.load(p_grad + start * C_OUT + o_y, mask=m_y, other=0.0))
-        b_acc = b_grad * activation_gradient(b_acc, OUT_ACTIVATION, FAST, HALVED)
-    else:
-        b_acc = activate(b_acc, OUT_ACTIVATION, FAST, HALVED)
-    if p_image_scale is not None:
-        b_acc = b_acc * tl.load(p_image_scale + o_image)
-    if p_residual is not None:
-        b_acc += widen(tl.load(p_residual + start * C_OUT + o_y, mask=m_y, other=0.0))
-    return b_acc
-
-
-@triton.jit
-def _store_statistics(
-    p_partials, i_program, count, pivot, b_total, b_squares, o_out, m_out, C_OUT: tl.constexpr,
-    BLOCK_OUT: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """A program's count, mean and squares around the mean, from sums around ``pivot``."""
-    total = tl.sum(b_total, 0)
-    distance = total / tl.maximum(count, 1.0)
-    p_mine = p_partials + i_program.to(tl.int64) * 3 * C_OUT + o_out
-    tl.store(p_mine, tl.zeros([BLOCK_OUT], ACC) + count, mask=m_out)
-    tl.store(p_mine + C_OUT, pivot + distance, mask=m_out)
-    tl.store(p_mine + 2 * C_OUT, tl.maximum(tl.sum(b_squares, 0) - total * distance, 0.0), mask=m_out)
 
 
 @triton.jit
@@ -278,23 +209,23 @@ def pointwise_fwd_kernel(
     FOLDED: tl.constexpr = TYPE.primitive_bitwidth == 16
     STEPS: tl.constexpr = (C_IN + BLOCK_IN - 1) // BLOCK_IN
     HOISTED: tl.constexpr = STEPS == 1
-    i_program, i_image, i_part, o_out, m_out = _place(parts, C_OUT, BLOCK_OUT)
+    i_program, i_image, i_part, o_out, m_out = place(parts, C_OUT, BLOCK_OUT)
     o_in = tl.arange(0, BLOCK_IN)
     m_in = inside(o_in, C_IN)
-    out_norm = _norm(p_out_norm, o_out, m_out, C_OUT, OUT_ACTIVATION, FAST, FOLDED)
-    bias = _rows(p_bias, 1, o_out, m_out, C_OUT)
+    out_norm = norm_vectors(p_out_norm, o_out, m_out, C_OUT, OUT_ACTIVATION, FAST, FOLDED)
+    bias = vectors(p_bias, 1, o_out, m_out, C_OUT)
     weights, norm, gate = (), (), 1.0
     if RESIDENT:
         weights = _resident_weights(p_weight, o_in, o_out, m_out, 1, C_IN, TYPE, C_IN, BLOCK_IN, STEPS)
     if HOISTED:
-        norm = _norm(p_norm, o_in, m_in, C_IN, ACTIVATION, FAST, FOLDED)
+        norm = norm_vectors(p_norm, o_in, m_in, C_IN, ACTIVATION, FAST, FOLDED)
         if not GATHER:
             gate = _of_image(p_gate, i_image, o_in, m_in, C_IN)
     pivot = tl.zeros([BLOCK_OUT], ACC)
     b_total = tl.zeros([BLOCK_P, BLOCK_OUT], ACC)
     b_squares = tl.zeros([BLOCK_P, BLOCK_OUT], ACC)
 
-    first, last = _range(i_part, tl.cdiv(pixels, BLOCK_P), parts)
+    first, last = tiles_of_part(i_part, tl.cdiv(pixels, BLOCK_P), parts)
     for i_tile in tl.range(first, last, num_stages=STAGES if RESIDENT else 1):
         start = i_image.to(tl.int64) * pixels + i_tile * BLOCK_P
         valid = tl.minimum(pixels - i_tile * BLOCK_P, BLOCK_P)
@@ -307,7 +238,7 @@ def pointwise_fwd_kernel(
         )  # fmt: skip
         m_y = m_p[:, None] & m_out[None, :]
         o_y = o_p[:, None] * C_OUT + o_out[None, :]
-        b_acc = _epilogue(
+        b_acc = epilogue(
             b_acc, start, o_y, m_y, o_image, p_bias, bias, p_out_norm, out_norm, p_grad, p_image_scale, p_residual,
             C_OUT, OUT_ACTIVATION, FAST, FOLDED,
         )  # fmt: skip
@@ -327,7 +258,8 @@ def pointwise_fwd_kernel(
 
     if p_partials is not None:
         count = tl.maximum(tl.minimum(pixels, last * BLOCK_P) - first * BLOCK_P, 0).to(ACC)
-        _store_statistics(p_partials, i_program, count, pivot, b_total, b_squares, o_out, m_out, C_OUT, BLOCK_OUT, ACC)
+        total, squares = tl.sum(b_total, 0), tl.sum(b_squares, 0)
+        store_statistics(p_partials, i_program, count, pivot, total, squares, o_out, m_out, C_OUT, BLOCK_OUT, ACC)
 
 
 @triton.jit
@@ -375,7 +307,7 @@ def _gradient_product(
                 p_grad, p_a, start, o_p, m_p, o_k, m_k, C_OUT, p_coefficients, k_coefficients, p_row_scale, o_image,
                 ANCHOR,
             )  # fmt: skip
-            b_w = _weight_tile(p_weight, o_k, m_k, o_in, m_in, C_IN, 1, TYPE)
+            b_w = weight_tile(p_weight, o_k, m_k, o_in, m_in, C_IN, 1, TYPE)
             b_acc = tl.dot(b_g, b_w, b_acc, input_precision=PRECISION, out_dtype=ACC)
     return b_acc, updated
 
@@ -397,12 +329,12 @@ def pointwise_bwd_kernel_input(
     FAST: tl.constexpr = TYPE == tl.bfloat16
     FOLDED: tl.constexpr = TYPE.primitive_bitwidth == 16
     STEPS: tl.constexpr = (C_OUT + BLOCK_OUT - 1) // BLOCK_OUT
-    i_program, i_image, i_part, o_in, m_in = _place(parts, C_IN, BLOCK_IN)
+    i_program, i_image, i_part, o_in, m_in = place(parts, C_IN, BLOCK_IN)
     ONE_SCALE: tl.constexpr = not GATHER and p_coefficients is not None
     p_one_scale = p_image_scale if ONE_SCALE else None
     p_row_scale = None if ONE_SCALE else p_image_scale
     o_out = tl.arange(0, BLOCK_OUT)
-    norm = _norm(p_norm, o_in, m_in, C_IN, ACTIVATION, FAST, FOLDED)
+    norm = norm_vectors(p_norm, o_in, m_in, C_IN, ACTIVATION, FAST, FOLDED)
     weights, coefficients = (), ()
     if RESIDENT:
         weights = _resident_weights(p_weight, o_out, o_in, m_in, C_IN, 1, TYPE, C_OUT, BLOCK_OUT, STEPS)
@@ -414,7 +346,7 @@ def pointwise_bwd_kernel_input(
     b_s4 = tl.zeros([BLOCK_P, BLOCK_IN], ACC)
     b_s5 = tl.zeros([BLOCK_P, BLOCK_IN], ACC)
 
-    first, last = _range(i_part, tl.cdiv(pixels, BLOCK_P), parts)
+    first, last = tiles_of_part(i_part, tl.cdiv(pixels, BLOCK_P), parts)
     for i_tile in tl.range(first, last, num_stages=STAGES if RESIDENT else 1):
         start = i_image.to(tl.int64) * pixels + i_tile * BLOCK_P
         o_p = tl.arange(0, BLOCK_P)
@@ -521,12 +453,12 @@ def pointwise_bwd_kernel_both(
     FACTORS: tl.constexpr = 1 if p_norm is None else 3
     # Where a block of output channels has room for a column of ones, the product also sums the factors themselves.
     ONES: tl.constexpr = SUMS == 5 and C_OUT % BLOCK_OUT != 0
-    i_program, i_image, i_part, o_in, m_in = _place(parts, C_IN, BLOCK_IN)
+    i_program, i_image, i_part, o_in, m_in = place(parts, C_IN, BLOCK_IN)
     ONE_SCALE: tl.constexpr = not GATHER and p_coefficients is not None
     p_one_scale = p_image_scale if ONE_SCALE else None
     p_row_scale = None if ONE_SCALE else p_image_scale
     o_out = tl.arange(0, BLOCK_OUT)
-    norm = _norm(p_norm, o_in, m_in, C_IN, ACTIVATION, FAST, FOLDED)
+    norm = norm_vectors(p_norm, o_in, m_in, C_IN, ACTIVATION, FAST, FOLDED)
     weights = _resident_weights(p_weight, o_out, o_in, m_in, C_IN, 1, TYPE, C_OUT, BLOCK_OUT, STEPS)
     coefficients = ()
     if STEPS == 1:
@@ -537,7 +469,7 @@ def pointwise_bwd_kernel_both(
     b_s3 = tl.zeros([BLOCK_P, BLOCK_IN], ACC)
     b_s5 = tl.zeros([BLOCK_P, BLOCK_IN], ACC)
 
-    first, last = _range(i_part, tl.cdiv(pixels, BLOCK_P), parts)
+    first, last = tiles_of_part(i_part, tl.cdiv(pixels, BLOCK_P), parts)
     for i_tile in tl.range(first, last, num_stages=STAGES):
         start = i_image.to(tl.int64) * pixels + i_tile * BLOCK_P
         o_p = tl.arange(0, BLOCK_P)
@@ -596,14 +528,14 @@ def pointwise_bwd_kernel_weight(
     m_in = inside(o_in, C_IN)
     o_out = i_out * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     m_out = inside(o_out, C_OUT)
-    norm = _norm(p_norm, o_in, m_in, C_IN, ACTIVATION, FAST, FOLDED)
+    norm = norm_vectors(p_norm, o_in, m_in, C_IN, ACTIVATION, FAST, FOLDED)
     coefficients = _coefficients(p_coefficients, None, 0, o_out, m_out, C_OUT, FOLDED)
     b_weight = tl.zeros([BLOCK_OUT, BLOCK_IN], ACC)
     b_bias = tl.zeros([BLOCK_P, BLOCK_OUT], ACC)
 
     tiles_per_image = tl.cdiv(pixels, BLOCK_P)
     tiles = images * tiles_per_image
-    first, last = _range(i_split, tiles, splits)
+    first, last = tiles_of_part(i_split, tiles, splits)
     for i_tile in tl.range(first, last, num_stages=STAGES):
         i_image = i_tile // tiles_per_image
         i_row = (i_tile % tiles_per_image) * BLOCK_P
@@ -654,43 +586,10 @@ def _resident(reduced: int, block_reduced: int) -> bool:
     return cdiv(reduced, block_reduced) <= _RESIDENT_STEPS
 
 
-def _width(channels: int, other: int, most: int) -> int:
-    """The block of channels that wastes least: of padding, and of reading the other operand once a block."""
-    sizes = [size for size in (16, 32, 64, 128, 256) if size <= most]
-    return min(sizes, key=lambda size: cdiv(channels, size) * (size + other / 4))
-
-
 def _steps(channels: int, most: int, least: int = 16) -> int:
     """The block of reduced channels: the least padding among those that make few steps, or else the largest."""
     few = [size for size in (16, 32, 64) if least <= size <= most and _resident(channels, size)]
     return min(few, key=lambda size: cdiv(channels, size) * (size + 4), default=most)
-
-
-def _rows_of_tile(pixels: int, most: int) -> int:
-    return max(16, min(most, next_power_of_2(pixels)))
-
-
-def _parts(images: int, tiles: int, blocks: int, arch: Architecture) -> int:
-    """Into how many parts an image's tiles are split: those that are done first.
-
-    Four programs a multiprocessor run at a time, and what does not fill them waits for a turn of its own; a program
-    fills its pipeline, loads its weight and writes its sums in about the time of two tiles.
-    """
-    places = 4 * arch.multiprocessors
-
-    def time(parts: int) -> float:
-        return cdiv(images * parts * blocks, places) * (cdiv(tiles, parts) + 2)
-
-    return min(range(1, min(tiles, cdiv(4 * places, images * blocks)) + 1), key=time)
-
-
-def _wide_tiles(shape: Mapping[str, int], arch: Architecture) -> bool:
-    """Halves, on tensor cores, leave more registers than fp32; the interpreter only counts programs."""
-    return shape["element_size"] == 2 or arch.name == "interpreter"
-
-
-def _few(images: int, pixels: int, block_p: int, channels: int, block: int, arch: Architecture) -> bool:
-    return images * cdiv(pixels, block_p) * cdiv(channels, block) < arch.multiprocessors
 
 
 def _product_rule(
@@ -708,15 +607,15 @@ def _product_rule(
     ``four_warps`` is the largest tile that four warps work on.
     """
     images, pixels, size = shape["images"], shape["pixels"], shape["element_size"]
-    block_kept = _width(kept, reduced, most_kept)
+    block_kept = block_width(kept, reduced, most_kept)
     # In 16 bits each of 128 or 256 threads loads 16 bytes at a time.
     threads = 128 if most_rows * block_kept <= four_warps else 256
-    most_reduced, least_reduced = (64, max(16, 8 * threads // most_rows)) if _wide_tiles(shape, arch) else (32, 16)
+    most_reduced, least_reduced = (64, max(16, 8 * threads // most_rows)) if wide_tiles(shape, arch) else (32, 16)
     block_reduced = _steps(reduced, most_reduced, least_reduced)
-    block_p = _rows_of_tile(pixels, most_rows)
-    while block_p > 16 and _few(images, pixels, block_p, kept, block_kept, arch):
+    block_p = rows_of_tile(pixels, most_rows)
+    while block_p > 16 and few_programs(images, pixels, block_p, kept, block_kept, arch):
         block_p //= 2
-    while block_kept > 32 and _few(images, pixels, block_p, kept, block_kept, arch):
+    while block_kept > 32 and few_programs(images, pixels, block_p, kept, block_kept, arch):
         block_kept //= 2
     stages = 3 if size == 2 else 2
     if _resident(reduced, block_reduced):
@@ -734,7 +633,7 @@ def _product_rule(
         "block_p": block_p,
         "block_reduced": block_reduced,
         "block_kept": block_kept,
-        "parts": _parts(images, cdiv(pixels, block_p), blocks, arch),
+        "parts": parts_of_image(images, cdiv(pixels, block_p), blocks, arch),
         "num_warps": 4 if block_p * block_kept <= four_warps and block_p * block_reduced <= 4096 else 8,
         "stages": stages,
     }
@@ -743,7 +642,7 @@ def _product_rule(
 @tuning.heuristic("pointwise_forward")
 def _forward_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
     c_in, c_out = shape["channels_in"], shape["channels_out"]
-    limits = (128, 64) if _wide_tiles(shape, arch) else (32, 32)
+    limits = (128, 64) if wide_tiles(shape, arch) else (32, 32)
     config = _product_rule(shape, arch, c_in, c_out, *limits, 1024 if shape["float16"] else 4096)
     if shape["float16"]:
         spills = not _anchors(arch) and config["num_warps"] == 8
@@ -756,8 +655,8 @@ def _forward_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
 @tuning.heuristic("pointwise_input_gradient")
 def _input_gradient_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
     """Smaller than the forward's: two tensors are read for each operand, and sums need up to five tiles more."""
-    rows = 32 if shape["sums"] or not _wide_tiles(shape, arch) else 64
-    limits = (rows, 64 if _wide_tiles(shape, arch) else 32, 1024 if shape["sums"] else 2048)
+    rows = 32 if shape["sums"] or not wide_tiles(shape, arch) else 64
+    limits = (rows, 64 if wide_tiles(shape, arch) else 32, 1024 if shape["sums"] else 2048)
     config = _product_rule(shape, arch, shape["channels_out"], shape["channels_in"], *limits)
     return {**config, "registers": 255} if shape["sums"] and shape["element_size"] == 4 else config
 
@@ -779,7 +678,7 @@ def _both_gradients_rule(shape: Mapping[str, int], arch: Architecture) -> Config
     else:
         config |= {"block_reduced": 16 if c_out <= 160 else 32, "num_warps": 4 if c_out <= 160 else 8, "stages": 2}
     steps, blocks = cdiv(c_out, config["block_reduced"]), cdiv(c_in, config["block_kept"])
-    config["parts"] = _parts(shape["images"], cdiv(shape["pixels"], config["block_p"]), blocks, arch)
+    config["parts"] = parts_of_image(shape["images"], cdiv(shape["pixels"], config["block_p"]), blocks, arch)
     accumulators = steps * config["block_reduced"] * config["block_kept"] // (32 * config["num_warps"])
     accumulators *= 3 if shape["sums"] else 1
     saved = shape["images"] * shape["pixels"] * (2 * c_out + c_in) * size
@@ -793,12 +692,12 @@ def _both_gradients_rule(shape: Mapping[str, int], arch: Architecture) -> Config
 @tuning.heuristic("pointwise_weight_gradient")
 def _weight_gradient_rule(shape: Mapping[str, int], arch: Architecture) -> Config:
     images, pixels, size = shape["images"], shape["pixels"], shape["element_size"]
-    most = 128 if _wide_tiles(shape, arch) else 32
-    block_in = _width(shape["channels_in"], shape["channels_out"], most)
-    block_out = _width(shape["channels_out"], shape["channels_in"], most)
+    most = 128 if wide_tiles(shape, arch) else 32
+    block_in = block_width(shape["channels_in"], shape["channels_out"], most)
+    block_out = block_width(shape["channels_out"], shape["channels_in"], most)
     if block_in * block_out > 64 * 128:
         block_in = 64
-    block_p = _rows_of_tile(pixels, 64 if _wide_tiles(shape, arch) else 32)
+    block_p = rows_of_tile(pixels, 64 if wide_tiles(shape, arch) else 32)
     blocks = cdiv(shape["channels_in"], block_in) * cdiv(shape["channels_out"], block_out)
     tiles = images * cdiv(pixels, block_p)
     # Of each stage grad, a and x, and one operand more on its way to the product.

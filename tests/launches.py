@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from effnet_ops.models.spec import BlockSpec
 from effnet_ops.ops import triton
 from effnet_ops.ops._library import OPERATORS
 from effnet_ops.ops.calls import ConvNorm, SqueezeExcite
+from effnet_ops.ops.fused_mbconv import FusedMBConvCall
 from effnet_ops.ops.mbconv import MBConvCall
 
 RESOLUTION = {"b0": 224, "b4": 380, "b7": 600}
@@ -53,14 +55,15 @@ def implementation(name: str) -> Callable[..., Any]:
     return OPERATORS[name].unpacking(triton.implementation(name))
 
 
+def _convolution(batch_statistics: bool, *weight: int) -> ConvNorm:
+    vectors = [meta(weight[0]) for _ in range(4)]
+    statistics = (None, None) if batch_statistics else vectors[2:]
+    return ConvNorm(meta(*weight), *vectors[:2], *statistics, 1e-3)
+
+
 def arguments(block: BlockSpec, batch: int, side: int, dtype: torch.dtype, batch_statistics: bool) -> list[object]:
     wide, se = block.expanded_channels, block.se_channels
-
-    def convolution(*weight: int) -> ConvNorm:
-        vectors = [meta(weight[0]) for _ in range(4)]
-        statistics = (None, None) if batch_statistics else vectors[2:]
-        return ConvNorm(meta(*weight), *vectors[:2], *statistics, 1e-3)
-
+    convolution = functools.partial(_convolution, batch_statistics)
     x = meta(batch, block.in_channels, side, side, dtype=dtype)
     expand = convolution(wide, block.in_channels, 1, 1) if block.expands else None
     layer = meta(se, wide, 1, 1), meta(se), meta(wide, se, 1, 1), meta(wide)
@@ -71,6 +74,37 @@ def arguments(block: BlockSpec, batch: int, side: int, dtype: torch.dtype, batch
     project = convolution(block.out_channels, wide, 1, 1)
     call = MBConvCall(x, expand, depthwise, squeeze, project, drop_path, (block.stride,) * 2, (), residual, "silu")
     return list(OPERATORS["mbconv_inference"].signature.flatten(call))
+
+
+def fused_blocks(name: str, side: int) -> list[tuple[BlockSpec, int]]:
+    """The distinct Fused-MBConv blocks of a network for images of this side, with the sides of their input."""
+    side, found = (side + 1) // 2, {}
+    for block in (block for stage in model_spec(name).stages() for block in stage):
+        if block.block == "fused_mbconv":
+            found[block, side] = None
+        side = -(-side // block.stride)
+    return list(found)
+
+
+def fused_step(block: BlockSpec, batch: int, side: int, dtype: torch.dtype, architecture: str) -> list[Launch]:
+    """A Fused-MBConv block: inference, and a training step, forward and backward."""
+    with recorded(architecture) as launches:
+        implementation("fused_mbconv_inference")(*fused_arguments(block, batch, side, dtype, False))
+        given = fused_arguments(block, batch, side, dtype, True)
+        y, *saved = implementation("fused_mbconv_training")(*given, True)
+        implementation("fused_mbconv_backward")(y, *given, *saved, [True] * 11)
+    return launches
+
+
+def fused_arguments(block: BlockSpec, batch: int, side: int, dtype: torch.dtype, training: bool) -> list[object]:
+    wide = block.expanded_channels if block.expands else block.out_channels
+    expand = _convolution(training, wide, block.in_channels, *[block.kernel_size] * 2)
+    project = _convolution(training, block.out_channels, wide, 1, 1) if block.expands else None
+    residual = block.stride == 1 and block.in_channels == block.out_channels
+    drop_path = meta(batch) if residual and training else None
+    x = meta(batch, block.in_channels, side, side, dtype=dtype)
+    call = FusedMBConvCall(x, expand, None, project, drop_path, (block.stride,) * 2, (), residual, "silu")
+    return list(OPERATORS["fused_mbconv_inference"].signature.flatten(call))
 
 
 def inference(block: BlockSpec, batch: int, side: int, dtype: torch.dtype, architecture: str) -> list[Launch]:

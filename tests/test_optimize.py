@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import effnet_ops
-from effnet_ops import layers, optimize_for_inference, packing, reference, replace_layers
+from effnet_ops import layers, optimize_for_inference, reference, replace_layers
 from effnet_ops.ops import packed
 from effnet_ops.surgery import folding
 from effnet_ops.surgery.folded import FoldedMBConv, FoldedPool, FoldedSequence
@@ -346,18 +346,16 @@ def test_compiles_to_one_graph(name: str, dtype: torch.dtype | None) -> None:
         assert relative_difference(found, exact) < 2 * relative_difference(expected, exact)
 
 
-def test_folded_fused_mbconv_by_parts() -> None:
-    """What runs on a GPU, here on the CPU: a convolution of PyTorch, and the words that have kernels there."""
+def test_folded_fused_mbconv_unpacked() -> None:
+    """What runs on a GPU: the public function on the folded weights, without those of the CPU's kernels."""
     optimized = optimize_for_inference(with_statistics(timm.create_model("efficientnet_es"), SIZE))
     made = [module.make() for module in optimized.modules() if isinstance(module, FoldedMBConv)]
     blocks = [block for block in made if isinstance(block, folding.FusedBlock)]
     assert len(blocks) == 7
     for block in blocks:
         x = torch.randn(2, block.channels, 9, 8)
-        filters, bias = block._call.expand
-        filters = packing.unpack_convolution(filters, len(bias), block.channels, block._call.kernel)
         with torch.no_grad():
-            assert relative_difference(block._run_parts(x, filters, bias), block(x)) < 1e-5
+            assert relative_difference(block._run_plain(x), block(x)) < 1e-5
 
 
 def later_hook(block: nn.Module, calls: list[str]) -> None:

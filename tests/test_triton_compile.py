@@ -12,7 +12,7 @@ import re
 import pytest
 import torch
 from ahead_of_time import Launch, accesses, compile_launch, distinct, intermediate
-from launches import all_kernels, blocks, inference, single_layers, training, windows
+from launches import all_kernels, blocks, fused_blocks, fused_step, inference, single_layers, training, windows
 from overflow import overflows
 
 from effnet_ops.kernels import tuning
@@ -43,6 +43,9 @@ STAGE_3 = blocks("b0")[3]
 LAST = blocks("b0")[-1]
 EARLY = blocks("b0")[1]
 """16 -> 96 -> 24 with 3x3 and stride 2 at 112 x 112: it moves more bytes than any other."""
+
+FUSED = fused_blocks("efficientnetv2_s", 300)
+"""24 -> 24 without a projection, then 24 -> 96 -> 48 with stride 2, and three more."""
 
 STREAMING = {
     "pointwise_fwd_kernel": True,
@@ -177,6 +180,8 @@ def test_offsets_do_not_overflow() -> None:
         launches += training(block, 1024, side, torch.bfloat16, "sm_90")
         launches += inference(block, 1024, side, torch.bfloat16, "sm_90")
     launches += single_layers(expanding[0], 1024, expanding[1], torch.bfloat16, "sm_90")
+    for block, side in (FUSED[0], FUSED[1]):
+        launches += fused_step(block, 1024, 4 * side, torch.bfloat16, "sm_90")
     assert {launch.kernel.__name__ for launch in launches} == all_kernels()
     assert not (wrong := overflowing(launches, "sm_90")), "\n".join(wrong)
 
@@ -231,3 +236,41 @@ def test_overflow_analysis_follows_a_loop() -> None:
     assert overflows(ttir, {"width": 2**31 // 64}, 1) == []
     (found,) = overflows(ttir, {"width": 2**31 // 60}, 1)
     assert "%o = arith.muli" in found
+
+
+def narrow_convolutions(launches: list[Launch], architecture: str) -> list[str]:
+    """Dense convolutions whose windows are not loaded 16 bytes at a time, or that run on no tensor cores."""
+    wrong = []
+    for launch in distinct(launches):
+        name, ptx = launch.kernel.__name__, compile_launch(launch, architecture).ptx
+        if name.startswith("convolution"):
+            found = accesses(ptx)
+            products = re.search(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", ptx)
+            if not products or ("copy", 16) not in found or min(size for _, size in found) < 4:
+                wrong.append(f"{launch}: {sorted(found)}")
+    return wrong
+
+
+def test_fused_block() -> None:
+    """What a training step has that MBConv's has not, with stride 2."""
+    launches = fused_step(FUSED[1][0], 128, FUSED[1][1], torch.bfloat16, "sm_90")
+    launches = [x for x in launches if x.kernel.__name__.startswith(("convolution", "input_gradient"))]
+    check(launches, "sm_90")
+    assert not (wrong := narrow_convolutions(launches, "sm_90")), "\n".join(wrong)
+
+
+FUSED_NETWORKS = [("efficientnetv2_s", 300, 128), ("tf_efficientnetv2_b0", 192, 256), ("efficientnetv2_xl", 384, 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_fused_block(architecture: str, dtype: torch.dtype) -> None:
+    """Of V2-S and V2-B0 with many images, and of V2-XL with one."""
+    launches = []
+    for name, side, batch in FUSED_NETWORKS:
+        for block, size in fused_blocks(name, side):
+            launches += fused_step(block, batch, size, dtype, architecture)
+    check(launches, architecture)
+    if dtype != torch.float32:
+        assert not (wrong := narrow_convolutions(launches, architecture)), "\n".join(wrong)

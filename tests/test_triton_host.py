@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from ahead_of_time import Launch, compile_launch, recorded
-from launches import blocks, implementation, inference, meta, single_layers, training
+from launches import blocks, fused_blocks, fused_step, implementation, inference, meta, single_layers, training
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from effnet_ops.kernels import pointwise
@@ -44,6 +44,13 @@ def test_no_data_is_read(run: Callable[..., list[Launch]], batch: int) -> None:
     for block, side in BLOCKS:
         with Operators() as operators:
             run(block, batch, side, torch.bfloat16, "sm_90")
+        assert set(operators.seen) <= ALLOCATIONS | VIEWS | {CAST}
+
+
+def test_no_data_of_a_fused_block_is_read() -> None:
+    for block, side in fused_blocks("tf_efficientnetv2_b0", 192):
+        with Operators() as operators:
+            fused_step(block, 1, side, torch.bfloat16, "sm_90")
         assert set(operators.seen) <= ALLOCATIONS | VIEWS | {CAST}
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from effnet_ops.kernels import batch_norm, pointwise, squeeze_excite, tuning
+from effnet_ops.kernels import batch_norm, convolution, pointwise, squeeze_excite, tuning
 
 SHAPE = {"images": 1, "pixels": 802816, "channels_in": 16, "channels_out": 96, "element_size": 2, "float16": 0}
 CPU = torch.device("cpu")
@@ -91,7 +91,7 @@ def test_table_is_valid() -> None:
 def test_rules_give_tiles_that_triton_takes(architecture: str) -> None:
     """Powers of two, at least 16 for a product, at least one part, for shapes from one pixel to millions."""
     arch = tuning.ARCHITECTURES[architecture]
-    for module in (pointwise, batch_norm, squeeze_excite):
+    for module in (pointwise, convolution, batch_norm, squeeze_excite):
         assert module.tuning is tuning
     for images, pixels in ((1, 1), (1, 49), (1, 12544), (256, 49), (256, 12544), (1, 256 * 12544)):
         for c_in, c_out in ((1, 1), (16, 96), (96, 24), (3840, 640), (13, 19)):
@@ -99,11 +99,12 @@ def test_rules_give_tiles_that_triton_takes(architecture: str) -> None:
                 shape = {"images": images, "pixels": pixels, "channels_in": c_in, "channels_out": c_out}
                 shape |= {"channels": c_in, "reduced": max(1, c_in // 24), "sums": 5}
                 shape |= {"element_size": size, "float16": float16}
+                shape |= {"taps": 9, "phases": 4, "out_pixels": max(1, pixels // 4)}
                 for operation in [name for name in tuning._heuristics if not name.startswith("depthwise")]:
                     config = tuning.from_rule(operation, shape, arch)
                     blocks = {key: value for key, value in config.items() if key.startswith("block")}
                     assert all(value & (value - 1) == 0 and value > 0 for value in blocks.values()), (operation, config)
-                    if operation.startswith("pointwise"):
+                    if operation.startswith(("pointwise", "convolution")):
                         assert min(blocks.values()) >= 16, (operation, shape, config)
                     tiles = {key: value for key, value in config.items() if key != "fits"}
                     assert all(value >= 1 for value in tiles.values()), (operation, config)

@@ -73,7 +73,7 @@ def _function(
 
     bound = check.BOUNDS[DTYPES[dtype]]
     allowed = bound.forward if direction == "forward" else bound.gradient
-    if case.word.startswith("mbconv") and dtype != "fp32":
+    if "mbconv" in case.word and dtype != "fp32":
         # A block rounds three results and three gradients on its way (tests/helpers.py: mbconv_bounds).
         allowed *= BLOCK_ROUNDINGS
     shape = f"case {number} {layout}"

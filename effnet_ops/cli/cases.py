@@ -41,6 +41,7 @@ def all_cases(seed: int) -> list[Case]:
         *(_squeeze_excite(draw, gate) for gate in ("sigmoid", "hard_sigmoid")),
         *(_mbconv(draw, False, kernel, stride) for kernel, stride in ((3, 1), (5, 2))),
         *(_mbconv(draw, True, kernel, stride, kept) for kernel, stride, kept in ((3, 1, "always"), (5, 2, "never"))),
+        *(_fused_mbconv(draw, training, stride) for training in (False, True) for stride in (1, 2)),
     ]
 
 
@@ -109,6 +110,23 @@ def _mbconv(draw: _Draw, training: bool, kernel: int, stride: int, recompute: st
             return effnet_ops.mbconv(v["x"], expand, depthwise, se, project, **window, training=training)
 
     return Case(f"mbconv, {'training' if training else 'eval'}", inputs, function)
+
+
+def _fused_mbconv(draw: _Draw, training: bool, stride: int) -> Case:
+    """With stride 1 a residual and a projection, with stride 2 the convolution alone."""
+    inputs = {"x": draw.normal(2, 24, 13, 15)} | draw.conv("expand", 72, 24, 3, 3)
+    if stride == 1:
+        inputs |= draw.conv("project", 24, 72, 1, 1)
+    names = [name for name in CONVOLUTIONS if f"{name}.weight" in inputs]
+    channels = {name: inputs[f"{name}.weight"].shape[0] for name in names}
+    running = {name: (draw.normal(c, scale=0.1), draw.positive(c)) for name, c in channels.items()}
+
+    def function(v: Inputs) -> Tensor:
+        convs = {name: _conv_norm(v, name, *running[name]) for name in names}
+        window = {"stride": stride, "padding": "same", "residual": stride == 1}
+        return effnet_ops.fused_mbconv(v["x"], convs["expand"], None, convs.get("project"), **window, training=training)
+
+    return Case(f"fused_mbconv, {'training' if training else 'eval'}", inputs, function)
 
 
 def _conv_norm(v: Inputs, name: str, mean: Tensor, variance: Tensor) -> ConvNormParams:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from effnet_ops import reference
+from effnet_ops import backends, reference
 from effnet_ops.checks import output_size, resolve_padding
 from effnet_ops.ops import _library, standard
 from effnet_ops.ops.calls import Activation, Constant, ConvNorm, Flags, Pair, Sides, SqueezeExcite
@@ -77,6 +77,9 @@ class FusedMBConvCall(NamedTuple):
     def saves_expanded(self) -> bool:
         """Whether training keeps the result of the expansion: a dense convolution costs too much to run again."""
         return True
+
+    def window(self) -> backends.Window:
+        return backends.Window(self.expand.weight.shape[2:], self.stride, (1, 1))
 
     def sides(self) -> tuple[int, int, int, int]:
         return resolve_padding(self.padding, self.x.shape[2:], self.expand.weight.shape[2:], self.stride, (1, 1))

@@ -343,12 +343,7 @@ class FusedBlock(Recognised):
     def run(self, x: Tensor, rate: float | None = None) -> Tensor | None:
         """The block's output for x, or None where only the stock forward is right."""
         plan: AnyBlockPlan | None = self.plan(x)
-        if plan is None or plan.mixed(x):
-            return None
-        if x.is_cuda and isinstance(plan, FusedBlockPlan):
-            # There are no kernels of ours for it yet, and PyTorch's are faster than the reference.
-            return None
-        return plan.run(x, rate)
+        return None if plan is None or plan.mixed(x) else plan.run(x, rate)
 
 
 class FusedSqueezeExcite(Recognised):

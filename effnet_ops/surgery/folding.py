@@ -351,7 +351,8 @@ class FusedBlock(_Block):
         super().__init__()
         self.after, self.depths, weight = after, {}, expand.weight
         _, self.channels, *kernel = weight.shape
-        filters = weight.to(product_dtype(dtype))
+        # channels_last is what the kernels of a GPU read, which else lay the weight out at each call.
+        filters = weight.to(product_dtype(dtype)).contiguous(memory_format=torch.channels_last)
         self._call = packed.FusedPackedCall(
             None,
             PackedConv(packing.pack_convolution(filters) if _on_cpu(filters) else filters, expand.bias),
@@ -375,23 +376,8 @@ class FusedBlock(_Block):
         filters, bias = self._call.expand
         if _on_cpu(filters):
             filters = packing.unpack_convolution(filters, len(bias), self.channels, self._call.kernel)
-        if x.is_cuda:
-            return self._run_parts(x, filters, bias)
         expand = ConvNormParams(filters, bias)
         return functional.fused_mbconv(x, expand, self._squeeze_excite(), self._conv("project"), **self._settings())
-
-    def _run_parts(self, x: Tensor, filters: Tensor, bias: Tensor) -> Tensor:
-        """On a GPU, where no kernel has the whole block: PyTorch's convolution, and the words that have kernels."""
-        call, squeeze_excite, project = self._call, self._squeeze_excite(), self._conv("project")
-        sides = resolve_padding(call.padding, x.shape[2:], call.kernel, call.stride, (1, 1))
-        y = _library_convolution(x, filters, bias, call.stride, sides, call.activation)
-        if squeeze_excite is not None:
-            *weights, activation = squeeze_excite
-            y = functional.squeeze_excite(y, *weights, activation=activation, gate=call.gate)
-        residual = x if call.residual else None
-        if project is None:
-            return y if residual is None else y + residual
-        return functional.pointwise_conv2d(y, project.weight, project.bias, residual=residual)
 
 
 class BlockSequence:

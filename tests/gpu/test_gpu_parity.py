@@ -9,6 +9,9 @@ import torch
 from cases import DEPTHWISE, MBCONV, POINTWISE, SQUEEZE_EXCITE, DepthwiseCase, MBConvCase, PointwiseCase
 from cases import SqueezeExciteCase as SECase
 from fused_depthwise import CASES, Fused, check_backward, check_forward
+from fused_mbconv import CASES as FUSED_MBCONV
+from fused_mbconv import Case as FusedCase
+from fused_mbconv import bounds, function_of, tensors_of
 from helpers import (
     FORWARD_TOLERANCE,
     HALF,
@@ -125,6 +128,25 @@ def test_squeeze_excite(case: SECase, layout: str, dtype: torch.dtype, gpu_backe
 def test_mbconv(case: MBConvCase, layout: str, dtype: torch.dtype, training: bool, block_request: str | None) -> None:
     function, tensors = mbconv_function(case, training), mbconv_tensors(case, dtype)
     parity(function, tensors, dtype, layout, block_request, **mbconv_bounds(case, dtype))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize(("case", "layout"), laid_out(FUSED_MBCONV), ids=names(FUSED_MBCONV))
+@by_dtype
+def test_fused_mbconv(case: FusedCase, layout: str, dtype: torch.dtype, training: bool) -> None:
+    parity(function_of(case, training), tensors_of(case), dtype, layout, **bounds(dtype))
+
+
+@by_dtype
+def test_fused_mbconv_of_realistic_size(dtype: torch.dtype) -> None:
+    """Many programs at once, and in evaluation without gradients."""
+    case = FusedCase("v2_s_stage_2", (16, 24, 75, 75), 96, 48, stride=(2, 2))
+    parity(function_of(case, True), tensors_of(case), dtype, "channels_last", **bounds(dtype))
+    tensors = prepared(tensors_of(case), dtype, "channels_last")
+    with torch.no_grad():
+        exact = function_of(case, False)({n: None if v is None else v.double() for n, v in tensors.items()})
+        found = [on_gpu(function_of(case, False), "triton")(tensors) for _ in range(2)]
+    assert torch.equal(*found) and relative_error(found[0], exact) <= FORWARD_TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("gpu_backend", ["cuda"])

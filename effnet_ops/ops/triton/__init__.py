@@ -28,6 +28,9 @@ WORDS = {
     "mbconv_inference": "mbconv",
     "mbconv_training": "mbconv",
     "mbconv_backward": "mbconv",
+    "fused_mbconv_inference": "fused_mbconv",
+    "fused_mbconv_training": "fused_mbconv",
+    "fused_mbconv_backward": "fused_mbconv",
 }
 """The file that has each operator."""
 

@@ -32,21 +32,28 @@ def _depthwise(call: MBConvCall) -> kernels.Depthwise:
     return _DEPTHWISE[gpu.block_depthwise(call.x, expanded, call.window(), call.sides())]
 
 
-def _convolution(conv: ConvNorm | None) -> kernels.Convolution | None:
+def convolution(conv: ConvNorm | None, any_strides: bool = False) -> kernels.Convolution | None:
+    """A convolution as the kernels take it; a dense one's weight may have any strides."""
     if conv is None:
         return None
-    *tensors, eps = conv
-    return kernels.Convolution(*(None if t is None else t.contiguous() for t in tensors), eps)
+    weight, *vectors, eps = conv
+    weight = weight if any_strides else weight.contiguous()
+    return kernels.Convolution(weight, *(None if t is None else t.contiguous() for t in vectors), eps)
+
+
+def empty_or(value: Tensor | None, x: Tensor) -> Tensor:
+    """A vector that training hands to its gradient, empty where there is none."""
+    return x.new_empty(0, dtype=compute_dtype(x.dtype)) if value is None else value
 
 
 def _block(call: MBConvCall) -> kernels.Block:
     """The call as the kernels take it."""
     return kernels.Block(
         nhwc(call.x),
-        _convolution(call.expand),
-        _convolution(call.depthwise),
+        convolution(call.expand),
+        convolution(call.depthwise),
         None if call.squeeze_excite is None else parameters(call.squeeze_excite),
-        _convolution(call.project),
+        convolution(call.project),
         None if call.drop_path is None else call.drop_path.contiguous(),
         call.stride,
         call.sides(),
@@ -67,17 +74,13 @@ def mbconv_training(training: MBConvTrainingCall) -> tuple[Tensor, ...]:
         return training.reference()
     made = kernels.training(_block(call), _depthwise(call))
     expanded = made.expanded if training.save_expanded else None
-
-    def vector(value: Tensor | None) -> Tensor:
-        return call.x.new_empty(0, dtype=compute_dtype(call.x.dtype)) if value is None else value
-
     return (
         result_like(made.y, call.x),
         call.x.new_empty(0) if expanded is None else nchw(expanded),
         nchw(made.convolved),
         nchw(made.projected),
-        *(vector(value) for used in made.statistics for value in used or (None, None)),
-        vector(made.pooled),
+        *(empty_or(value, call.x) for used in made.statistics for value in used or (None, None)),
+        empty_or(made.pooled, call.x),
     )
 
 
