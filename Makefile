@@ -34,10 +34,13 @@ GPU_SECONDS ?= 105
 GPU_SCRIPTS ?= baselines ours sanitize counters
 CARRY_PYTHON ?=
 
+# The modules whose names are public.
+API := effnet_ops $(addprefix effnet_ops.,functional layers models surgery deployment scaling distributed)
+
 # What a wheel does not bring along: PyTorch's libraries, and those of CUDA that PyTorch brings.
 NOT_IN_WHEELS := 'libtorch*' 'libc10*' 'libcudart*'
 
-.PHONY: help demo test test-all bench-cpu compatibility wheel wheel-matrix gpu gpu-carry gpu-rows lint format sanitize clean
+.PHONY: help demo test test-all bench-cpu compatibility api wheel wheel-matrix gpu gpu-carry gpu-rows lint format sanitize clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -87,6 +90,9 @@ format: $(ENVIRONMENT)  ## format Python and C++ in place
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 	@$(BIN)/clang-format -i $(CXX_SOURCES) $(CXX_TESTS)
+
+api: $(ENVIRONMENT)  ## the reference of all public names, from their docstrings, in build/api
+	@$(BIN)/python -m pdoc --docformat google --output-directory build/api $(API)
 
 wheel: $(ENVIRONMENT)  ## build a manylinux wheel and an sdist in dist/, for the Python at hand
 	@echo "==> building the wheel"

@@ -165,6 +165,8 @@ BAD = {
     "training": (lambda: MODELS["replaced"]().train(), {}, "the model .* is in training mode"),
     "one in training": (lambda: _with_training_dropout(), {}, r"classifier \(Linear\) is in training mode"),
     "opset": (stock, {"opset": 17}, "opset must be from 18 to 24, got 17"),
+    "opset above": (stock, {"opset": 25}, "opset must be from 18 to 24, got 25"),
+    "opset True": (stock, {"opset": True}, "opset must be from 18 to 24, got True"),
     "opset's type": (stock, {"opset": "20"}, "opset must be from 18 to 24, got '20'"),
     "channels": (stock, {"dynamic": ["channels"]}, "channels cannot be dynamic"),
     "axis": (stock, {"dynamic": ["hight"]}, "unknown dynamic axis 'hight'; did you mean 'height'"),
@@ -190,6 +192,22 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("export", ["export_program", "export_package"])
+@pytest.mark.parametrize("case", [BAD[name] for name in ("training", "one in training", "channels", "axis")])
+def test_programs_and_packages_refuse_the_same(
+    export: str,
+    case: tuple[Callable[[], nn.Module], dict[str, object], str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    build, keywords, message = case
+    monkeypatch.setattr(torch.export, "export", None)
+    path = () if export == "export_program" else (tmp_path / "model.pt2",)
+    with pytest.raises(ValueError, match=message):
+        getattr(deployment, export)(build(), images(1, 3, 64, 64), *path, **keywords)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("example", [torch.zeros(3, 64, 64), torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "x"])
 def test_an_example_must_be_images(example: object, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="example must be a batch of images"):
@@ -209,6 +227,63 @@ def test_a_failed_export_leaves_the_file_that_was_there(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="eigh"):
         deployment.export_onnx(Inverse().eval(), images(1, 3, 8, 8), path)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def fails(*arguments: object) -> None:
+    raise OSError("the disk is full")
+
+
+def writes_half(program: object, path: str, settings: object) -> None:
+    Path(path).write_text("half")
+    fails()
+
+
+@pytest.mark.parametrize(
+    ("where", "instead"),
+    [
+        ("effnet_ops.internals.compile_package", writes_half),
+        ("effnet_ops.deployment.package.export_program", fails),
+        ("os.replace", fails),
+    ],
+    ids=["compiler", "export", "move"],
+)
+def test_a_package_that_fails_half_way_leaves_the_file_that_was_there(
+    where: str, instead: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.pt2"
+    path.write_text("old")
+    monkeypatch.setattr("effnet_ops.deployment.package.export_program", lambda *args, **settings: None)
+    monkeypatch.setattr("effnet_ops.internals.compile_package", lambda program, path, settings: path)
+    monkeypatch.setattr(where, lambda *arguments, **settings: instead(*arguments))
+    with pytest.raises(OSError, match="disk is full"):
+        deployment.export_package(stock(), images(1, 3, 64, 64), path)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("method", ["write_bytes", "replace"])
+def test_a_failed_write_of_an_onnx_file_leaves_the_file_that_was_there(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class File:
+        def ByteSize(self) -> int:
+            return 3
+
+        def SerializeToString(self) -> bytes:
+            return b"new"
+
+    path = tmp_path / "model.onnx"
+    path.write_text("old")
+    monkeypatch.setattr("effnet_ops.deployment.onnx_file._as_onnx", lambda *arguments: File())
+    monkeypatch.setattr(Path, method, fails)
+    with pytest.raises(OSError, match="disk is full"):
+        deployment.export_onnx(stock(), images(1, 3, 64, 64), path)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_is_no_package_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.pt2").write_text("no package")
+    with pytest.raises(ValueError, match=r"model\.pt2 is not an AOTInductor package"):
+        deployment.load_package(tmp_path / "model.pt2")
 
 
 @pytest.mark.parametrize("build", each_model("replaced, SAME"))

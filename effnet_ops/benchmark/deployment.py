@@ -18,6 +18,8 @@ from effnet_ops.deployment.program import own_operators
 
 KINDS = ("stock", "replaced", "optimized", "own")
 WAYS = ("eager", "compile", "export", "AOTInductor", "ONNX Runtime", "OpenVINO")
+NO_OWN = "no own model"
+"""Of kinds that are not there: `effnet_ops.create_model` builds EfficientNets alone."""
 NEEDS = {"ONNX Runtime": ("onnx", "onnxscript", "onnxruntime"), "OpenVINO": ("onnx", "onnxscript", "openvino")}
 
 

@@ -144,14 +144,15 @@ class Results:
     def rows(self) -> list[Row]:
         return [row for row, _ in self._rows.values()]
 
-    def fresh(self, here: dict[str, Any]) -> list[Row]:
-        """The rows of the same commit, machine and versions; none where changes are uncommitted."""
-        if here["uncommitted_changes"]:
+    def fresh(self, here: dict[str, Any], *, any_commit: bool = False) -> list[Row]:
+        """The rows of the same machine, versions and commit; none of a commit where changes are uncommitted."""
+        if here["uncommitted_changes"] and not any_commit:
             return []
+        names = [name for name in _ORIGIN if not (any_commit and name in ("commit", "uncommitted_changes"))]
         same = {
             index
             for index, origin in enumerate(self._environments)
-            if all(origin.get(name) == here[name] for name in _ORIGIN)
+            if all(origin.get(name) == here[name] for name in names)
         }
         return [row for row, origin in self._rows.values() if origin in same]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,8 @@ def load_package(path: str | os.PathLike[str]) -> Callable[[Tensor], Any]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no package {path}")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is not an AOTInductor package, as export_package writes it")
     os.environ[CHECK_INPUTS] = "1"
     package = internals.load_package(str(path))
 
