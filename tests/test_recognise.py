@@ -40,6 +40,7 @@ WIDE = 4 * CHANNELS
 def own_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The classes of these tests are taken for those of a library."""
     monkeypatch.setattr(recognise, "LIBRARIES", {*recognise.LIBRARIES, __name__, "surgery_models", "test_surgery"})
+    monkeypatch.setattr(recognise, "DROP_PATHS", {*recognise.DROP_PATHS, drop_connect})
 
 
 @pytest.fixture
@@ -367,6 +368,46 @@ class Reduces(OwnBlock):
         return Reduces, ()
 
 
+def drop_connect(x: Tensor, rate: float, training: bool) -> Tensor:
+    """What a library calls its drop path."""
+    if not training:
+        return x
+    return x / (1 - rate) * torch.floor(1 - rate + torch.rand((x.shape[0], 1, 1, 1), dtype=x.dtype))
+
+
+class Dropping(OwnBlock):
+    def branch(self, x: Tensor) -> Tensor:
+        y = self.act(self.middle(F.pad(self.act(self.expand(x)), (1, 1, 1, 1))))
+        return self.project(self.gate(y))
+
+
+class DropsAlways(Dropping):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + drop_connect(self.branch(x), 0.5, True)
+
+
+class DropsByModeOfNorm(Dropping):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + drop_connect(self.branch(x), 0.5, self.project[1].training)
+
+
+class DropsAtDefault(Dropping):
+    """A drop rate of the call that has a default other than None."""
+
+    def forward(self, x: Tensor, drop_connect_rate: float = 0.5) -> Tensor:
+        return x + drop_connect(self.branch(x), drop_connect_rate, self.training)
+
+
+class OnlyForOthers(OwnBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if isinstance(x, Tensor) else super().forward(x)
+
+
+class InheritsQuestion(OnlyForOthers):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
 REFUSED: dict[str, tuple[type[OwnBlock], str]] = {
     "pads by less than nothing": (NegativePad, "it calls pad, which is not fused"),
     "pads the width alone": (WidthPad, "it calls pad, which is not fused"),
@@ -389,6 +430,10 @@ REFUSED: dict[str, tuple[type[OwnBlock], str]] = {
     "goes by the mode of gradients": (Asks, "asks for is_grad_enabled"),
     "a norm behind the gate": (NormBetween, "gate.1 is BatchNorm2d, which is not fused"),
     "another padding": (ReflectingPad, "it calls pad, which is not fused"),
+    "drops in evaluation": (DropsAlways, "it drops paths in evaluation, too"),
+    "goes by the mode of a part": (DropsByModeOfNorm, "it goes by the mode of project.1"),
+    "goes by the type": (OnlyForOthers, "the forward of OnlyForOthers asks for isinstance"),
+    "inherits a question": (InheritsQuestion, "the forward of InheritsQuestion asks for isinstance"),
     "a factor": (DropsAlone, "it calls"),
 }
 
@@ -402,11 +447,27 @@ def test_refused(name: str, x: Tensor) -> None:
     report = replace_layers(block)
     assert all(torch.equal(value, state[key]) for key, value in block.state_dict().items())
     restore_layers(block.eval())
-    before = block(x)
     report = replace_layers(block)
     assert reason in report.skipped[""] and "" not in report.replaced
-    torch.testing.assert_close(block(x), before)
+    torch.manual_seed(0)
+    found = block(x)
+    restore_layers(block)
+    torch.manual_seed(0)
+    torch.testing.assert_close(found, block(x))
     assert "last" not in block.__dict__ or isinstance(block.last, Tensor)
+
+
+def test_drop_rate_of_a_call_that_has_a_default(x: Tensor) -> None:
+    block = with_statistics_of(DropsAtDefault())
+    stock = copy.deepcopy(block)
+    assert replace_layers(block).replaced == [""]
+    for rate in ((), (0.9,), (0.0,)):
+        for training in (True, False):
+            results = []
+            for module in (block.train(training), stock.train(training)):
+                torch.manual_seed(0)
+                results.append(module(x, *rate))
+            torch.testing.assert_close(*results)
 
 
 class ByKernel(OwnBlock):

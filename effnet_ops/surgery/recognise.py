@@ -101,6 +101,8 @@ _PRODUCTS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
 _QUESTIONS = {getattr, "size", "dim"}
 _STATE = frozenset(("is_grad_enabled", "is_autocast_enabled", "is_tracing", "is_compiling", "checkpoint", "random"))
 """What a forward may not ask for: a trace would not notice that the answer has changed."""
+_KINDS = frozenset(("isinstance", "is_tensor"))
+"""Questions for the kind of its input, to which a trace gives another answer than a tensor."""
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -309,7 +311,9 @@ def _check_code(part: str, cls: type[nn.Module], settings: dict[str, Any]) -> No
     _check_trusted(cls)
     code = getattr(getattr(cls, "forward", None), "__code__", None)
     names = set() if code is None else {*code.co_names}
-    if asked := _STATE & names:
+    inherited = [vars(base)["forward"] for base in cls.__mro__ if "forward" in vars(base)]
+    of_all = names.union(*(getattr(getattr(f, "__code__", None), "co_names", ()) for f in inherited))
+    if asked := (_STATE | _KINDS) & of_all:
         raise NotFusable(f"the forward of {cls.__name__} asks for {min(asked)}")
     for name, value in settings.items():
         inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
@@ -453,10 +457,19 @@ class _Trace(GraphAppendingTracer):
             twin.__dict__["forward"] = changed.__get__(twin)
 
     def note(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """A function as one node; in evaluation, drop path is none."""
+        """A function as one node; drop path is none where it is told so."""
         if function in DROP_PATHS and not self._training:
-            return args[0] if args else next(iter(kwargs.values()))
+            given = inspect.signature(function).bind(*args, **kwargs)
+            given.apply_defaults()
+            if given.arguments["training"]:
+                raise NotFusable("it drops paths in evaluation, too")
+            return next(iter(given.arguments.values()))
         return self.create_proxy("call_function", function, args, kwargs)
+
+    def asked_for_mode(self, path: str) -> None:
+        """Raise `NotFusable` where a forward asks for the mode of another module."""
+        if path != (self._inside[-1] if self._inside else ""):
+            raise NotFusable(f"it goes by the mode of {path or 'the block'}")
 
     def call_leaf(self, twin: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         cls = stock_class(submodule(self.root, path))
@@ -502,13 +515,22 @@ GATE_FUNCTIONS: list[tuple[Callable[..., Any], str]] = []
 """Gates that a layer has as an attribute. Pairs and no dictionary, because scripted functions cannot be hashed."""
 
 
-class _Leaf:
+class _Twin:
+    @property
+    def training(self) -> bool:
+        """The mode of the trace. A part can be in another, by which only its own forward may go."""
+        trace, path = self.__dict__["_traced"]
+        trace.asked_for_mode(path)
+        return self.__dict__["training"]
+
+
+class _Leaf(_Twin):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         trace, path = self.__dict__["_traced"]
         return trace.call_leaf(self, path, args, kwargs)
 
 
-class _Open:
+class _Open(_Twin):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         trace, path = self.__dict__["_traced"]
         return trace.enter(self, path, args, kwargs)
