@@ -392,6 +392,10 @@ def apply(
     return y
 
 
+_SUMS_REGISTERS = 80
+"""As many as Triton 3.9 takes without a limit, and then spills one more; with it, 72 to 76 are enough."""
+
+
 def gradient_sums(grad: Tensor, a: Tensor, norm: Tensor, image_scale: Tensor | None = None) -> Tensor:
     """Partial sums (programs, 2, C), for `finalize_backward`, of n = image_scale * grad and of n (a - mean)."""
     images, pixels, channels = a.shape
@@ -401,6 +405,6 @@ def gradient_sums(grad: Tensor, a: Tensor, norm: Tensor, image_scale: Tensor | N
     launch(gradient_sums_kernel, (config["parts"] * cdiv(channels, config["block_c"]),),
         grad, a, norm, image_scale, partials, images * pixels, pixels, config["parts"],
         C=channels, BLOCK_P=config["block_p"], BLOCK_C=config["block_c"], STAGES=config["stages"],
-        num_warps=config["num_warps"],
+        num_warps=config["num_warps"], maxnreg=_SUMS_REGISTERS if a.element_size() == 2 else None,
     )  # fmt: skip
     return partials
