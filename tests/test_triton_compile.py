@@ -229,14 +229,14 @@ def test_overflow_analysis_finds_one() -> None:
 
 
 def test_overflow_analysis_follows_a_loop() -> None:
-    """A row that every turn moves down by two is at most 2 x 30 further at the end."""
+    """A row that every turn moves down by two is at most 2 x 30 further at the end. Triton 3.9 has dots in names."""
     ttir = """
     %z = arith.constant 0 : i32
     %one = arith.constant 1 : i32
     %two = arith.constant 2 : i32
     %n = arith.constant 30 : i32
-    %r:2 = scf.for %i = %z to %n step %one iter_args(%h = %z, %other = %z) -> (i32, i32)  : i32 {
-      %next = arith.addi %h, %two : i32
+    %r:2 = scf.for %i = %z to %n step %one iter_args(%h.0 = %z, %other = %z) -> (i32, i32)  : i32 {
+      %next = arith.addi %h.0, %two : i32
       %o = arith.muli %next, %width : i32
       %p = tt.addptr %p_x, %o : !tt.ptr<bf16>, i32
       scf.yield %next, %p : i32, i32
