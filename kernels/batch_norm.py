@@ -452,6 +452,10 @@ def apply(
     return y
 
 
+_SUMS_REGISTERS = 80
+"""As many as Triton 3.9 takes without a limit, and then spills one more; with it, 72 to 76 are enough."""
+
+
 def gradient_sums(
     grad: Tensor, a: Tensor, norm: Tensor, image_scale: Tensor | None = None, activation: str = "none"
 ) -> Tensor:
@@ -467,6 +471,7 @@ def gradient_sums(
         grad, a, norm, image_scale, partials, images * pixels, pixels, config["parts"],
         C=channels, ACTIVATION=ACTIVATION_CODES[activation], BLOCK_P=config["block_p"], BLOCK_C=config["block_c"],
         STAGES=config["stages"], num_warps=config["num_warps"],
+        maxnreg=_SUMS_REGISTERS if a.element_size() == 2 and activation == "none" else None,
     )  # fmt: skip
     return partials
 

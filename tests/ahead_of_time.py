@@ -169,8 +169,14 @@ def accesses(ptx: str) -> set[tuple[str, int]]:
     for kind, modifiers, bits in re.findall(r"\b(ld|st)\.global((?:[.:]+\w+)*)\.[bfsu](\d+)", ptx):
         vector = re.search(r"\.v(\d)", modifiers)
         found.add(("load" if kind == "ld" else "store", int(bits) // 8 * (int(vector[1]) if vector else 1)))
-    copies = re.findall(r"cp\.async\.\w+\.shared\.global\s*\[[^]]*\],\s*\[[^]]*\],\s*(\w+)", ptx)
-    return found | {("copy", int(size, 0)) for size in copies}
+    return found | {("copy", size) for group in copies(ptx) for size in group}
+
+
+def copies(ptx: str) -> list[list[int]]:
+    """The bytes a thread of each copy to shared memory, for each group of copies: one load of the kernel's text."""
+    groups = re.split(r"cp\.async\.commit_group", ptx)
+    pattern = re.compile(r"cp\.async\.\w+\.shared\.global\s*\[[^]]*\],\s*\[[^]]*\],\s*(\w+)")
+    return [[int(size, 0) for size in pattern.findall(group)] for group in groups]
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

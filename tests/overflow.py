@@ -10,14 +10,14 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-RESULT = re.compile(r"^\s*%(?P<name>[\w#]+)(?::\d+)? = (?P<operation>[a-z_]+\.[a-z_]+) ?(?P<rest>.*)$")
+RESULT = re.compile(r"^\s*%(?P<name>[\w.#]+)(?::\d+)? = (?P<operation>[a-z_]+\.[a-z_]+) ?(?P<rest>.*)$")
 CONSTANT = re.compile(r"(?:dense<)?(-?\d+|true|false)>? : (.*)$")
 LOOP = re.compile(
-    r"(?P<indent> *).*scf\.for %(?P<name>\w+) = %(?P<first>[\w#]+) to %(?P<last>[\w#]+) step %(?P<step>[\w#]+)"
+    r"(?P<indent> *).*scf\.for %(?P<name>[\w.]+) = %(?P<first>[\w.#]+) to %(?P<last>[\w.#]+) step %(?P<step>[\w.#]+)"
     r"(?: iter_args\((?P<carried>[^)]*)\))?"
 )
-CARRIED = re.compile(r"%(\w+) = %([\w#]+)")
-OPERAND = re.compile(r"%([\w#]+)")
+CARRIED = re.compile(r"%([\w.]+) = %([\w.#]+)")
+OPERAND = re.compile(r"%([\w.#]+)")
 LIMIT = 2**31
 
 
@@ -94,7 +94,8 @@ def _of_loop(loop: re.Match[str], body: list[str], known: Mapping[str, Interval]
     turns = max(0, -(-(last.high - first.low) // step.low))
     end = next((line for line in body if line.startswith(f"{loop['indent']}  scf.yield")), "")
     for (name, start), following in zip(CARRIED.findall(loop["carried"] or ""), OPERAND.findall(end), strict=False):
-        added = next((line for line in body if re.match(rf" *%{following} = arith\.addi %{name}, ", line)), None)
+        addition = re.compile(rf" *%{re.escape(following)} = arith\.addi %{re.escape(name)}, ")
+        added = next((line for line in body if addition.match(line)), None)
         if added and start in known and (amount := known.get(OPERAND.findall(added)[2])):
             result[name] = Interval(
                 known[start].low + min(0, turns * amount.low), known[start].high + max(0, turns * amount.high)
