@@ -4,8 +4,8 @@ python benchmarks/deployment.py                    # B0 at batch 1 and 8: what t
 python benchmarks/deployment.py --part equality    # errors and operators of all models: times of one round, not shown
 
 The kinds of one way are measured in rotation, each in a process of its own. Rows and table are written after each way,
-and no way is begun after --minutes. What the file has of this machine and these versions, of any commit, is not measured
-again: call it again to go on, with --again to replace rows.
+and no way is begun after --minutes. What the file has of this machine and these versions, of any commit, is not
+measured again: call it again to go on, with --again to replace rows.
 """
 
 from __future__ import annotations

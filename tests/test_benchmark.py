@@ -166,6 +166,9 @@ def test_results_keep_the_newest_row_of_a_key_and_its_origin(tmp_path: Path) -> 
     assert [r.p50 for r in again.fresh(later)] == [3.0, 4.0]
     assert [r.p50 for r in again.fresh({**HERE, "date": "another"})] == [2.0]
     assert again.fresh({**later, "uncommitted_changes": True}) == []
+    of_any = again.fresh({**later, "commit": "c", "uncommitted_changes": True}, any_commit=True)
+    assert [r.p50 for r in of_any] == [3.0, 2.0, 4.0]
+    assert again.fresh({**later, "cpu": "another"}, any_commit=True) == []
     content = json.loads(path.read_text())
     assert content["environments"] == [HERE, later]
     assert content["rows"][0] == {
