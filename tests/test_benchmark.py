@@ -317,6 +317,13 @@ def test_optional_peer_is_right(name: str) -> None:
 
 
 @pytest.mark.slow
+def test_every_run_measures_the_same_network() -> None:
+    state = torch.get_rng_state()
+    one, other = (models.build("test_efficientnet").state_dict() for _ in range(2))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 @pytest.mark.parametrize("name", ["test_efficientnet", "efficientnet_lite0"])
 def test_steps_of_training_have_their_costs(name: str) -> None:
     costs, whole = steps.step_costs(Settings(name, 2, "float32", 1, 32), 1)

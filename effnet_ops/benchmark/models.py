@@ -1,4 +1,4 @@
-"""The stock models that are measured: random weights, and statistics as training leaves them."""
+"""The stock models that are measured, with random weights that are the same in every run."""
 
 from __future__ import annotations
 
@@ -38,13 +38,19 @@ def check(name: str) -> None:
 
 
 def build(name: str) -> nn.Module:
-    """The stock model in evaluation mode, with random weights; errors as `check`."""
+    """The stock model in evaluation mode, with random weights; errors as `check`.
+
+    Weights of another draw would make another network, with rounding errors of another size: results that are compared
+    with twice eager PyTorch's own error have to be of one.
+    """
     check(name)
     library, model = split(name)
     package = importlib.import_module(library)
-    if library == "torchvision":
-        return package.models.get_model(model, weights=None).eval()
-    return package.create_model(model).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if library == "torchvision":
+            return package.models.get_model(model, weights=None).eval()
+        return package.create_model(model).eval()
 
 
 def default_resolution(name: str) -> int:
