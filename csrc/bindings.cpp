@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <memory>
 #include <optional>
 #include <string>
@@ -984,25 +985,29 @@ struct Stages {
 };
 
 // The process group whose batches are one batch to the normalisations of a block, and how many values of a channel all
-// its processes have: behind expand, depthwise and project.
+// its processes have behind each of them.
 struct SharedStatistics {
     std::string group;
     Tensor counts;
     cpu::Processes processes;
 
-    SharedStatistics(std::string name, Tensor numbers) : group(std::move(name)), counts(std::move(numbers)) {
-        STD_TORCH_CHECK(counts.numel() == 3 && counts.scalar_type() == ScalarType::Double,
-                        "counts must have 3 numbers in float64");
+    // For a forward pass, whose kernels fill the counts.
+    SharedStatistics(std::string name, int64_t norms)
+        : SharedStatistics(std::move(name),
+                           torch::stable::fill_(torch::stable::empty({norms}, ScalarType::Double), 0.0), norms) {}
+    SharedStatistics(std::string name, Tensor numbers, int64_t norms)
+        : group(std::move(name)), counts(std::move(numbers)) {
+        STD_TORCH_CHECK(counts.numel() == norms && counts.scalar_type() == ScalarType::Double, "counts must have ",
+                        norms, " numbers in float64");
         processes = {group.c_str(), cpu::reduce_over_processes()};
         STD_TORCH_CHECK(processes.reduce != nullptr, "process groups are PyTorch's in Python: import effnet_ops there");
     }
     SharedStatistics(const SharedStatistics&) = delete;
     SharedStatistics& operator=(const SharedStatistics&) = delete;
 
-    void apply(cpu::BlockSaved& saved) const {
+    void apply(std::initializer_list<cpu::BatchStatistics*> norms) const {
         double* count = static_cast<double*>(counts.mutable_data_ptr());
-        for (cpu::BatchStatistics* to : {&saved.expand, &saved.depthwise, &saved.project})
-            to->processes = &processes, to->count = count++;
+        for (cpu::BatchStatistics* to : norms) to->processes = &processes, to->count = count++;
     }
 };
 
@@ -1035,7 +1040,7 @@ Results run_training(const MBConvCall& call, bool save_expanded, const SharedSta
     const Output y(call.x, unpacked.output_size());
     if (s.batch != 0) {
         cpu::BlockSaved saved = stages.saved();
-        if (shared != nullptr) shared->apply(saved);
+        if (shared != nullptr) shared->apply({&saved.expand, &saved.depthwise, &saved.project});
         kernels_for(call.x).mbconv_training(block, unpacked.input.const_data_ptr(), y.data(), saved);
     }
     return stages.behind(y.finish());
@@ -1053,8 +1058,7 @@ Results mbconv_sync_training(Reader& in) {
     const bool save_expanded = in.flag();
     std::string group = in.name();
     STD_TORCH_CHECK(call.x.size(0) != 0, "x has no images");
-    const SharedStatistics shared(std::move(group),
-                                  torch::stable::fill_(torch::stable::empty({3}, ScalarType::Double), 0.0));
+    const SharedStatistics shared(std::move(group), 3);
     Results results = run_training(call, save_expanded, &shared);
     results.push_back(shared.counts);
     return results;
@@ -1092,7 +1096,7 @@ Results run_backward(const Tensor& grad, const MBConvCall& call, Stages& stages,
         stages.convolved = nhwc(stages.convolved), stages.projected = nhwc(stages.projected);
         grads.x = grad_x ? grad_x->data() : nullptr;
         cpu::BlockSaved saved = stages.saved();
-        if (shared != nullptr) shared->apply(saved);
+        if (shared != nullptr) shared->apply({&saved.expand, &saved.depthwise, &saved.project});
         kernels_for(call.x).mbconv_backward(block, above.const_data_ptr(), unpacked.input.const_data_ptr(), saved,
                                             grads);
     }
@@ -1198,9 +1202,8 @@ Results fused_mbconv_inference(Reader& in) {
                });
 }
 
-Results fused_mbconv_training(Reader& in) {
-    const FusedCall call(in);
-    const bool save_expanded = in.flag();
+// `shared` is null where the statistics are those of this process alone.
+Results run_fused_training(const FusedCall& call, bool save_expanded, const SharedStatistics* shared) {
     const UnpackedFused unpacked(call);
     const cpu::Block& block = unpacked.block;
     const cpu::DepthwiseShape& s = unpacked.shape();
@@ -1225,7 +1228,8 @@ Results fused_mbconv_training(Reader& in) {
     if (s.batch == 0) return stages.behind(y.finish());
     const cpu::Kernels& kernels = kernels_for(call.x);
     const void* const x = unpacked.input.const_data_ptr();
-    const cpu::BlockSaved saved = stages.saved();
+    cpu::BlockSaved saved = stages.saved();
+    if (shared != nullptr) shared->apply({&saved.depthwise, &saved.project});
     if (unpacked.projects)
         kernels.fused_mbconv_training(block, x, y.data(), saved);
     else
@@ -1233,11 +1237,25 @@ Results fused_mbconv_training(Reader& in) {
     return stages.behind(y.finish());
 }
 
-Results fused_mbconv_backward(Reader& in) {
-    const Tensor grad = in.tensor();
+Results fused_mbconv_training(Reader& in) {
     const FusedCall call(in);
-    FusedStages stages = FusedStages::read(in);
-    const Needs needs = in.flags();
+    const bool save_expanded = in.flag();
+    return run_fused_training(call, save_expanded, nullptr);
+}
+
+Results fused_mbconv_sync_training(Reader& in) {
+    const FusedCall call(in);
+    const bool save_expanded = in.flag();
+    std::string group = in.name();
+    STD_TORCH_CHECK(call.x.size(0) != 0, "x has no images");
+    const SharedStatistics shared(std::move(group), 2);
+    Results results = run_fused_training(call, save_expanded, &shared);
+    results.push_back(shared.counts);
+    return results;
+}
+
+Results run_fused_backward(const Tensor& grad, const FusedCall& call, FusedStages& stages, const Needs& needs,
+                           const SharedStatistics* shared) {
     const UnpackedFused unpacked(call);
     const cpu::Block& block = unpacked.block;
     const cpu::DepthwiseShape& s = unpacked.shape();
@@ -1268,7 +1286,8 @@ Results fused_mbconv_backward(Reader& in) {
         if (unpacked.projects) stages.projected = nhwc(stages.projected);
         const cpu::Kernels& kernels = kernels_for(call.x);
         const void *const x = unpacked.input.const_data_ptr(), *const from = above.const_data_ptr();
-        const cpu::BlockSaved saved = stages.saved();
+        cpu::BlockSaved saved = stages.saved();
+        if (shared != nullptr) shared->apply({&saved.depthwise, &saved.project});
         grads.x = grad_x ? grad_x->data() : nullptr;
         if (unpacked.projects)
             kernels.fused_mbconv_backward(block, from, x, saved, grads);
@@ -1277,6 +1296,25 @@ Results fused_mbconv_backward(Reader& in) {
                                        grads.depthwise);
     }
     return gradients.take(grad_x);
+}
+
+Results fused_mbconv_backward(Reader& in) {
+    const Tensor grad = in.tensor();
+    const FusedCall call(in);
+    FusedStages stages = FusedStages::read(in);
+    const Needs needs = in.flags();
+    return run_fused_backward(grad, call, stages, needs, nullptr);
+}
+
+Results fused_mbconv_sync_backward(Reader& in) {
+    const Tensor grad = in.tensor();
+    const FusedCall call(in);
+    FusedStages stages = FusedStages::read(in);
+    Tensor counts = in.tensor();
+    std::string group = in.name();
+    const Needs needs = in.flags();
+    const SharedStatistics shared(std::move(group), std::move(counts), 2);
+    return run_fused_backward(grad, call, stages, needs, &shared);
 }
 
 Results mbconv_backward(Reader& in) {
@@ -1294,7 +1332,7 @@ Results mbconv_sync_backward(Reader& in) {
     Tensor counts = in.tensor();
     std::string group = in.name();
     const Needs needs = in.flags();
-    const SharedStatistics shared(std::move(group), std::move(counts));
+    const SharedStatistics shared(std::move(group), std::move(counts), 3);
     return run_backward(grad, call, stages, needs, &shared);
 }
 
@@ -1330,6 +1368,8 @@ STABLE_TORCH_LIBRARY_IMPL(effnet_ops, CPU, m) {
     m.impl("mbconv_backward", &effnet::boxed<effnet::mbconv_backward>);
     m.impl("fused_mbconv_training", &effnet::boxed<effnet::fused_mbconv_training>);
     m.impl("fused_mbconv_backward", &effnet::boxed<effnet::fused_mbconv_backward>);
+    m.impl("fused_mbconv_sync_training", &effnet::boxed<effnet::fused_mbconv_sync_training>);
+    m.impl("fused_mbconv_sync_backward", &effnet::boxed<effnet::fused_mbconv_sync_backward>);
     m.impl("mbconv_sync_training", &effnet::boxed<effnet::mbconv_sync_training>);
     m.impl("mbconv_sync_backward", &effnet::boxed<effnet::mbconv_sync_backward>);
 }

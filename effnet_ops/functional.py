@@ -272,14 +272,15 @@ def fused_mbconv(
     if training and group is None:
         _check_batch_size(convs, x, size)
     keywords = dict(stride=stride, activation=activation, gate=gate, residual=residual, drop_path=drop_path)
-    # No kernel of this block shares statistics with other processes.
-    if group is not None or _fused_runs_reference(x, groups, stride):
+    # Only the CPU's kernels share statistics, and a process without images runs none.
+    alone = group is not None and (x.device.type != "cpu" or x.shape[0] == 0)
+    if _fused_runs_reference(x, groups, stride) or alone:
         padding = checks.resolve_padding(sides, x.shape[2:], expand.weight.shape[2:], stride, (1, 1))
         made = _run_reference(reference.fused_mbconv, x, *groups, padding=padding, training=training, **keywords)
         y, statistics = made[:2]
     else:
         call = ops.FusedMBConvCall.of(x, *groups, padding=sides, training=training, **keywords)
-        y, statistics = ops.fused_mbconv(call)
+        y, statistics = ops.fused_mbconv(call) if group is None else ops.fused_mbconv_sync(call, group.group_name)
     if training:
         _update_running_statistics((expand, project), statistics, [x.shape[0] * size[0] * size[1]] * 2)
     return y

@@ -80,6 +80,9 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "many channels, stride 2": lambda: _inverted(72, 24, stride=2),
     "no expansion": lambda: timm_blocks.DepthwiseSeparableConv(16, 16, act_layer=nn.SiLU, se_layer=None),
     "ours": lambda: layers.MBConv(16, 16),
+    "dense": lambda: timm_blocks.EdgeResidual(12, 12, act_layer=nn.SiLU, se_layer=timm.layers.SqueezeExcite),
+    "dense alone": lambda: timm_blocks.ConvBnAct(8, 16, 3, stride=2, act_layer=nn.SiLU),
+    "ours, dense": lambda: layers.FusedMBConv(8, 12, stride=2),
     "cumulative average": lambda: _with_norms(_inverted(8, 8), momentum=None),
     "no parameters": lambda: _with_norms(_inverted(8, 8), affine=False),
     "no running statistics": lambda: _with_norms(_inverted(8, 8), track_running_stats=False),
@@ -101,7 +104,7 @@ def check_block(
         replace_layers(small)
     small = converted(small, group)
     replace_layers(small)
-    assert isinstance(small, (FusedLayer, layers.MBConv)), name
+    assert isinstance(small, (FusedLayer, layers.MBConv, layers.FusedMBConv)), name
     channels = next(m for m in big.modules() if isinstance(m, nn.Conv2d)).in_channels
     x = torch.randn(sum(sizes), channels, 9, 10, dtype=dtype) * 0.5 + torch.randn(channels, 1, 1, dtype=dtype)
     weights = torch.randn(copy.deepcopy(big)(x).shape, dtype=dtype)

@@ -24,7 +24,10 @@ def _normalisations(rank: int) -> None:
     for policy, name in (("always", "many channels, stride 2"), ("never", "few channels"), ("always", "few channels")):
         processes.check_block(name, rank, every, [4, 3, 1], torch.float64, 1e-11, policy)
         processes.check_block(name, rank, every, [4, 3, 1], torch.float32, 2e-5, policy)
-    processes.check_block("few channels", rank, every, [5, 0, 3], torch.float64, 1e-11, "auto")
+    for name in ("dense", "dense alone"):
+        processes.check_block(name, rank, every, [4, 3, 1], torch.float64, 1e-11, "always")
+    for name in ("few channels", "dense"):
+        processes.check_block(name, rank, every, [5, 0, 3], torch.float64, 1e-11, "auto")
     processes.check_training(rank, every, [4, 3, 1], torch.float64, 1, 1e-11)
     if rank < 2:
         processes.check_training(rank, pair, [5, 3], torch.float64, 20, 1e-11)

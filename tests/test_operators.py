@@ -169,6 +169,11 @@ SCHEMAS = {
     "fused_mbconv_inference": (_FUSED, 1),
     "fused_mbconv_training": (f"{_FUSED}, bool save_expanded", 8),
     "fused_mbconv_backward": (f"Tensor grad, {_FUSED}, {_FUSED_SAVED}, bool[] needs", 11),
+    "fused_mbconv_sync_training": (f"{_FUSED}, bool save_expanded, str process_group", 9),
+    "fused_mbconv_sync_backward": (
+        f"Tensor grad, {_FUSED}, {_FUSED_SAVED}, Tensor counts, str process_group, bool[] needs",
+        11,
+    ),
     "mbconv_sync_training": (f"{_MBCONV}, bool save_expanded, str process_group", 12),
     "mbconv_sync_backward": (
         f"Tensor grad, {_MBCONV}, {_SAVED}, Tensor counts, str process_group, bool[] needs",

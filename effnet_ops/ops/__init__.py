@@ -6,7 +6,7 @@ The compiled library registers their CPU kernels and `gpu` those for CUDA; elsew
 from effnet_ops.ops import conv_norm, gpu, packed, triton
 from effnet_ops.ops.batch_norm import NormTrainingCall, batch_norm_training
 from effnet_ops.ops.depthwise import DepthwiseCall, depthwise_conv2d
-from effnet_ops.ops.fused_mbconv import FusedMBConvCall, fused_mbconv, fused_mbconv_inference
+from effnet_ops.ops.fused_mbconv import FusedMBConvCall, fused_mbconv, fused_mbconv_inference, fused_mbconv_sync
 from effnet_ops.ops.mbconv import MBConvCall, mbconv, mbconv_inference, mbconv_sync, set_recompute
 from effnet_ops.ops.pointwise import PointwiseCall, pointwise_conv2d
 from effnet_ops.ops.prepared import PreparedCalls
@@ -25,6 +25,7 @@ __all__ = [
     "depthwise_conv2d",
     "fused_mbconv",
     "fused_mbconv_inference",
+    "fused_mbconv_sync",
     "mbconv",
     "mbconv_inference",
     "mbconv_sync",

@@ -13,6 +13,7 @@ from effnet_ops.ops import _library, standard
 from effnet_ops.ops.calls import Activation, Constant, ConvNorm, Flags, Pair, Sides, SqueezeExcite
 from effnet_ops.ops.mbconv import (
     Block,
+    SyncBlock,
     block_gradient_flops,
     conv_norm,
     conv_norm_params,
@@ -21,6 +22,9 @@ from effnet_ops.ops.mbconv import (
     empty_statistics,
     squeeze_excite_flops,
     squeeze_excite_layer,
+    sync_flops,
+    sync_output,
+    sync_reference,
     training_results,
     used_statistics,
 )
@@ -187,5 +191,32 @@ class FusedMBConvGradientCall(NamedTuple):
         return block_gradient_flops(fused_mbconv.signature, self, convs)
 
 
+class FusedMBConvSyncTrainingCall(NamedTuple):
+    """Training where the processes of a group share the statistics; the results are the same, and counts (2,)."""
+
+    training: FusedMBConvTrainingCall
+    process_group: str
+
+    reference, output, flops = sync_reference, sync_output, sync_flops
+
+
+class FusedMBConvSyncGradientCall(NamedTuple):
+    """The gradients of such a block."""
+
+    grad: Activation
+    call: FusedMBConvCall
+    saved: Saved
+    counts: Constant
+    process_group: str
+    needs: Flags
+
+    of = _library.Gradient.of(FusedMBConvCall)
+    reference, output = sync_reference, _library.output_of_gradient
+
+    def flops(self, out: Any) -> int:
+        return FusedMBConvGradientCall(self.grad, self.call, self.saved, self.needs).flops(out)
+
+
 fused_mbconv = Block("fused_mbconv", FusedMBConvCall, FusedMBConvTrainingCall, FusedMBConvGradientCall, Saved)
 fused_mbconv_inference = fused_mbconv.inference
+fused_mbconv_sync = SyncBlock(fused_mbconv, FusedMBConvSyncTrainingCall, FusedMBConvSyncGradientCall)

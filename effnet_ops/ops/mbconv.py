@@ -283,23 +283,31 @@ def block_gradient_flops(signature: Signature, gradient: Any, convs: dict[str, t
     return flops
 
 
-class MBConvSyncTrainingCall(NamedTuple):
-    """The same where the processes of a group share the statistics; the results are those, and counts (3,).
+def sync_reference(call: Any) -> tuple[Tensor, ...]:
+    """The `Call.reference` of what shares statistics with other processes."""
+    raise RuntimeError(
+        "effnet_ops: only the CPU's kernels share statistics with other processes; use effnet_ops.mbconv or "
+        "effnet_ops.fused_mbconv, or the reference backend"
+    )
 
-    Counts are the numbers of values behind the statistics of expand, depthwise and project.
-    """
+
+def sync_output(sync: Any) -> tuple[Tensor, ...]:
+    """The results of training, and how many values are behind the statistics of each convolution."""
+    call = sync.training.call
+    return (*sync.training.output(), call.x.new_empty(len(call.convs()), dtype=torch.float64))
+
+
+def sync_flops(sync: Any, out: Sequence[Sequence[int]]) -> int:
+    return sync.training.flops(out)
+
+
+class MBConvSyncTrainingCall(NamedTuple):
+    """Training where the processes of a group share the statistics; the results are the same, and counts (3,)."""
 
     training: MBConvTrainingCall
     process_group: str
 
-    def reference(self) -> tuple[Tensor, ...]:
-        raise _only_cpu()
-
-    def output(self) -> tuple[Tensor, ...]:
-        return (*self.training.output(), self.training.call.x.new_empty(3, dtype=torch.float64))
-
-    def flops(self, out: Sequence[Sequence[int]]) -> int:
-        return self.training.flops(out)
+    reference, output, flops = sync_reference, sync_output, sync_flops
 
 
 class MBConvSyncGradientCall(NamedTuple):
@@ -313,20 +321,10 @@ class MBConvSyncGradientCall(NamedTuple):
     needs: Flags
 
     of = _library.Gradient.of(MBConvCall)
-    output = _library.output_of_gradient
-
-    def reference(self) -> tuple[Tensor, ...]:
-        raise _only_cpu()
+    reference, output = sync_reference, _library.output_of_gradient
 
     def flops(self, out: Any) -> int:
         return MBConvGradientCall(self.grad, self.call, self.saved, self.needs).flops()
-
-
-def _only_cpu() -> RuntimeError:
-    return RuntimeError(
-        "effnet_ops: only the CPU's kernels share statistics with other processes; use effnet_ops.mbconv, or the "
-        "reference backend"
-    )
 
 
 class Block:
@@ -336,7 +334,7 @@ class Block:
     """
 
     def __init__(self, name: str, call: type, training: type, gradient: type, saved: Any) -> None:
-        self.name, self._saved, self._convs = name, saved, sum(field.endswith("_mean_used") for field in saved._fields)
+        self.name, self.saved, self._convs = name, saved, sum(field.endswith("_mean_used") for field in saved._fields)
         self.inference = _library.define_inference(f"{name}_inference", call, autocast=True)
         self.signature = signature = self.inference.signature
         self._training = _library.Operator(f"{name}_training", training, 1 + len(saved._fields), autocast=True)
@@ -384,7 +382,43 @@ class Block:
         if not call.uses_batch() and (not differentiate or torch.jit.is_tracing()):
             return self.inference.run(*args), [None] * self._convs
         y, *saved = self._training.run(*args, differentiate and saves_expanded(call))
-        return y, used_statistics(self._saved(*saved))
+        return y, used_statistics(self.saved(*saved))
+
+
+class SyncBlock:
+    """A block in training where the processes of a group share the statistics of its normalisations."""
+
+    def __init__(self, block: Block, training: type, gradient: type) -> None:
+        self._block, name, signature = block, block.name, block.signature
+        results = 2 + len(block.saved._fields)
+        self._training = _library.Operator(f"{name}_sync_training", training, results, autocast=True)
+        self._gradient = _library.Operator(f"{name}_sync_backward", gradient, len(signature.differentiable))
+        _library.register_autograd(self._training, self._setup_context, self._differentiate, self._gradient)
+
+    def _setup_context(self, ctx: Any, sync: Any, output: tuple[Tensor, ...]) -> None:
+        self._block.setup_context(ctx, sync.training, output)
+        ctx.process_group = sync.process_group
+
+    def _differentiate(self, ctx: Any, grad: Tensor | None, *_: None) -> Sequence[Tensor | None]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "effnet_ops: a block that shares its statistics with other processes has no second gradient"
+            )
+        args, saved = saved_arguments(ctx)
+        if grad is None:
+            # The other processes wait for this one also where nobody uses its result.
+            grad = self._block.signature.parse(args).output().zero_()
+        return self._gradient.run(grad, *args, *saved, ctx.process_group, ctx.needs)
+
+    def __call__(self, call: Any, process_group: str) -> tuple[Tensor, list[Statistics | None]]:
+        """The block in training; ``process_group`` is the name of the group.
+
+        Returns:
+            y, and where statistics of the batch were used their mean and biased variance (C,) and the number of values.
+        """
+        args, differentiate = self._block.arguments(call)
+        y, *saved, counts = self._training.run(*args, differentiate and saves_expanded(call), process_group)
+        return y, used_statistics(self._block.saved(*saved), counts)
 
 
 def saved_arguments(ctx: Any) -> tuple[list[Any], Sequence[Tensor]]:
@@ -434,34 +468,4 @@ class set_recompute:
 
 mbconv = Block("mbconv", MBConvCall, MBConvTrainingCall, MBConvGradientCall, Saved)
 mbconv_inference = mbconv.inference
-_sync_results = 2 + len(Saved._fields)
-_sync_training = _library.Operator("mbconv_sync_training", MBConvSyncTrainingCall, _sync_results, autocast=True)
-_sync_gradient = _library.Operator("mbconv_sync_backward", MBConvSyncGradientCall, len(mbconv.signature.differentiable))
-
-
-def _setup_sync_context(ctx: Any, sync: MBConvSyncTrainingCall, output: tuple[Tensor, ...]) -> None:
-    mbconv.setup_context(ctx, sync.training, output)
-    ctx.process_group = sync.process_group
-
-
-def _differentiate_sync(ctx: Any, grad: Tensor | None, *_: None) -> Sequence[Tensor | None]:
-    if torch.is_grad_enabled():
-        raise RuntimeError("effnet_ops: a block that shares its statistics with other processes has no second gradient")
-    # The other processes wait for this one also where nobody uses its result.
-    args, saved = saved_arguments(ctx)
-    grad = torch.zeros_like(saved[Saved._fields.index("projected")]) if grad is None else grad
-    return _sync_gradient.run(grad, *args, *saved, ctx.process_group, ctx.needs)
-
-
-_library.register_autograd(_sync_training, _setup_sync_context, _differentiate_sync, _sync_gradient)
-
-
-def mbconv_sync(call: MBConvCall, process_group: str) -> tuple[Tensor, list[Statistics | None]]:
-    """`mbconv` in training, where the processes of a group, given by its name, share the statistics.
-
-    Returns:
-        y, and where statistics of the batch were used their mean and biased variance (C,) and the number of values.
-    """
-    args, differentiate = mbconv.arguments(call)
-    y, *saved, counts = _sync_training.run(*args, differentiate and saves_expanded(call), process_group)
-    return y, used_statistics(Saved(*saved), counts)
+mbconv_sync = SyncBlock(mbconv, MBConvSyncTrainingCall, MBConvSyncGradientCall)
