@@ -109,7 +109,8 @@ def main(
         chosen = [replace(known["equality"][0], model=model)]
     left = [(settings, each) for settings in chosen for each in way or WAYS]
     if not again:
-        left = [what for what in left if not all_known(*what, results.fresh(environment(), any_commit=True))]
+        rows = results.fresh(environment(), any_commit=True)
+        left = [what for what in left if not all_known(*what, rows)]
     for number, what in enumerate(left):
         if time.monotonic() > end:
             print(f"{len(left) - number} of {len(left)} ways are left: call this again to go on")

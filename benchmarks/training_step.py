@@ -17,7 +17,7 @@ from rich.table import Table
 from effnet_ops.benchmark.calibration import measure_peaks
 from effnet_ops.benchmark.comparison import Settings
 from effnet_ops.benchmark.rows import Results, Row, environment
-from effnet_ops.benchmark.steps import step_costs
+from effnet_ops.benchmark.steps import rows_of, step_costs
 from effnet_ops.benchmark.timing import ratio
 from effnet_ops.benchmark.training import VARIANTS, compare_training
 from effnet_ops.checks import unknown_name
@@ -51,23 +51,20 @@ def table_of(settings: Settings, rows: list[Row]) -> Table:
     return table
 
 
-def steps_table(settings: Settings) -> Table:
+def steps_table(settings: Settings, rows: list[Row]) -> Table:
     """Each step of the blocks against what this machine can do at best; the rest of the network in one line."""
-    (costs, whole), peaks = step_costs(settings), measure_peaks(settings.threads)
-    table = Table(
-        title=f"Steps of {settings.model}, {settings.shape}, {settings.threads} threads: {whole * 1e3:.0f} ms"
-    )
+    *steps, whole = rows
+    table = Table(title=f"Steps of {settings.model}, {settings.shape}, {settings.threads} threads: {whole.p50:.0f} ms")
     for heading in ("", "ms", "of all", "GFLOP", "GFLOP/s (of peak)", "MB", "GB/s (of copy)"):
         table.add_column(heading, justify="left" if not heading else "right")
-    for name, cost in costs.items():
-        rate, speed = cost.flops / cost.seconds / 1e9, cost.bytes / cost.seconds / 1e9
+    for row in steps:
         table.add_row(
-            *(name, f"{cost.seconds * 1e3:.1f}", f"{cost.seconds / whole:.1%}", f"{cost.flops / 1e9:.2f}"),
-            f"{rate:.1f} ({rate / peaks.of(settings.dtype):.0%})",
-            *(f"{cost.bytes / 1e6:.0f}", f"{speed:.1f} ({speed / peaks.copy:.0%})"),
+            *(row.layer.removeprefix(f"{settings.model} "), f"{row.p50:.1f}", f"{row.p50 / whole.p50:.1%}"),
+            *(f"{row.flops / 1e9:.2f}", f"{row.gflop_per_s:.1f} ({row.percent_of_fma_peak:.0f}%)"),
+            *(f"{row.bytes / 1e6:.0f}", f"{row.gb_per_s:.1f} ({row.percent_of_copy_peak:.0f}%)"),
         )
-    rest = whole - sum(cost.seconds for cost in costs.values())
-    table.add_row("outside of the blocks' kernels", f"{rest * 1e3:.1f}", f"{rest / whole:.1%}")
+    rest = whole.p50 - sum(row.p50 for row in steps)
+    table.add_row("outside of the blocks' kernels", f"{rest:.1f}", f"{rest / whole.p50:.1%}")
     return table
 
 
@@ -96,7 +93,9 @@ def main(
                 for images in batch or batches:
                     settings = Settings(name, images, kind, count, resolution, rounds, seconds)
                     if steps:
-                        show(steps_table(settings))
+                        rows = rows_of(settings, *step_costs(settings), measure_peaks(count))
+                        show(steps_table(settings, rows))
+                        kept.add(rows, environment())
                         continue
                     with progress() as report:
                         rows = compare_training(settings, [VARIANTS[one] for one in names], report)

@@ -6,22 +6,24 @@ The steps F1 to F5 and B1 to B5, and what each has to move, are those of docs/mb
 from __future__ import annotations
 
 import copy
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from math import prod
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-import effnet_ops
 from effnet_ops import _native
 from effnet_ops.benchmark import models
+from effnet_ops.benchmark.calibration import Peaks
 from effnet_ops.benchmark.comparison import Settings
 from effnet_ops.benchmark.layers import blocks_of
-from effnet_ops.benchmark.training import CLASSES, images
+from effnet_ops.benchmark.rows import Row
+from effnet_ops.benchmark.training import VARIANTS, TrainingStep, images
 from effnet_ops.checks import output_size, padding_sides, resolve_padding
 from effnet_ops.ops.mbconv import RECOMPUTED_CHANNELS
 from effnet_ops.surgery.fused import AnyBlockPlan, FusedBlockPlan
@@ -36,6 +38,20 @@ class StepCost(NamedTuple):
     seconds: float
     flops: int
     bytes: int
+
+
+def rows_of(settings: Settings, costs: dict[str, StepCost], whole: float, peaks: Peaks) -> list[Row]:
+    """A row for each step, and one for the whole training step."""
+    found = []
+    for name, cost in costs.items():
+        rate, speed = cost.flops / cost.seconds / 1e9, cost.bytes / cost.seconds / 1e9
+        row = settings.row("effnet_ops_replace", mode="step", layer=f"{settings.model} {name}", p50=cost.seconds * 1e3)
+        row.flops, row.gflop_per_s, row.bytes, row.gb_per_s = cost.flops, rate, cost.bytes, speed
+        row.percent_of_fma_peak = 100 * rate / peaks.of(settings.dtype)
+        row.percent_of_copy_peak = 100 * speed / peaks.copy
+        found.append(row)
+    whole_row = settings.row("effnet_ops_replace", mode="step", layer=f"{settings.model} whole step", p50=whole * 1e3)
+    return [*found, whole_row]
 
 
 class _Sizes(NamedTuple):
@@ -63,24 +79,15 @@ def step_costs(settings: Settings, steps: int = 5) -> tuple[dict[str, StepCost],
         raise ValueError(f"the steps are measured in float32, not in {settings.dtype}")
     if _native.module is None:
         raise RuntimeError(f"the steps cannot be measured: {_native.why_missing}")
-    torch.set_num_threads(settings.threads)
-    model, x = models.build(settings.model), images(settings)
+    model = models.build(settings.model)
     works = _works(model, settings)
-    model = model.train().to(memory_format=torch.channels_last)
-    effnet_ops.replace_layers(model)
-    x, target = x.contiguous(memory_format=torch.channels_last), torch.randint(CLASSES, (settings.batch,))
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), target).backward()
-        optimizer.step()
-
-    step()
+    with tempfile.TemporaryDirectory(prefix="effnet-ops-bench-") as folder:
+        torch.save(model, Path(folder, "model.pt"))
+        training = TrainingStep(VARIANTS["effnet_ops_replace"], settings, Path(folder))
     found = []
     for _ in range(steps):
         start = time.perf_counter()
-        times = _native.module.time_steps(step)
+        times = _native.module.time_steps(training.step)
         found.append((time.perf_counter() - start, times))
     # The whole of the fastest: medians of each step would not add up.
     whole, times = min(found, key=lambda one: one[0])

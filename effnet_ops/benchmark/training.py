@@ -63,14 +63,15 @@ class TrainingStep:
             self._run = torch.compile(self._model, mode=variant.compiled, dynamic=False)
         self._first = self._forward().detach().float()
         self._optimizer = torch.optim.SGD(self._model.parameters(), lr=1e-4, momentum=0.9)
-        self._step()
+        self.step()
         self._turns = Turns()
 
     def _forward(self) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=self._dtype == "bfloat16"):
             return self._run(self._x)
 
-    def _step(self) -> None:
+    def step(self) -> None:
+        """Forward pass, backward pass and update."""
         self._optimizer.zero_grad()
         F.cross_entropy(self._forward().float(), self._target).backward()
         self._optimizer.step()
@@ -81,7 +82,7 @@ class TrainingStep:
 
     def round(self, seconds: float) -> Round:
         """Steps for about ``seconds``, at least two."""
-        return self._turns.round(self._step, seconds, warm_up=1, least=2)
+        return self._turns.round(self.step, seconds, warm_up=1, least=2)
 
     def saved_bytes(self) -> int:
         """Bytes that autograd keeps between forward and backward."""
@@ -90,7 +91,7 @@ class TrainingStep:
     def peak_memory(self) -> int | None:
         """Bytes by which a step raises the process's resident memory at its peak; None where it is not Linux."""
         with PeakMemory() as memory:
-            self._step()
+            self.step()
         return memory.bytes
 
 

@@ -56,13 +56,13 @@ NETWORK_POOLS: dict[type[nn.Module], type[FusedLayer]] = {}
 class AroundLayer(FusedLayer):
     """Base of the layers around the blocks; what `describe` gives is called with the layer and x."""
 
-    trains: ClassVar[bool] = False
-    """Whether it has a method `train`, too, for calls of which a gradient may come."""
+    may_train: ClassVar[bool] = False
+    """Whether its plan has a method `train`, for calls of which a gradient may come."""
 
     def run(self, x: Tensor) -> Tensor | None:
         """The layer's output for x, or None where the stock forward shall run."""
         differentiates = self.training or torch.is_grad_enabled()
-        if (differentiates and not self.trains) or torch.compiler.is_compiling():
+        if (differentiates and not self.may_train) or torch.compiler.is_compiling():
             return None
         plan = self.plan(x)
         if plan is None:
@@ -269,7 +269,7 @@ class AroundNorm(AroundLayer):
     """Base of the normalisations, with the activation that a library's class runs behind its own."""
 
     kind = "norm"
-    trains = True
+    may_train = True
 
     @classmethod
     def describe(cls, module: nn.Module) -> _NormPlan:
@@ -293,7 +293,7 @@ class AroundConvNorm(AroundLayer):
     """Base of the sequences of a convolution, its normalisation and, in most of them, an activation."""
 
     kind = "conv_norm"
-    trains = True
+    may_train = True
 
     @classmethod
     def describe(cls, module: nn.Module) -> _ConvNormPlan:
