@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 ENVIRONMENT := $(VENV)/.environment
 BUILD := $(VENV)/.build
 # Two workers with two threads each on two cores: threads that spin while they wait would make the tests several times slower.
-PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n 2 --durations=10
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n 2 --durations=30
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CXX_TESTS := $(shell find tests/emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
@@ -40,7 +40,7 @@ API := effnet_ops $(addprefix effnet_ops.,functional layers models surgery deplo
 # What a wheel does not bring along: PyTorch's libraries, and those of CUDA that PyTorch brings.
 NOT_IN_WHEELS := 'libtorch*' 'libc10*' 'libcudart*'
 
-.PHONY: help demo test test-all bench-cpu compatibility api wheel wheel-matrix gpu gpu-carry gpu-rows lint format sanitize clean
+.PHONY: help demo test test-all bench-cpu compatibility api wheel wheel-matrix cuda-gates gpu gpu-carry gpu-rows lint format sanitize clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -57,6 +57,9 @@ test-all: $(BUILD)  ## the tests and those marked slow
 	@echo "==> running all tests, the slow ones too"
 	@$(PYTEST) $(PYTEST_ARGS)
 	$(if $(PYTEST_ARGS),,@$(INTERPRET))
+
+cuda-gates: $(BUILD)  ## compile the CUDA kernels that make test checks, and note that they have passed in csrc/cuda/passed.json
+	@EFFNET_OPS_RECORD_GATES=1 $(BIN)/python -m pytest -q -m "not slow" tests/test_cuda_compile.py
 
 gpu: $(BUILD)  ## on a machine with a GPU: build, test, measure in parts (repeat until it says complete), docs/gpu.md
 	@echo "==> testing on the GPU"

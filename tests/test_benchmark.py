@@ -358,17 +358,20 @@ def test_training_steps_are_measured_side_by_side() -> None:
     assert failed.p50 is None and "no_such_layout" in failed.problem
 
 
-def test_the_command_measures_keeps_and_does_not_repeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("peers", ["onnxruntime", pytest.param("onnxruntime,openvino", marks=pytest.mark.slow)])
+def test_the_command_measures_keeps_and_does_not_repeat(
+    peers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Real runtimes and the layers at a tiny size; then the same again, from the file."""
     monkeypatch.setattr(bench, "environment", lambda: HERE)
     path, plots = tmp_path / "rows.json", tmp_path / "plots"
     tiny = ("--model", "test_efficientnet", "--resolution", 32, "--rounds", 1, "--seconds", 0, "--threads", 1)
     files = ("--json", path, "--plot", plots)
-    result = run(*tiny, *files, "--peers", "onnxruntime,openvino", "--layers")
+    result = run(*tiny, *files, "--peers", peers, "--layers")
     assert result.exit_code == 0, result.output
     rows = Results(path).rows
     whole = {r.provider: r for r in rows if r.layer is None and r.operation == "test_efficientnet"}
-    installed = [name for name in ("onnxruntime", "openvino") if not PROVIDERS[name].missing()]
+    installed = [name for name in peers.split(",") if not PROVIDERS[name].missing()]
     assert list(whole) == [*installed, "replace_layers", "optimize_for_inference"]
     for name, measured in whole.items():
         assert measured.problem is None and measured.p50 > 0 and measured.error < 1e-4
@@ -382,7 +385,7 @@ def test_the_command_measures_keeps_and_does_not_repeat(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(bench, "compare", never)
     monkeypatch.setattr(bench, "profile", never)
-    again = run(*tiny, "--json", path, "--peers", "onnxruntime,openvino", "--layers")
+    again = run(*tiny, "--json", path, "--peers", peers, "--layers")
     assert again.exit_code == 0, again.output
     assert again.output.count(f"already in {path}") == 2
     repeated = run(*tiny, "--json", path, "--peers", "onnxruntime", "--fresh")

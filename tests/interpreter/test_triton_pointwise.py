@@ -25,6 +25,8 @@ SHAPES = {
     "wide": (2, 20, 13, 150),
 }
 DTYPES = (torch.float64, torch.float32, *HALF)
+QUICK = (torch.float32, torch.bfloat16)
+"""The others differ in what is loaded and stored alone, which other tests have for each of them."""
 
 
 @pytest.mark.parametrize(("case", "layout", "other", "other_layout"), MIXED, ids=names(POINTWISE))
@@ -85,7 +87,9 @@ def test_forward_with_gradient_epilogue(activation: str) -> None:
     assert relative_error(found, expected) <= 1e-13
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow) for kind in DTYPES], ids=str
+)
 @pytest.mark.parametrize("per_image", [True, False])
 def test_input_gradient_with_everything(shape: tuple[int, int, int, int], dtype: torch.dtype, per_image: bool) -> None:
     t = fused(*shape, dtype)
@@ -118,7 +122,7 @@ def test_input_gradient_with_residual(shape: tuple[int, int, int, int]) -> None:
 
 
 @pytest.mark.parametrize(
-    "dtype", [pytest.param(kind, marks=pytest.mark.slow if kind is torch.float64 else ()) for kind in DTYPES], ids=str
+    "dtype", [pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow) for kind in DTYPES], ids=str
 )
 @pytest.mark.parametrize("gated", [True, False])
 def test_both_gradients_with_everything(shape: tuple[int, int, int, int], dtype: torch.dtype, gated: bool) -> None:
