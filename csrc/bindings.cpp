@@ -530,7 +530,7 @@ struct MBConvCall {
           squeeze_excite(SqueezeExciteCall::optional(in)),
           project(ConvNormCall::required(in)),
           drop_path(in.optional()),
-          window(Window::undilated(in)),
+          window(Window::dilated(in)),
           residual(in.flag()),
           activation(activation_of(in.name())) {}
 };
@@ -632,7 +632,7 @@ struct PackedBlockCall {
           reduce(PackedConv::optional(in)),
           excite(PackedConv::optional(in)),
           project(PackedConv::required(in)),
-          window(Window::undilated(in)),
+          window(Window::dilated(in)),
           residual(in.flag()) {
         const std::string first = in.name(), second = in.name(), third = in.name();
         activation = activation_of(first), squeeze_activation = activation_of(second), gate = gate_of(third);

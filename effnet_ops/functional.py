@@ -170,6 +170,7 @@ def mbconv(
     residual: bool,
     drop_path: float | Tensor | None = None,
     training: bool,
+    dilation: int | Sequence[int] = 1,
 ) -> Tensor:
     """One MBConv block (arXiv 1905.11946): expand, depthwise, squeeze-and-excitation, project, drop path, residual.
 
@@ -183,7 +184,7 @@ def mbconv(
         depthwise: k x k on C channels with its normalisation.
         squeeze_excite: the two small products on C channels, or None.
         project: 1x1 to Cout channels with its normalisation, no activation.
-        stride, padding: of the depthwise convolution, as in `depthwise_conv2d`.
+        stride, padding, dilation: of the depthwise convolution, as in `depthwise_conv2d`.
         activation: after the first two normalisations. gate: of the squeeze-and-excitation.
         residual: add x; needs Cin = Cout and an output of x's size.
         drop_path: a rate in [0, 1), drawn here where ``training``, or a scale (N,) per image that is applied always.
@@ -198,25 +199,28 @@ def mbconv(
     groups = (expand, depthwise, squeeze_excite, project)
     if isinstance(x, Proxy):
         settings = dict(stride=stride, padding=padding, activation=activation, gate=gate, residual=residual)
-        return handle_torch_function(mbconv, (x,), x, *groups, **settings, drop_path=drop_path, training=training)
-    stride, sides = checks.pair("stride", stride, 1), checks.padding_sides(padding)
-    size = _check_mbconv(x, *groups, stride, sides, activation, gate, residual)
+        settings |= dict(drop_path=drop_path, training=training, dilation=dilation)
+        return handle_torch_function(mbconv, (x,), x, *groups, **settings)
+    stride, dilation = checks.pair("stride", stride, 1), checks.pair("dilation", dilation, 1)
+    sides = checks.padding_sides(padding)
+    size = _check_mbconv(x, *groups, stride, sides, dilation, activation, gate, residual)
     drop_path = _drop_path_scale(drop_path, x, training)
     convs = [conv for conv in (expand, depthwise, project) if conv is not None]
     group = _shared_group(convs) if training else None
     if training and group is None:
         _check_batch_size(convs, x, size)
-    keywords = dict(stride=stride, activation=activation, gate=gate, residual=residual, drop_path=drop_path)
+    keywords = dict(stride=stride, dilation=dilation, activation=activation, gate=gate, residual=residual)
+    keywords["drop_path"] = drop_path
     # Only the CPU's kernels share statistics, and a process without images runs none.
     alone = group is not None and (x.device.type != "cpu" or x.shape[0] == 0)
-    if _block_runs_reference(x, convs, depthwise, stride, _block_operation(x, groups, training)) or alone:
-        padding = checks.resolve_padding(sides, x.shape[2:], depthwise.weight.shape[2:], stride, (1, 1))
+    window = backends.Window(depthwise.weight.shape[2:], stride, dilation)
+    if _block_runs_reference(x, convs, depthwise, window, _block_operation(x, groups, training)) or alone:
+        padding = checks.resolve_padding(sides, x.shape[2:], *window)
         y, statistics, *_ = _run_reference(reference.mbconv, x, *groups, padding=padding, training=training, **keywords)
-    elif group is None:
-        y, statistics = ops.mbconv(ops.MBConvCall.of(x, *groups, padding=sides, training=training, **keywords))
     else:
-        call = ops.MBConvCall.of(x, *groups, padding=sides, training=training, **keywords)
-        y, statistics = ops.mbconv_sync(call, group.group_name)
+        call = ops.MBConvCall.of(x, *_into_norms(groups, training), padding=sides, training=training, **keywords)
+        y, statistics = ops.mbconv(call) if group is None else ops.mbconv_sync(call, group.group_name)
+        statistics = _with_biases(statistics, (expand, depthwise, project))
     if training:
         inner, outer = x.shape[0] * x.shape[2] * x.shape[3], x.shape[0] * size[0] * size[1]
         _update_running_statistics((expand, depthwise, project), statistics, (inner, outer, outer))
@@ -279,8 +283,9 @@ def fused_mbconv(
         made = _run_reference(reference.fused_mbconv, x, *groups, padding=padding, training=training, **keywords)
         y, statistics = made[:2]
     else:
-        call = ops.FusedMBConvCall.of(x, *groups, padding=sides, training=training, **keywords)
+        call = ops.FusedMBConvCall.of(x, *_into_norms(groups, training), padding=sides, training=training, **keywords)
         y, statistics = ops.fused_mbconv(call) if group is None else ops.fused_mbconv_sync(call, group.group_name)
+        statistics = _with_biases(statistics, (expand, project))
     if training:
         _update_running_statistics((expand, project), statistics, [x.shape[0] * size[0] * size[1]] * 2)
     return y
@@ -376,26 +381,61 @@ def _tensors_in(values: Any) -> Iterator[Tensor]:
 
 
 def _block_runs_reference(
-    x: Tensor, convs: Sequence[ConvNormParams], depthwise: ConvNormParams, stride: tuple[int, int], operation: str
+    x: Tensor, convs: Sequence[ConvNormParams], depthwise: ConvNormParams, window: backends.Window, operation: str
 ) -> bool:
-    uncovered = _uncovered_convs(convs, _uncovered_filter(depthwise.weight, depthwise.weight.shape[0]))
-    return _runs_reference(x, operation, uncovered, backends.Window(depthwise.weight.shape[2:], stride, (1, 1)))
+    uncovered = _uncovered_filter(depthwise.weight, depthwise.weight.shape[0])
+    return _runs_reference(x, operation, uncovered, window)
 
 
-def _fused_runs_reference(x: Tensor, groups: Sequence[Any], stride: tuple[int, int]) -> bool:
+def _fused_runs_reference(x: Tensor, groups: Sequence[Any], stride: tuple[int, int], **settings: Any) -> bool:
     expand, squeeze_excite, project = groups
     kernel, otherwise = expand.weight.shape[2:], ""
     if kernel[0] > _TALLEST:
         otherwise = f"expand.weight {tuple(expand.weight.shape)} is taller than {_TALLEST}"
     elif squeeze_excite is not None and project is None:
         otherwise = "squeeze-and-excitation has no projection behind it"
-    uncovered = _uncovered_convs([expand] if project is None else [expand, project], otherwise)
-    return _runs_reference(x, "fused_mbconv", uncovered, backends.Window(kernel, stride, (1, 1)))
+    return _runs_reference(x, "fused_mbconv", otherwise, backends.Window(kernel, stride, (1, 1)))
 
 
-def _uncovered_convs(convs: Sequence[ConvNormParams], otherwise: str) -> str:
-    both = any(conv.bias is not None and conv.norm is not None for conv in convs)
-    return "a convolution has both a bias and a normalisation" if both else otherwise
+def _has_both(conv: Any) -> bool:
+    """Whether a convolution has a bias and a normalisation."""
+    return isinstance(conv, ConvNormParams) and conv.bias is not None and conv.norm is not None
+
+
+def _into_norms(groups: Sequence[Any], training: bool) -> list[Any]:
+    """The groups of a block's parameters where no convolution in front of a normalisation has a bias, and which give
+    the same: the operators know one or the other."""
+    return [_into_norm(conv, training) if _has_both(conv) else conv for conv in groups]
+
+
+def _into_norm(conv: ConvNormParams, training: bool) -> ConvNormParams:
+    """The bias b goes into the mean: norm(h + b) with the mean m is norm(h) with m - b, without a sum that cancels.
+
+    The mean of a batch holds b already. Where b has a gradient, it comes by way of the shift, to which 0 is added.
+    """
+    weight, bias, norm = conv
+    uses_batch, shift = training or norm.running_mean is None, norm.bias
+    if not uses_batch:
+        mean = norm.running_mean
+        norm = norm._replace(running_mean=mean - bias.detach().to(mean.dtype))
+    if bias.requires_grad and torch.is_grad_enabled():
+        slope = 0.0
+        if not uses_batch:
+            slope = torch.rsqrt(norm.running_var + norm.eps)
+            slope = slope if norm.weight is None else slope * norm.weight
+        nothing = (bias - bias.detach()) * slope
+        norm = norm._replace(bias=nothing if shift is None else shift + nothing.to(shift.dtype))
+    return ConvNormParams(weight, None, norm)
+
+
+def _with_biases(
+    statistics: Sequence[reference.Statistics | None], convs: Sequence[ConvNormParams | None]
+) -> list[reference.Statistics | None]:
+    """The statistics of batches behind the biases that `_into_norms` left out."""
+    return [
+        (used[0] + conv.bias.detach().to(used[0].dtype), *used[1:]) if used and _has_both(conv) else used
+        for used, conv in zip(statistics, convs, strict=True)
+    ]
 
 
 def may_keep(state: Sequence[Any], weight: Tensor | None) -> bool:
@@ -420,7 +460,7 @@ class BlockInference:
     _operator: ClassVar[Any]
 
     @staticmethod
-    def _runs_reference(x: Tensor, groups: Sequence[Any], stride: tuple[int, int]) -> bool:
+    def _runs_reference(x: Tensor, groups: Sequence[Any], stride: tuple[int, int], **settings: Any) -> bool:
         raise NotImplementedError
 
     def __init__(self) -> None:
@@ -433,13 +473,10 @@ class BlockInference:
         x: Tensor,
         state: Sequence[Any],
         block: Callable[[], Sequence[Any]],
-        stride: tuple[int, int],
         padding: Padding,
-        activation: str,
-        gate: str,
-        residual: bool,
+        settings: dict[str, Any],
     ) -> Tensor:
-        """The block's output for x; the arguments are those of the block's function.
+        """The block's output for x; padding and settings are those of the block's function.
 
         ``block()`` gives the groups of its parameters; ``state`` is all that these are made of, the weight of the k x k
         convolution first: while it holds the same objects as before, they are not asked for.
@@ -451,10 +488,10 @@ class BlockInference:
             _, _, arguments, prepared = checked
             return prepared.run(x, lambda x: self._operator.run(x, *arguments))
         groups = block()
-        settings = dict(stride=stride, activation=activation, gate=gate, residual=residual)
         y = self._function(x, *groups, padding=padding, training=False, **settings)
         self._checked = None
-        if may_keep(state, weight) and not self._runs_reference(x, groups, stride):
+        kept = may_keep(state, weight) and not any(map(_has_both, groups))
+        if kept and not self._runs_reference(x, groups, **settings):
             call = self._call.of(x, *groups, padding=checks.padding_sides(padding), **settings)
             if not call.uses_batch():
                 arguments = self._operator.signature.flatten(call)[1:]
@@ -470,10 +507,13 @@ class MBConvInference(BlockInference):
     _function, _call, _operator = staticmethod(mbconv), ops.MBConvCall, ops.mbconv_inference
 
     @staticmethod
-    def _runs_reference(x: Tensor, groups: Sequence[Any], stride: tuple[int, int]) -> bool:
+    def _runs_reference(
+        x: Tensor, groups: Sequence[Any], stride: tuple[int, int], dilation: tuple[int, int] = (1, 1), **settings: Any
+    ) -> bool:
         expand, depthwise, _, project = groups
         convs = [conv for conv in (expand, depthwise, project) if conv is not None]
-        return _block_runs_reference(x, convs, depthwise, stride, _block_operation(x, groups, False))
+        window = backends.Window(depthwise.weight.shape[2:], stride, dilation)
+        return _block_runs_reference(x, convs, depthwise, window, _block_operation(x, groups, False))
 
 
 class FusedMBConvInference(BlockInference):
@@ -561,6 +601,7 @@ def _check_mbconv(
     project: ConvNormParams,
     stride: tuple[int, int],
     sides: tuple[int, ...],
+    dilation: tuple[int, int],
     activation: str,
     gate: str,
     residual: bool,
@@ -574,7 +615,7 @@ def _check_mbconv(
         _check_conv_norm("expand", expand, (None, channels, 1, 1), x)
         channels = expand.weight.shape[0]
     _check_conv_norm("depthwise", depthwise, (channels, 1, None, None), x)
-    size = checks.check_window(x, depthwise.weight.shape[2:], stride, sides, (1, 1))
+    size = checks.check_window(x, depthwise.weight.shape[2:], stride, sides, dilation)
     if squeeze_excite is not None:
         _check_squeeze_excite(*squeeze_excite[:4], x, channels)
         if squeeze_excite.activation is not None:

@@ -29,6 +29,8 @@ RELU = tl.constexpr(ACTIVATION_CODES["relu"])
 RELU6 = tl.constexpr(ACTIVATION_CODES["relu6"])
 SILU = tl.constexpr(ACTIVATION_CODES["silu"])
 HARDSWISH = tl.constexpr(ACTIVATION_CODES["hardswish"])
+GELU = tl.constexpr(ACTIVATION_CODES["gelu"])
+GELU_TANH = tl.constexpr(ACTIVATION_CODES["gelu_tanh"])
 SIGMOID = tl.constexpr(GATE_CODES["sigmoid"])
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -52,6 +54,18 @@ def _fast_tanh(x):
 def sigmoid(x):
     # Where exp overflows, in fp32 below -88, the quotient is the right 0.
     return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def normal_below(x):
+    """The standard normal distribution function, by which GELU multiplies x."""
+    return 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+
+
+@triton.jit
+def gelu_inner(x):
+    """GELU by tanh is x times the sigmoid of this: 2 sqrt(2 / pi) (x + 0.044715 x^3)."""
+    return x * (1.5957691216057308 + 0.07135481627260025 * x * x)
 
 
 @triton.jit
@@ -92,6 +106,10 @@ def activate(x, KIND: tl.constexpr, FAST: tl.constexpr = False, HALVED: tl.const
             return x * sigmoid(x)
     elif KIND == HARDSWISH:
         return x * (tl.minimum(tl.maximum(x + 3.0, 0.0), 6.0) * (1.0 / 6.0))
+    elif KIND == GELU:
+        return x * normal_below(x)
+    elif KIND == GELU_TANH:
+        return x * sigmoid(gelu_inner(x))
     else:
         return x
 
@@ -115,6 +133,14 @@ def activation_gradient(x, KIND: tl.constexpr, FAST: tl.constexpr = False, HALVE
     elif KIND == HARDSWISH:
         inside = x * (1.0 / 3.0) + 0.5
         return tl.where(x <= -3.0, 0.0, tl.where(x < 3.0, inside, 1.0))
+    elif KIND == GELU:
+        return x * 0.3989422804014327 * tl.exp(-0.5 * x * x) + normal_below(x)
+    elif KIND == GELU_TANH:
+        s = sigmoid(gelu_inner(x))
+        # Further out s is 0 or 1 to all digits, and no product overflows.
+        inside = tl.minimum(tl.abs(x), 40.0)
+        slope = 1.5957691216057308 + 0.2140644488178008 * inside * inside
+        return s + x * s * (1.0 - s) * slope
     else:
         return x * 0.0 + 1.0
 

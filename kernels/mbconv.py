@@ -83,6 +83,7 @@ class Block(NamedTuple):
     drop_path: Tensor | None
     stride: Sequence[int]
     padding: Sequence[int]
+    dilation: Sequence[int]
     residual: bool
     activation: str
 
@@ -92,7 +93,9 @@ class Block(NamedTuple):
 
     @property
     def window(self) -> dict[str, Sequence[int]]:
-        return {"stride": self.stride, "padding": self.padding}
+        window = {"stride": self.stride, "padding": self.padding}
+        # The functions on CUDA C++ kernels take none, and are not chosen for any.
+        return window if max(self.dilation) == 1 else {**window, "dilation": self.dilation}
 
 
 class Depthwise(NamedTuple):

@@ -77,6 +77,7 @@ class MBConvCase:
     norm: str = "batch"
     eps: float = 1e-3
     trained: bool = False
+    dilation: int | tuple[int, int] = 1
 
     @property
     def config(self) -> dict[str, Any]:
@@ -86,6 +87,7 @@ class MBConvCase:
             activation=self.activation,
             gate=self.gate,
             residual=self.residual,
+            dilation=self.dilation,
         )
 
 
@@ -185,4 +187,6 @@ MBCONV = [
     MBConvCase("trained_lite", (4, 16, 9, 8), 16, 96, None, activation="relu6", residual=True, trained=True),
     MBConvCase("trained_small_eps", (4, 32, 9, 8), 16, None, 8, eps=1e-5, trained=True),
     MBConvCase("empty_batch", (0, 16, 6, 5), 16, 48, 4, residual=True),
+    MBConvCase("dilated", (2, 16, 10, 9), 16, 72, 4, residual=True, dilation=2),
+    MBConvCase("dilated_lite", (2, 16, 15, 17), 24, 40, None, (5, 5), (2, 1), activation="relu6", dilation=(2, 3)),
 ]

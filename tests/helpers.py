@@ -271,7 +271,7 @@ def _stage(case: MBConvCase, x: Tensor, groups: dict[str, Any], name: str) -> Te
             inner = case.se_activation or case.activation
             h = reference.squeeze_excite(h, *groups["squeeze_excite"][:4], inner, case.gate)
         if key == "depthwise":
-            config = dict(stride=case.stride, padding=case.padding)
+            config = dict(stride=case.stride, padding=case.padding, dilation=case.dilation)
             with effnet_ops.use_backend("reference"):
                 h = effnet_ops.depthwise_conv2d(h, conv.weight, **config)
         else:

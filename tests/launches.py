@@ -72,7 +72,9 @@ def arguments(block: BlockSpec, batch: int, side: int, dtype: torch.dtype, batch
     residual = block.stride == 1 and block.in_channels == block.out_channels
     drop_path = meta(batch) if residual and batch_statistics else None
     project = convolution(block.out_channels, wide, 1, 1)
-    call = MBConvCall(x, expand, depthwise, squeeze, project, drop_path, (block.stride,) * 2, (), residual, "silu")
+    call = MBConvCall(
+        x, expand, depthwise, squeeze, project, drop_path, (block.stride,) * 2, (), (1, 1), residual, "silu"
+    )
     return list(OPERATORS["mbconv_inference"].signature.flatten(call))
 
 

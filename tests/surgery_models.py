@@ -34,9 +34,22 @@ def timm_block(**settings: Any) -> nn.Module:
     return with_statistics_of(timm_inverted(**settings))
 
 
+def with_biases(block: nn.Module) -> nn.Module:
+    """The block with a bias in front of each normalisation."""
+    for conv in block.modules():
+        if isinstance(conv, nn.Conv2d) and conv.bias is None:
+            conv.bias = nn.Parameter(torch.randn(conv.out_channels).double())
+    return block
+
+
 def torchvision_block(stride: int = 1, drop: float = 0.0, expand: int = 4) -> nn.Module:
     config = efficientnet.MBConvConfig(expand, 3, stride, CHANNELS, CHANNELS, 1)
     return with_statistics_of(efficientnet.MBConv(config, drop, nn.BatchNorm2d))
+
+
+def torchvision_fused_block() -> nn.Module:
+    config = efficientnet.FusedMBConvConfig(4, 3, 1, CHANNELS, CHANNELS, 1)
+    return with_statistics_of(efficientnet.FusedMBConv(config, 0.0, nn.BatchNorm2d))
 
 
 def lukemelas_block(
@@ -53,8 +66,8 @@ def geffnet_block(**settings: Any) -> nn.Module:
     return with_statistics_of(geffnet_blocks.InvertedResidual(CHANNELS, CHANNELS, exp_ratio=4, **settings))
 
 
-def mobilenetv3_block(activation: str) -> nn.Module:
-    config = mobilenetv3.InvertedResidualConfig(CHANNELS, 5, 32, CHANNELS, True, activation, 1, 1, 1.0)
+def mobilenetv3_block(activation: str, dilation: int = 1) -> nn.Module:
+    config = mobilenetv3.InvertedResidualConfig(CHANNELS, 5, 32, CHANNELS, True, activation, 1, dilation, 1.0)
     return with_statistics_of(mobilenetv3.InvertedResidual(config, nn.BatchNorm2d))
 
 
@@ -67,6 +80,12 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "timm": timm_block,
     "timm stride 2": lambda: timm_block(stride=2, dw_kernel_size=5),
     "timm SAME, stride 2": lambda: timm_block(stride=2, pad_type="same"),
+    "timm dilated": lambda: timm_block(dilation=2),
+    "timm SAME, dilated": lambda: timm_block(dilation=3, dw_kernel_size=5, pad_type="same"),
+    "timm GELU": lambda: timm_block(act_layer=nn.GELU),
+    "timm GELU by tanh": lambda: timm_block(act_layer="gelu_tanh"),
+    "timm with biases": lambda: with_biases(timm_block()),
+    "torchvision with biases, Fused-MBConv": lambda: with_biases(torchvision_fused_block()),
     "timm ReLU6 without squeeze-and-excitation": lambda: timm_block(act_layer=nn.ReLU6, se_layer=None),
     "timm MobileNetV3": lambda: timm_block(
         act_layer=nn.Hardswish,
@@ -81,6 +100,7 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "torchvision MobileNetV2": lambda: with_statistics_of(mobilenetv2.InvertedResidual(CHANNELS, CHANNELS, 1, 4)),
     "torchvision MobileNetV3": lambda: mobilenetv3_block("HS"),
     "torchvision MobileNetV3 ReLU": lambda: mobilenetv3_block("RE"),
+    "torchvision MobileNetV3, dilated": lambda: mobilenetv3_block("HS", dilation=2),
     "torchvision MNASNet": lambda: with_statistics_of(mnasnet._InvertedResidual(CHANNELS, CHANNELS, 3, 1, 4)),
     "efficientnet_pytorch": lukemelas_block,
     "efficientnet_pytorch stride 2": lambda: lukemelas_block(stride=[2], kernel=3),

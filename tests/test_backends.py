@@ -12,7 +12,7 @@ import torch
 from helpers import normal
 
 import effnet_ops
-from effnet_ops import BatchNormParams, ConvNormParams, backends
+from effnet_ops import backends
 
 X, WEIGHT = torch.zeros(1, 8, 5, 5), torch.zeros(8, 1, 3, 3)
 
@@ -117,19 +117,6 @@ def test_request_that_does_not_cover_the_call() -> None:
             effnet_ops.depthwise_conv2d(X.to("meta"), WEIGHT.to("meta"))
         with pytest.raises(RuntimeError, match="channel multiplier"):
             effnet_ops.depthwise_conv2d(X, torch.zeros(16, 1, 3, 3))
-        norm = BatchNormParams(torch.ones(8), torch.zeros(8))
-        with pytest.raises(RuntimeError, match="both a bias and a normalisation"):
-            effnet_ops.mbconv(
-                X,
-                None,
-                ConvNormParams(WEIGHT, torch.zeros(8), norm),
-                None,
-                ConvNormParams(torch.zeros(8, 8, 1, 1)),
-                stride=1,
-                padding=1,
-                residual=False,
-                training=False,
-            )
 
 
 SELECT = "import torch; from effnet_ops import backends; print(backends.select(torch.zeros(1, 1, 1, 1)))"

@@ -206,7 +206,7 @@ OPERATOR_CALLS: dict[str, Callable[[], Any]] = {
     "rank": lambda: torch.ops.effnet_ops.depthwise_conv2d(X[0], WEIGHT, None, [1, 1], [], [1, 1], "none"),
     "channels": lambda: torch.ops.effnet_ops.depthwise_conv2d(X, WEIGHT[:7], None, [1, 1], [], [1, 1], "none"),
     "integers": lambda: torch.ops.effnet_ops.depthwise_conv2d(X.int(), WEIGHT, None, [1, 1], [], [1, 1], "none"),
-    "activation": lambda: torch.ops.effnet_ops.pointwise_conv2d(X, torch.zeros(4, 8, 1, 1), None, None, "gelu"),
+    "activation": lambda: torch.ops.effnet_ops.pointwise_conv2d(X, torch.zeros(4, 8, 1, 1), None, None, "mish"),
     "filters": lambda: torch.ops.effnet_ops.pointwise_conv2d(X, torch.zeros(4, 7, 1, 1), None, None, "none"),
     "bias": lambda: torch.ops.effnet_ops.pointwise_conv2d(X, torch.zeros(4, 8, 1, 1), torch.zeros(5), None, "none"),
     "residual": lambda: torch.ops.effnet_ops.pointwise_conv2d(X, torch.zeros(4, 8, 1, 1), None, X, "none"),

@@ -359,7 +359,7 @@ def test_squeeze_excite_equals_timm(calls: list[str]) -> None:
         (lambda: layers.DepthwiseConv2d(0, 3), "channels must be a whole number of at least 1, got 0"),
         (lambda: layers.DepthwiseConv2d(8, 0), "kernel_size"),
         (lambda: layers.DepthwiseConv2d(8, 3, padding=-1), "padding"),
-        (lambda: layers.ConvNormAct(8, 8, 3, activation="gelu"), "'gelu'"),
+        (lambda: layers.ConvNormAct(8, 8, 3, activation="mish"), "'mish'"),
         (lambda: layers.ConvNormAct(3, 0, 3), "out_channels must be"),
         (lambda: layers.ConvNormAct(3, 8, 3, stride=None), "stride must be an int"),
         (lambda: layers.PaddedConv2d(0, 8, 3), "in_channels must be"),

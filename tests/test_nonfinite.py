@@ -84,4 +84,6 @@ def test_activations_over_the_whole_line(dtype: torch.dtype) -> None:
             exact = effnet_ops.depthwise_conv2d(x.double(), weight.double(), activation=activation)
         # The last point at which exp(-x) is finite in fp32: SiLU is 2.6e-37 there, and zero beyond.
         smallest = max(torch.finfo(dtype).tiny, 3e-37 if dtype in (torch.float32, torch.bfloat16) else 0.0)
-        assert ((out - exact).abs() <= bound * exact.abs() + smallest).all(), activation
+        # exp(-y) has the error of y times y, which for GELU is a product of several roundings.
+        roundings = {"gelu": 4, "gelu_tanh": 10}.get(activation, 1)
+        assert ((out - exact).abs() <= roundings * bound * exact.abs() + smallest).all(), activation

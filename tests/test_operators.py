@@ -65,6 +65,7 @@ def block_arguments(case: MBConvCase, x: Tensor, batch_statistics: bool) -> list
         get("drop_path"),
         [case.stride] * 2,
         [],
+        [1, 1],
         case.residual,
         case.activation,
     )
@@ -133,7 +134,8 @@ _MBCONV = (
     f"Tensor x, {_CONV.format('?', 'expand')}, {_CONV.format('', 'depthwise')}, "
     "Tensor? squeeze_excite_reduce_weight, Tensor? squeeze_excite_reduce_bias, Tensor? squeeze_excite_expand_weight, "
     "Tensor? squeeze_excite_expand_bias, str squeeze_excite_activation, str squeeze_excite_gate, "
-    f"{_CONV.format('', 'project')}, Tensor? drop_path, int[] stride, int[] padding, bool residual, str activation"
+    f"{_CONV.format('', 'project')}, Tensor? drop_path, int[] stride, int[] padding, "
+    "int[] dilation, bool residual, str activation"
 )
 _SAVED = (
     "Tensor expanded, Tensor convolved, Tensor projected, Tensor expand_mean_used, Tensor expand_var_used, "
@@ -187,8 +189,8 @@ SCHEMAS = {
     "mbconv_packed": (
         "Tensor x, Tensor? expand_weight, Tensor? expand_bias, Tensor depthwise_weight, Tensor depthwise_bias, "
         "Tensor? reduce_weight, Tensor? reduce_bias, Tensor? excite_weight, Tensor? excite_bias, "
-        "Tensor project_weight, Tensor project_bias, int[] stride, int[] padding, bool residual, str activation, "
-        "str squeeze_activation, str gate",
+        "Tensor project_weight, Tensor project_bias, int[] stride, int[] padding, int[] dilation, bool residual, "
+        "str activation, str squeeze_activation, str gate",
         1,
     ),
     "fused_mbconv_packed": (

@@ -328,9 +328,11 @@ def test_methods_and_feature_maps_keep_working() -> None:
     assert norms_run(half, x) == 0 and {feature.dtype for feature in half(x)} == {torch.float32}
 
 
-@pytest.mark.parametrize("dtype", [None, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["test_efficientnet", pytest.param("efficientnet_b0", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("name", ["test_efficientnet", "efficientnet_b0"])
 def test_compiles_to_one_graph(name: str, dtype: torch.dtype | None) -> None:
+    """Its quick sister is test_copies.py::test_compiles_after_a_call."""
     model = with_statistics(timm.create_model(name), SIZE)
     optimized, x = optimize_for_inference(model, dtype=dtype), torch.randn(1, 3, SIZE, SIZE)
     torch._dynamo.reset()

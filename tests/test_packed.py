@@ -115,7 +115,10 @@ BLOCKS = {
     "no gate, narrow": (3, 8, 40, 8, 0, (90, 3), (3, 3), (1, 1), (1, 1, 1, 1), "silu"),
     "no gate, deep": (1, 300, 320, 8, 0, (4, 20), (3, 3), (1, 1), (1, 1, 1, 1), "relu6"),
     "no expansion, no gate": (3, 32, 32, 16, 0, (20, 9), (3, 3), (1, 1), (1, 1, 1, 1), "hardswish"),
+    "dilated": (2, 24, 144, 24, 6, (15, 18), (3, 3), (1, 1), (2, 2, 4, 4), "silu"),
+    "dilated, strided, no gate": (1, 12, 40, 24, 0, (33, 20), (5, 5), (2, 1), (), "relu"),
 }
+DILATIONS = {"dilated": (2, 4), "dilated, strided, no gate": (3, 2)}
 
 
 def block(name: str, dtype: torch.dtype) -> tuple[PackedBlockCall, Tensor, Tensor]:
@@ -136,7 +139,8 @@ def block(name: str, dtype: torch.dtype) -> tuple[PackedBlockCall, Tensor, Tenso
     excite, exact_excite, excite_bias = product(wide, reduced, compute) if reduced else (None, None, None)
     project, exact_project, project_bias = product(out, wide, wanted)
     residual = channels == out and stride == (1, 1)
-    sides = resolve_padding(padding, size, kernel, stride, (1, 1))
+    dilation = DILATIONS.get(name, (1, 1))
+    sides = resolve_padding(padding, size, kernel, stride, dilation)
     squeeze_excite = None
     if reduced:
         parts = (exact_reduce, reduce_bias.double(), exact_excite, excite_bias.double())
@@ -154,6 +158,7 @@ def block(name: str, dtype: torch.dtype) -> tuple[PackedBlockCall, Tensor, Tenso
         residual=residual,
         drop_path=None,
         training=False,
+        dilation=dilation,
     )
     call = PackedBlockCall(
         None,
@@ -164,6 +169,7 @@ def block(name: str, dtype: torch.dtype) -> tuple[PackedBlockCall, Tensor, Tenso
         PackedConv(project, project_bias),
         stride,
         padding,
+        dilation,
         residual,
         activation,
         "relu",
@@ -214,6 +220,7 @@ def sequence(name: str, dtype: torch.dtype) -> tuple[Tensor, Callable[[Tensor], 
         PackedConv(project, compute.new_ones(3) / 8),
         (2, 1),
         (),
+        (1, 1),
         False,
         "hardswish",
         "none",

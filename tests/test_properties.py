@@ -103,6 +103,7 @@ def test_mbconv(data: st.DataObject) -> None:
         residual=residual,
         activation=data.draw(st.sampled_from(["none", "silu"])),
         norm=data.draw(st.sampled_from(["batch", "affine_free", "folded"])),
+        dilation=data.draw(st.sampled_from([1, 1, 2, (1, 3)])),
     )
     # With a handful of values a channel, batch statistics turn rounding into a difference of any size.
     assume(not training or batch * -(-height // stride) * -(-width // stride) >= 16 or batch == 0)

@@ -9,7 +9,7 @@ import pickle
 import sys
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import timm
@@ -32,15 +32,19 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from effnet_ops import optimize_for_inference, register_block, replace_layers, restore_layers
 from effnet_ops.surgery import recognise
+from effnet_ops.surgery.folding import SteppedBlock
 
 WIDE = 4 * CHANNELS
 
 
 @pytest.fixture(autouse=True)
-def own_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+def own_classes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The classes of these tests are taken for those of a library."""
     monkeypatch.setattr(recognise, "LIBRARIES", {*recognise.LIBRARIES, __name__, "surgery_models", "test_surgery"})
-    monkeypatch.setattr(recognise, "DROP_PATHS", {*recognise.DROP_PATHS, drop_connect})
+    # The set itself, to which an adapter that is loaded meanwhile adds, too.
+    recognise.DROP_PATHS.add(drop_connect)
+    yield
+    recognise.DROP_PATHS.discard(drop_connect)
 
 
 @pytest.fixture
@@ -113,6 +117,23 @@ class OwnBlock(nn.Module):
         return torch.add(self.shortcut(x), y)
 
 
+@register_block
+class WithoutNorms(nn.Module):
+    """What stands in EfficientViT and in decoders: some or all normalisations are missing."""
+
+    def __init__(self, last: bool, expands: bool = True) -> None:
+        super().__init__()
+        wide = 24 if expands else CHANNELS
+        self.expand = nn.Sequential(nn.Conv2d(CHANNELS, wide, 1), nn.Hardswish()) if expands else nn.Identity()
+        self.depthwise = nn.Sequential(nn.Conv2d(wide, wide, 3, 1, 1, groups=wide), nn.Hardswish(), nn.Dropout(0.0))
+        self.project = nn.Conv2d(wide, CHANNELS, 1, bias=not last)
+        self.norm = nn.BatchNorm2d(CHANNELS) if last else nn.Identity()
+        self.act, self.drop = nn.GELU("tanh"), nn.Dropout(0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(x + self.drop(self.norm(self.project(self.depthwise(self.expand(x))))))
+
+
 class Pooled(OwnBlock):
     def __init__(self) -> None:
         super().__init__(before=nn.BatchNorm2d(CHANNELS))
@@ -150,6 +171,9 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "own, hard swish": lambda: with_statistics_of(OwnBlock(HardSwish)),
     "own, layer scale": lambda: with_statistics_of(OwnBlock(after=Scale())),
     "own, dropout of elements": lambda: with_statistics_of(OwnBlock(after=nn.Dropout(0.5))),
+    "activation behind the sum": lambda: with_statistics_of(WithoutNorms(True)),
+    "no normalisations": lambda: with_statistics_of(WithoutNorms(False)),
+    "no normalisations, no expansion": lambda: with_statistics_of(WithoutNorms(False, expands=False)),
     "own, norm before and another shortcut": lambda: with_statistics_of(Pooled()),
     "sequence": lambda: with_statistics_of(
         nn.Sequential(
@@ -206,6 +230,21 @@ def test_copy_in_half_precision(name: str, x: Tensor) -> None:
     block, x = BLOCKS[name]().float(), x.float()
     y, found = block(x), optimize_for_inference(block, dtype=torch.bfloat16)(x)
     assert found.dtype is x.dtype and (found - y).norm() <= 1e-2 * y.norm()
+
+
+@pytest.mark.parametrize(
+    "name", ["own, norm before and another shortcut", "own, layer scale", "activation behind the sum", "timm MaxViT"]
+)
+@torch.no_grad()
+def test_copy_folds_what_is_between_its_steps(name: str, x: Tensor) -> None:
+    stock = BLOCKS[name]()
+    optimized = optimize_for_inference(stock)
+    assert optimized.optimization_report.blocks == [""] and isinstance(optimized.value(), SteppedBlock)
+    for _ in range(2):
+        torch.testing.assert_close(optimized(x), stock(x), rtol=1e-9, atol=1e-9)
+        for module in (optimized, stock):
+            for value in filter(Tensor.is_floating_point, (*module.parameters(), *module.buffers())):
+                value.mul_(1.25)
 
 
 class Remembers(OwnBlock):
@@ -546,8 +585,9 @@ def test_one_form_serves_all_modules_of_a_kind() -> None:
     assert time.perf_counter() - start < 20
 
 
-def _segmentation() -> nn.Module:
-    return importlib.import_module("segmentation_models_pytorch").Unet("efficientnet-b0", encoder_weights=None)
+def _segmentation(network: str, **settings: int) -> nn.Module:
+    library = importlib.import_module("segmentation_models_pytorch")
+    return getattr(library, network)("efficientnet-b0", encoder_weights=None, **settings)
 
 
 def _transformers() -> nn.Module:
@@ -566,7 +606,12 @@ def _pytorchcv(name: str) -> nn.Module:
 
 
 NETWORKS: dict[str, tuple[str, int, Callable[[], nn.Module]]] = {
-    "smp": ("segmentation_models_pytorch", 16, _segmentation),
+    "smp": ("segmentation_models_pytorch", 16, functools.partial(_segmentation, "Unet")),
+    "smp dilated": (
+        "segmentation_models_pytorch",
+        16,
+        functools.partial(_segmentation, "DeepLabV3Plus", encoder_output_stride=8),
+    ),
     "transformers": ("transformers", 10, _transformers),
     "MONAI": ("monai", 16, _monai),
     "pytorchcv": ("pytorchcv", 16, functools.partial(_pytorchcv, "efficientnet_b0")),
@@ -584,12 +629,15 @@ def test_blocks_of_other_libraries(name: str) -> None:
     report = replace_layers(model)
     blocks = [key for key, kind in report.kinds.items() if kind == "block"]
     assert len(blocks) >= count and set(blocks) <= set(report.replaced)
+    if name.startswith("smp"):
+        # Decoders have blocks without a drop rate.
+        blocks = [key for key in blocks if key.startswith("encoder")]
     for key in (blocks[0], blocks[1], blocks[2], blocks[len(blocks) // 2], blocks[-1]):
         block, other = model.get_submodule(key), stock.get_submodule(key)
         conv = next(m for m in other.modules() if isinstance(m, nn.Conv2d))
         image = torch.randn(3, conv.in_channels, 12, 9, dtype=torch.float64)
         assert is_fused(block.eval(), image)
-        assert_same_results(block, other, image, *((0.3,) if name == "smp" else ()))
+        assert_same_results(block, other, image, *((0.3,) if name.startswith("smp") else ()))
     restore_layers(model)
     assert [type(m) for m in model.modules()] == [type(m) for m in stock.modules()]
 
@@ -599,7 +647,7 @@ class Small(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.block, self.act = nn.Conv2d(3, CHANNELS, 3), OwnBlock(), nn.GELU()
+        self.stem, self.block, self.act = nn.Conv2d(3, CHANNELS, 3), OwnBlock(), nn.Mish()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.block(self.stem(x)))
@@ -608,6 +656,6 @@ class Small(nn.Module):
 def test_a_block_and_not_what_is_around_it() -> None:
     model = Small()
     assert replace_layers(model).replaced == ["block"]
-    sequence = nn.Sequential(*OwnBlock().children(), nn.GELU())
+    sequence = nn.Sequential(*OwnBlock().children(), nn.Mish())
     assert "" not in replace_layers(sequence).replaced
     assert replace_layers(nn.Sequential(nn.Sequential(nn.ReLU(), OwnBlock()))).replaced == ["0.1"]

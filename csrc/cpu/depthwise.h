@@ -6,6 +6,8 @@
 #include "operand.h"
 #include "transpose.h"
 
+#include <type_traits>
+
 EFFNET_NAMESPACE_BEGIN
 
 // The rows of the filter that see the image, for one output row: staged rows and the filter's rows that meet them.
@@ -81,12 +83,12 @@ inline void convolve_row_fixed(const RowPairs<A>& pairs, const RowLayout<A>& at,
 
 template <class A>
 inline void convolve_row_any(const RowPairs<A>& pairs, const RowLayout<A>& at, int64_t kernel_w, int64_t stride,
-                             int64_t dilation, int64_t width) {
+                             int64_t width) {
     for (int64_t lane = 0; lane < at.channels; lane += lanes<A>)
         for (int64_t o = 0; o < width; ++o) {
             Vec<A> sum = at.start == nullptr ? Vec<A>{} : load(at.start + lane);
             for (int64_t kx = 0; kx < kernel_w; ++kx) {
-                const int64_t pixel = o * stride + kx * dilation;
+                const int64_t pixel = o * stride + kx;
                 if (pixel < at.first_pixel || pixel >= at.last_pixel) continue;
                 for (int r = 0; r < pairs.count; ++r)
                     sum += load(pairs.rows[r] + pixel * at.step + lane) *
@@ -96,21 +98,37 @@ inline void convolve_row_any(const RowPairs<A>& pairs, const RowLayout<A>& at, i
         }
 }
 
-inline bool is_fixed_filter(int64_t kernel_w, int64_t stride, int64_t dilation) {
-    return dilation == 1 && (stride == 1 || stride == 2) && (kernel_w == 3 || kernel_w == 5 || kernel_w == 7);
+inline bool is_fixed_filter(int64_t kernel_w, int64_t stride) {
+    return (stride == 1 || stride == 2) && (kernel_w == 3 || kernel_w == 5 || kernel_w == 7);
 }
 
-// The `width` outputs of a row.
 template <class A>
-inline void convolve_row(const RowPairs<A>& pairs, const RowLayout<A>& at, int64_t kernel_w, int64_t stride,
-                         int64_t dilation, int64_t width) {
-    if (!is_fixed_filter(kernel_w, stride, dilation))
-        return convolve_row_any(pairs, at, kernel_w, stride, dilation, width);
+inline void convolve_undilated_row(const RowPairs<A>& pairs, const RowLayout<A>& at, int64_t kernel_w, int64_t stride,
+                                   int64_t width) {
+    if (!is_fixed_filter(kernel_w, stride)) return convolve_row_any(pairs, at, kernel_w, stride, width);
     if (kernel_w == 3)
         return stride == 1 ? convolve_row_fixed<3, 1>(pairs, at, width) : convolve_row_fixed<3, 2>(pairs, at, width);
     if (kernel_w == 5)
         return stride == 1 ? convolve_row_fixed<5, 1>(pairs, at, width) : convolve_row_fixed<5, 2>(pairs, at, width);
     return stride == 1 ? convolve_row_fixed<7, 1>(pairs, at, width) : convolve_row_fixed<7, 2>(pairs, at, width);
+}
+
+// The `width` outputs of a row. Of a dilated filter, the outputs o, o + dilation, o + 2 * dilation... see every
+// dilation-th pixel only: they are a row of their own, without a dilation.
+template <class A>
+inline void convolve_row(const RowPairs<A>& pairs, const RowLayout<A>& at, int64_t kernel_w, int64_t stride,
+                         int64_t dilation, int64_t width) {
+    if (dilation == 1) return convolve_undilated_row(pairs, at, kernel_w, stride, width);
+    for (int64_t o = 0; o < smaller(dilation, width); ++o) {
+        const int64_t pixel = o * stride;
+        RowPairs<A> own = pairs;
+        for (int r = 0; r < own.count; ++r) own.rows[r] += pixel * at.step;
+        RowLayout<A> every = at;
+        every.step *= dilation, every.out_step *= dilation, every.out += o * at.out_step;
+        every.first_pixel = at.first_pixel <= pixel ? 0 : (at.first_pixel - pixel - 1) / dilation + 1;
+        every.last_pixel = at.last_pixel <= pixel ? 0 : (at.last_pixel - pixel - 1) / dilation + 1;
+        convolve_undilated_row(own, every, kernel_w, stride, (width - o - 1) / dilation + 1);
+    }
 }
 
 // [C][kh * kw] to [slabs][kh * kw][slab], zeros behind the last channel; mirrored along kx for the input gradient.
@@ -223,7 +241,7 @@ inline void depthwise_in_place(const DepthwiseShape& s, const A* x, const A* wei
             const int64_t first = row * s.out_width;
             RowPairs<A> pairs;
             for (int64_t ky = 0; ky < s.kernel_h; ++ky) {
-                const int64_t iy = top + ky;
+                const int64_t iy = top + ky * s.dilation_h;
                 if (iy < 0 || iy >= s.height) continue;
                 pairs.rows[pairs.count] = x + ((image * s.height + iy) * s.width - s.pad_left) * channels;
                 pairs.weights[pairs.count++] = packed + ky * s.kernel_w * channels;
@@ -232,7 +250,7 @@ inline void depthwise_in_place(const DepthwiseShape& s, const A* x, const A* wei
             if constexpr (sizeof(O) == sizeof(A)) {
                 if (epilogue.direct()) at.out = epilogue.out + first * channels;
             }
-            convolve_row<A>(pairs, at, s.kernel_w, s.stride_w, 1, s.out_width);
+            convolve_row<A>(pairs, at, s.kernel_w, s.stride_w, s.dilation_w, s.out_width);
             if (at.out == scratch) epilogue(first, s.out_width, 0, channels, scratch, channels);
         }
     });
@@ -242,8 +260,7 @@ template <class T, class O>
 inline void depthwise_forward(const DepthwiseShape& s, const Source<T>& x, const Compute<T>* weight,
                               const Epilogue<O>& epilogue) {
     using A = Compute<T>;
-    const bool in_place = x.direct() && s.channels % lanes<A> == 0 && s.dilation_h == 1 &&
-                          is_fixed_filter(s.kernel_w, s.stride_w, s.dilation_w);
+    const bool in_place = x.direct() && s.channels % lanes<A> == 0 && is_fixed_filter(s.kernel_w, s.stride_w);
     if (in_place) return depthwise_in_place(s, reinterpret_cast<const A*>(x.data), weight, epilogue);
     depthwise_rows<A>(s, weight, StageStored<T>{x, s.height, s.width},
                       [&](const MadeRow& made, int64_t c, int64_t n, const A* values) {
@@ -253,8 +270,8 @@ inline void depthwise_forward(const DepthwiseShape& s, const Source<T>& x, const
 }
 
 // sum[kx] += sum over o of grad[o] * row[o * stride + kx * dilation], one filter row, all channels of a slab.
-template <int KW, int STRIDE, class A>
-inline void filter_row_fixed(const A* grad, const A* row, int64_t width, A* sum) {
+template <int KW, int STRIDE, class Dilation, class A>
+inline void filter_row_fixed(const A* grad, const A* row, Dilation dilation, int64_t width, A* sum) {
     constexpr int S = slab<A>;
     for (int lane = 0; lane < S; lane += lanes<A>) {
         Vec<A> even[KW] = {}, odd[KW] = {};
@@ -263,13 +280,13 @@ inline void filter_row_fixed(const A* grad, const A* row, int64_t width, A* sum)
             const Vec<A> g0 = load(grad + o * S + lane), g1 = load(grad + (o + 1) * S + lane);
 #pragma GCC unroll 16
             for (int kx = 0; kx < KW; ++kx) {
-                even[kx] += g0 * load(row + (o * STRIDE + kx) * S + lane);
-                odd[kx] += g1 * load(row + ((o + 1) * STRIDE + kx) * S + lane);
+                even[kx] += g0 * load(row + (o * STRIDE + kx * dilation) * S + lane);
+                odd[kx] += g1 * load(row + ((o + 1) * STRIDE + kx * dilation) * S + lane);
             }
         }
 #pragma GCC unroll 16
         for (int kx = 0; kx < KW; ++kx) {
-            if (o < width) even[kx] += load(grad + o * S + lane) * load(row + (o * STRIDE + kx) * S + lane);
+            if (o < width) even[kx] += load(grad + o * S + lane) * load(row + (o * STRIDE + kx * dilation) * S + lane);
             store(sum + kx * S + lane, load(sum + kx * S + lane) + (even[kx] + odd[kx]));
         }
     }
@@ -279,13 +296,15 @@ template <class A>
 inline void filter_row(const A* grad, const A* row, int64_t kernel_w, int64_t stride, int64_t dilation, int64_t width,
                        A* sum) {
     constexpr int S = slab<A>;
-    if (dilation == 1 && stride == 1) {
-        if (kernel_w == 3) return filter_row_fixed<3, 1>(grad, row, width, sum);
-        if (kernel_w == 5) return filter_row_fixed<5, 1>(grad, row, width, sum);
-    }
-    if (dilation == 1 && stride == 2) {
-        if (kernel_w == 3) return filter_row_fixed<3, 2>(grad, row, width, sum);
-        if (kernel_w == 5) return filter_row_fixed<5, 2>(grad, row, width, sum);
+    if ((kernel_w == 3 || kernel_w == 5) && (stride == 1 || stride == 2)) {
+        const auto fixed = [&](auto gap) {
+            if (kernel_w == 3)
+                return stride == 1 ? filter_row_fixed<3, 1>(grad, row, gap, width, sum)
+                                   : filter_row_fixed<3, 2>(grad, row, gap, width, sum);
+            return stride == 1 ? filter_row_fixed<5, 1>(grad, row, gap, width, sum)
+                               : filter_row_fixed<5, 2>(grad, row, gap, width, sum);
+        };
+        return dilation == 1 ? fixed(std::integral_constant<int64_t, 1>{}) : fixed(dilation);
     }
     for (int lane = 0; lane < S; lane += lanes<A>)
         for (int64_t kx = 0; kx < kernel_w; ++kx) {

@@ -8,6 +8,10 @@ EFFNET_NAMESPACE_BEGIN
 
 namespace {
 
+// Input rows and pixels from the first to the last that an output sees.
+int64_t span_h(const DepthwiseShape& s) { return (s.kernel_h - 1) * s.dilation_h + 1; }
+int64_t span_w(const DepthwiseShape& s) { return (s.kernel_w - 1) * s.dilation_w + 1; }
+
 // How step one is cut: slabs of `vectors` vectors of channels, and each image into chunks of output rows.
 struct Cut {
     int vectors = 1;
@@ -30,7 +34,7 @@ struct Cut {
         for (int w = 1; w <= smaller(3, all); ++w)
             for (int64_t n = 1; n <= 8 * threads && (n == 1 || (threads > 1 && s.out_height >= 2 * n)); ++n) {
                 const int64_t count = ceil_div(all, w), tasks = images * (together ? 1 : count) * n;
-                const double again = double((n - 1) * larger(0, s.kernel_h - s.stride_h)) / double(s.height);
+                const double again = double((n - 1) * larger(0, span_h(s) - s.stride_h)) / double(s.height);
                 double cycles = (in_pixels * (1 + again) * expand + out_pixels * convolve) * double(count * w);
                 cycles *= double(ceil_div(tasks, threads) * threads) / double(tasks);
                 cycles *= w == 1 ? 1.1 : 1;
@@ -108,9 +112,7 @@ class PackedRun {
     };
 
     bool expands() const { return b_.expand != nullptr; }
-    int64_t ring_width() const {
-        return larger(s_.pad_left + s_.width, (s_.out_width - 1) * s_.stride_w + s_.kernel_w);
-    }
+    int64_t ring_width() const { return larger(s_.pad_left + s_.width, (s_.out_width - 1) * s_.stride_w + span_w(s_)); }
 
     // Images [first, last), by `threads` threads.
     void images(int64_t first, int64_t last, int64_t threads) const {
@@ -205,7 +207,7 @@ class PackedRun {
         const int64_t height = vectors == 3 ? tile_height<3> : vectors == 2 ? tile_height<2> : tile_height<1>;
         return b_.expand == nullptr ? 1 : larger(1, smaller(height / s_.width, s_.height));
     }
-    int64_t ring_rows(int vectors) const { return s_.kernel_h + rows_at_once(vectors) - 1; }
+    int64_t ring_rows(int vectors) const { return span_h(s_) + rows_at_once(vectors) - 1; }
 
     // Returns the input row that follows those in the ring.
     int64_t convolve(int vectors, const Span& span, int64_t first_image, const E* input, int64_t width, A* ring,
@@ -222,18 +224,20 @@ class PackedRun {
         const auto slot = [&](int64_t row) { return ring + row % capacity * width * S + s_.pad_left * S; };
         int64_t staged = span.staged;
         for (int64_t oy = span.begin; oy < span.end; ++oy) {
-            const int64_t top = oy * s_.stride_h - s_.pad_top, bottom = smaller(s_.height, top + s_.kernel_h);
+            const int64_t top = oy * s_.stride_h - s_.pad_top, bottom = smaller(s_.height, top + span_h(s_));
             for (; staged < bottom; staged += at_once)
                 make_rows<W>(span.image * s_.height, staged, smaller(at_once, s_.height - staged), first_image, c,
                              input, slot);
             RowPairs<A> pairs;
-            for (int64_t iy = larger(0, top); iy < bottom; ++iy) {
+            for (int64_t ky = 0; ky < s_.kernel_h; ++ky) {
+                const int64_t iy = top + ky * s_.dilation_h;
+                if (iy < 0 || iy >= bottom) continue;
                 pairs.rows[pairs.count] = slot(iy) - s_.pad_left * S;
-                pairs.weights[pairs.count++] = depthwise_ + (iy - top) * s_.kernel_w * padded_ + c;
+                pairs.weights[pairs.count++] = depthwise_ + ky * s_.kernel_w * padded_ + c;
             }
             RowLayout<A> at{S, S, padded_, out, S};
             at.start = depthwise_bias_ + c;
-            convolve_row<A>(pairs, at, s_.kernel_w, s_.stride_w, 1, s_.out_width);
+            convolve_row<A>(pairs, at, s_.kernel_w, s_.stride_w, s_.dilation_w, s_.out_width);
             const int64_t row = oy - span.begin;
             finish_row<W>(out, c, span.to + row * s_.out_width * channels_ + c,
                           span.sums == nullptr ? nullptr : span.sums + row * padded_ + c);

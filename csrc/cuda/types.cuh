@@ -137,6 +137,23 @@ __device__ inline float silu_of_twice(float h) {
     return 2.0f * h * sigmoid<fast>(2.0f * h);
 }
 
+// The normal distribution function at x, and exp(-x^2 / 2).
+__device__ inline float normal_below(float x, float& e) {
+    const float z = fabsf(x), t = reciprocal_approximate(fmaf(normal_scale, z, 1.0f));
+    e = exp2_approximate(-0.72134752f * x * x);
+    const float terms[] = EFFNET_NORMAL_TERMS;
+    float p = terms[8];
+#pragma unroll
+    for (int i = 7; i >= 0; --i) p = fmaf(p, t, terms[i]);
+    const float tail = p * t * e;
+    return x < 0.0f ? tail : 1.0f - tail;
+}
+
+// GELU by tanh is x times the sigmoid of this.
+__device__ inline float gelu_inner(float x) {
+    return x * fmaf(float(gelu_slope * gelu_cubic), x * x, float(gelu_slope));
+}
+
 __device__ inline float hard_sigmoid(float x) { return fminf(fmaxf(x + 3.0f, 0.0f), 6.0f) * (1.0f / 6.0f); }
 
 // Replaces all x by activation(x); one branch for all of them.
@@ -158,6 +175,17 @@ __device__ inline void activate(float (&x)[n], Activation kind) {
         case Activation::hardswish:
 #pragma unroll
             for (int i = 0; i < n; ++i) x[i] *= hard_sigmoid(x[i]);
+            break;
+        case Activation::gelu:
+#pragma unroll
+            for (int i = 0; i < n; ++i) {
+                float e;
+                x[i] *= normal_below(x[i], e);
+            }
+            break;
+        case Activation::gelu_tanh:
+#pragma unroll
+            for (int i = 0; i < n; ++i) x[i] *= sigmoid<fast>(gelu_inner(x[i]));
             break;
         case Activation::none:
             break;
@@ -189,6 +217,26 @@ __device__ inline void differentiate(float (&x)[n], float (&derivative)[n], Acti
             for (int i = 0; i < n; ++i)
                 derivative[i] = x[i] <= -3.0f ? 0.0f : x[i] < 3.0f ? fmaf(x[i], 1.0f / 3.0f, 0.5f) : 1.0f;
             break;
+        case Activation::gelu:
+#pragma unroll
+            for (int i = 0; i < n; ++i) {
+                float e;
+                const float below = normal_below(x[i], e);
+                derivative[i] = fmaf(normal_peak * e, x[i], below);
+                x[i] *= below;
+            }
+            return;
+        case Activation::gelu_tanh:
+#pragma unroll
+            for (int i = 0; i < n; ++i) {
+                const float s = sigmoid<fast>(gelu_inner(x[i])), y = x[i] * s;
+                // Further out the sigmoid is 0 or 1 to all digits.
+                const float inside = fminf(fabsf(x[i]), 40.0f);
+                derivative[i] = fmaf(y * (1.0f - s),
+                                     fmaf(float(3.0 * gelu_slope * gelu_cubic), inside * inside, float(gelu_slope)), s);
+                x[i] = y;
+            }
+            return;
         case Activation::none:
 #pragma unroll
             for (int i = 0; i < n; ++i) derivative[i] = 1.0f;

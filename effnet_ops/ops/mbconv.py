@@ -28,6 +28,7 @@ class MBConvCall(NamedTuple):
     drop_path: Constant | None
     stride: Pair
     padding: Sides
+    dilation: Pair
     residual: bool
     activation: str
 
@@ -45,6 +46,7 @@ class MBConvCall(NamedTuple):
         activation: str,
         gate: str,
         residual: bool,
+        dilation: Sequence[int] = (1, 1),
         drop_path: Tensor | None = None,
         training: bool = False,
     ) -> MBConvCall:
@@ -53,7 +55,7 @@ class MBConvCall(NamedTuple):
             drop_path = drop_path.to(reference.compute_dtype(x.dtype))
         groups = [None if conv is None else conv_norm(conv, training) for conv in (expand, depthwise, project)]
         layer = squeeze_excite_layer(squeeze_excite, activation, gate)
-        return cls(x, *groups[:2], layer, groups[2], drop_path, stride, padding, residual, activation)
+        return cls(x, *groups[:2], layer, groups[2], drop_path, stride, padding, dilation, residual, activation)
 
     def convs(self) -> tuple[ConvNorm | None, ConvNorm, ConvNorm]:
         return self.expand, self.depthwise, self.project
@@ -67,14 +69,14 @@ class MBConvCall(NamedTuple):
         return self.x.shape[1] > RECOMPUTED_CHANNELS
 
     def window(self) -> backends.Window:
-        return backends.Window(self.depthwise.weight.shape[2:], self.stride, (1, 1))
+        return backends.Window(self.depthwise.weight.shape[2:], self.stride, self.dilation)
 
     def sides(self) -> tuple[int, int, int, int]:
-        return resolve_padding(self.padding, self.x.shape[2:], self.depthwise.weight.shape[2:], self.stride, (1, 1))
+        return resolve_padding(self.padding, self.x.shape[2:], *self.window())
 
     def output_shape(self) -> tuple[int, int, int, int]:
         kernel = self.depthwise.weight.shape[2:]
-        size = output_size(self.x.shape[2:], kernel, self.stride, self.sides(), (1, 1))
+        size = output_size(self.x.shape[2:], kernel, self.stride, self.sides(), self.dilation)
         return (self.x.shape[0], self.project.weight.shape[0], *size)
 
     def stages(self) -> reference.Stages:
@@ -87,6 +89,7 @@ class MBConvCall(NamedTuple):
             conv_norm_params(self.project),
             stride=self.stride,
             padding=self.sides(),
+            dilation=self.dilation,
             activation=self.activation,
             gate="sigmoid" if layer is None else layer.gate,
             residual=self.residual,
@@ -101,7 +104,7 @@ class MBConvCall(NamedTuple):
         if self.uses_batch():
             return self.stages().y
         block = (self.expand, self.depthwise, self.squeeze_excite, self.project)
-        settings = (self.stride, self.sides(), self.activation, self.residual, self.drop_path)
+        settings = (self.stride, self.sides(), self.dilation, self.activation, self.residual, self.drop_path)
         return standard.mbconv(self.x, *block, *settings)
 
     def output(self) -> Tensor:

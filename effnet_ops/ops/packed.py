@@ -30,13 +30,15 @@ class PackedBlockCall(NamedTuple):
     project: PackedConv
     stride: Pair
     padding: Sides
+    dilation: Pair
     residual: bool
     activation: str
     squeeze_activation: str
     gate: str
 
     def sides(self) -> tuple[int, int, int, int]:
-        return resolve_padding(self.padding, self.x.shape[2:], self.depthwise.weight.shape[:2], self.stride, (1, 1))
+        kernel = self.depthwise.weight.shape[:2]
+        return resolve_padding(self.padding, self.x.shape[2:], kernel, self.stride, self.dilation)
 
     def _product(self, conv: PackedConv, channels: int) -> ConvNormParams:
         return ConvNormParams(_pointwise_weight(conv, channels, self.x), conv.bias)
@@ -56,6 +58,7 @@ class PackedBlockCall(NamedTuple):
             self._product(self.project, channels),
             stride=self.stride,
             padding=self.sides(),
+            dilation=self.dilation,
             activation=self.activation,
             gate=self.gate,
             residual=self.residual,
@@ -74,10 +77,11 @@ class PackedBlockCall(NamedTuple):
         filters = packing.unpack_depthwise(self.depthwise.weight)
         depthwise = ConvNorm(filters, None, self.depthwise.bias, None, None)
         block = (expand, depthwise, squeeze_excite, _unpacked(self.project, channels, x))
-        return standard.mbconv(x, *block, self.stride, self.sides(), self.activation, self.residual)
+        return standard.mbconv(x, *block, self.stride, self.sides(), self.dilation, self.activation, self.residual)
 
     def output(self) -> Tensor:
-        size = output_size(self.x.shape[2:], self.depthwise.weight.shape[:2], self.stride, self.sides(), (1, 1))
+        kernel = self.depthwise.weight.shape[:2]
+        size = output_size(self.x.shape[2:], kernel, self.stride, self.sides(), self.dilation)
         return _library.empty_result(self.x, (self.x.shape[0], self.project.bias.shape[0], *size))
 
     def flops(self, out: Sequence[int]) -> int:

@@ -6,6 +6,7 @@ exporter knows ``batch_norm`` and folds it into the convolution in front of it, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,9 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effnet_ops.ops.calls import ConvNorm, SqueezeExcite
-from effnet_ops.reference import activate, compute_dtype, pad_unevenly
+from effnet_ops.reference import ACTIVATIONS, compute_dtype, pad_unevenly
 
 _GATES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "hard_sigmoid": F.hardsigmoid}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    **ACTIVATIONS,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+}
+
+
+def activate(x: Tensor, name: str) -> Tensor:
+    return _ACTIVATIONS[name](x)
 
 
 def average(x: Tensor) -> Tensor:
@@ -40,16 +50,22 @@ def normalise(x: Tensor, norm: Sequence[Any], activation: str) -> Tensor:
 
 
 def conv_norm(
-    x: Tensor, conv: ConvNorm, stride: Sequence[int], padding: Sequence[int], activation: str, groups: int = 1
+    x: Tensor,
+    conv: ConvNorm,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    activation: str,
+    groups: int = 1,
+    dilation: Sequence[int] = (1, 1),
 ) -> Tensor:
     """activation(norm(conv(x))) with constant statistics, padding (top, bottom, left, right)."""
     x, sides = pad_unevenly(x, padding)
+    window = (tuple(stride), sides, tuple(dilation), groups)
     weight = conv.weight.to(x.dtype)
     if conv.gamma is not None:
-        y = F.conv2d(x, weight, None, tuple(stride), sides, groups=groups)
-        return normalise(y, conv[1:], activation)
+        return normalise(F.conv2d(x, weight, None, *window), conv[1:], activation)
     bias = None if conv.beta is None else conv.beta.to(x.dtype)
-    return activate(F.conv2d(x, weight, bias, tuple(stride), sides, groups=groups), activation)
+    return activate(F.conv2d(x, weight, bias, *window), activation)
 
 
 def mbconv(
@@ -60,6 +76,7 @@ def mbconv(
     project: ConvNorm,
     stride: Sequence[int],
     padding: Sequence[int],
+    dilation: Sequence[int],
     activation: str,
     residual: bool,
     drop_path: Tensor | None = None,
@@ -68,7 +85,7 @@ def mbconv(
     h = x.to(compute_dtype(x.dtype))
     if expand is not None:
         h = conv_norm(h, expand, (1, 1), (0, 0, 0, 0), activation)
-    h = conv_norm(h, depthwise, stride, padding, activation, groups=depthwise.weight.shape[0])
+    h = conv_norm(h, depthwise, stride, padding, activation, depthwise.weight.shape[0], dilation)
     return _finish(x, h, squeeze_excite, project, residual, drop_path)
 
 

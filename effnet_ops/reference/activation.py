@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -14,6 +15,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu6": F.relu6,
     "silu": F.silu,
     "hardswish": F.hardswish,
+    # Gaussian error linear units (arXiv 1606.08415): x times the normal distribution function, and its approximation by
+    # tanh. Not F.gelu, whose sums 1 + erf and 1 + tanh lose all digits of the result for x far below 0.
+    "gelu": lambda x: 0.5 * x * torch.erfc(x * -(0.5**0.5)),
+    "gelu_tanh": lambda x: x * torch.sigmoid((8 / math.pi) ** 0.5 * (x + 0.044715 * x * x * x)),
 }
 GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,

@@ -54,6 +54,7 @@ def mbconv(
     residual: bool,
     drop_path: Tensor | None,
     training: bool,
+    dilation: Sequence[int] = (1, 1),
 ) -> Stages:
     """The block's output, with what it is made of.
 
@@ -64,7 +65,7 @@ def mbconv(
         expanded = pointwise_conv2d(h, expand.weight, None, None, "none")
         h, expand_used = normalise(expanded, expand, training)
         h = activate(h, activation)
-    convolved = depthwise_conv2d(h, depthwise.weight, None, stride, padding, (1, 1), "none")
+    convolved = depthwise_conv2d(h, depthwise.weight, None, stride, padding, dilation, "none")
     h, depthwise_used = normalise(convolved, depthwise, training)
     h = activate(h, activation)
     if squeeze_excite is not None:

@@ -65,14 +65,14 @@ def _activation(module: nn.Module, ops: Sequence[Op]) -> str:
     return names[0] if names else "none"
 
 
-def _norm(module: nn.Module, conv: Op, norm: Op, ops: Sequence[Op]) -> tuple[nn.Module, str]:
-    """The normalisation of a stage and the name of the one activation behind it."""
+def _norm(module: nn.Module, norm: Op | None, ops: Sequence[Op]) -> tuple[nn.Module | None, str]:
+    """The normalisation of a stage, if it has one, and the name of the one activation behind it."""
+    if norm is None:
+        return None, _activation(module, ops)
     part = _part(module, norm)
     names = {check_norm(part), _activation(module, ops)} - {"none"}
     if len(names) > 1:
         raise NotFusable(f"{part.name} has {len(names)} activations behind it")
-    if submodule(module, conv.path).bias is not None:
-        raise NotFusable(f"{conv.path} has a bias before its normalisation")
     check_statistics_settings(part)
     return part.module, names.pop() if names else "none"
 
@@ -166,13 +166,11 @@ def block_plan(module: nn.Module, block: Block) -> AnyBlockPlan:
     conv, norm, behind = block.depthwise
     depthwise = _part(module, conv)
     padding = _padding(module, depthwise, conv.value == "plain", block.pads)
-    if (dilation := convolution_pair(depthwise, "dilation")) != (1, 1):
-        raise NotFusable(f"{conv.path} has dilation {dilation}")
-    norms = [_norm(module, conv, norm, behind)]
+    norms = [_norm(module, norm, behind)]
     expand = None
     if block.expand is not None:
         first, first_norm, first_behind = block.expand
-        norms.append(_norm(module, first, first_norm, first_behind))
+        norms.append(_norm(module, first_norm, first_behind))
         expand = (_pointwise(module, first), norms[1][0])
         if norms[0][1] != norms[1][1]:
             raise NotFusable(f"its activations differ: {norms[1][1]} and {norms[0][1]}")
@@ -182,9 +180,10 @@ def block_plan(module: nn.Module, block: Block) -> AnyBlockPlan:
         None if block.project is None else (_pointwise(module, last), None)
     )
     if last_norm is not None:
-        norms.append(_norm(module, last, last_norm, last_behind))
+        norms.append(_norm(module, last_norm, last_behind))
         project, after = (project[0], norms[-1][0]), norms[-1][1]
-    if len({id(found) for found, _ in norms}) < len(norms):
+    found = [id(norm) for norm, _ in norms if norm is not None]
+    if len(set(found)) < len(found):
         raise NotFusable("two of its normalisations are one shared module")
     excite = None if block.excite is None else _squeeze_excite(module, block.excite)
     steps, drop = _steps(module, block, after)
@@ -194,42 +193,45 @@ def block_plan(module: nn.Module, block: Block) -> AnyBlockPlan:
     if residual and out_channels != channels:
         raise NotFusable(f"its residual has {channels} channels and {last.path} {out_channels}")
     stride = convolution_pair(depthwise, "stride")
-    kernel = convolution_pair(depthwise, "kernel_size")
-    if residual and not callable(padding) and not _keeps_size(kernel, stride, padding):
+    kernel, dilation = (convolution_pair(depthwise, name) for name in ("kernel_size", "dilation"))
+    if residual and not callable(padding) and not _keeps_size(kernel, stride, padding, dilation):
         raise NotFusable("its residual has another size than its result")
-    settings = excite, project, stride, padding, norms[0][1], residual, after
+    window, settings = (excite, project, stride, padding), (norms[0][1], residual, after)
     dense_or_depthwise = depthwise.module, norms[0][0]
     if not block.fused:
-        return BlockPlan(expand, dense_or_depthwise, *settings, functional.MBConvInference(), drop, steps)
+        behind = (dilation, *settings, functional.MBConvInference(), drop, steps)
+        return BlockPlan(expand, dense_or_depthwise, *window, *behind)
     if depthwise.module.groups != 1:
         raise NotFusable(f"{conv.path} has {depthwise.module.groups} groups, not a dense convolution")
-    return FusedBlockPlan(dense_or_depthwise, *settings, functional.FusedMBConvInference(), drop, steps)
+    if dilation != (1, 1):
+        raise NotFusable(f"{conv.path} has dilation {dilation}")
+    return FusedBlockPlan(dense_or_depthwise, *window, *settings, functional.FusedMBConvInference(), drop, steps)
 
 
-def _keeps_size(kernel: tuple[int, int], stride: tuple[int, int], padding: Any) -> bool:
+def _keeps_size(kernel: tuple[int, int], stride: tuple[int, int], padding: Any, dilation: tuple[int, int]) -> bool:
     """Whether a convolution gives images of the size that it takes."""
     if stride != (1, 1) or padding == "same":
         return stride == (1, 1)
     top, bottom, left, right = padding_sides(padding)
-    return (top + bottom, left + right) == (kernel[0] - 1, kernel[1] - 1)
+    return (top + bottom, left + right) == tuple(d * (k - 1) for k, d in zip(kernel, dilation, strict=True))
 
 
 def _steps(module: nn.Module, block: Block, activation: str) -> tuple[Steps | None, Callable[..., Any] | None]:
     """What is called around the block, None for nothing but a residual; and drop path, where that is the only step."""
     after, drop = block.after, None
     # The kernels add the residual, and drop, before an activation.
-    last = activation == "none"
-    if last and len(after) == 1 and after[0].kind == "drop" and _drops_images(module, after[0]):
+    linear = activation == "none"
+    if linear and len(after) == 1 and after[0].kind == "drop" and _drops_images(module, after[0]):
         drop, after = submodule(module, after[0].path) if after[0].path else _call(module, after[0]), ()
-    if not block.before and not after and not block.shortcut and (last or block.shortcut is None):
+    if not (block.before or after or block.shortcut or block.last) and (linear or block.shortcut is None):
         return None, drop
     for op in block.before:
         if getattr(submodule(module, op.path), "inplace", False) and block.shortcut is not None:
             raise NotFusable(f"{op.path} changes the input of the shortcut")
-    before, behind, shortcut = (
-        [_call(module, op) for op in ops or ()] for ops in (block.before, after, block.shortcut)
+    before, behind, shortcut, last = (
+        [_call(module, op) for op in ops or ()] for ops in (block.before, after, block.shortcut, block.last)
     )
-    return Steps(before, behind, None if block.shortcut is None else shortcut), drop
+    return Steps(before, behind, None if block.shortcut is None else shortcut, last), drop
 
 
 def _drops_images(module: nn.Module, op: Op) -> bool:

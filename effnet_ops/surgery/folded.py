@@ -29,7 +29,16 @@ from effnet_ops.reference import compute_dtype
 from effnet_ops.surgery.around import NETWORKS
 from effnet_ops.surgery.blocks import check_modes, described_block, settings_of
 from effnet_ops.surgery.casting import cast, cast_input
-from effnet_ops.surgery.folding import Block, BlockSequence, FusedBlock, Product, calls, convolution, fold
+from effnet_ops.surgery.folding import (
+    Block,
+    BlockSequence,
+    FusedBlock,
+    Product,
+    SteppedBlock,
+    calls,
+    convolution,
+    fold,
+)
 from effnet_ops.surgery.fused import (
     CHAINS,
     CONVOLUTIONS,
@@ -343,35 +352,33 @@ class FoldedMBConv(Folded):
         with backends.use_backend("reference") if own else contextlib.nullcontext():
             return self.stock.forward(self, *args, **kwargs)
 
-    def make(self) -> Block | FusedBlock:
+    def make(self) -> Block | FusedBlock | SteppedBlock:
         block_stages(self)
         return self._fold()
 
-    def _fold(self) -> Block | FusedBlock:
+    def _fold(self) -> Block | FusedBlock | SteppedBlock:
         return self._fold_own() if _is_own(self.stock) else self._fold_planned()
 
     def _folded(self, *params: ConvNormParams | None) -> list[ConvNormParams | None]:
         dtype = compute_dtype(self.dtype())
         return [None if conv is None else fold(conv, dtype) for conv in params]
 
-    def _fold_planned(self) -> Block | FusedBlock:
+    def _fold_planned(self) -> Block | FusedBlock | SteppedBlock:
         plan = described_block(self)
         fused = not isinstance(plan, BlockPlan)
         stages = (plan.expand, plan.project) if fused else (plan.expand, plan.depthwise, plan.project)
         *convs, project = self._folded(*(stage and conv_norm_params(*stage) for stage in stages))
         squeeze_excite = plan.squeeze_excite
-        return (FusedBlock if fused else Block)(
+        block = (FusedBlock if fused else Block)(
             *convs,
             squeeze_excite and squeeze_excite.params(),
             project,
             self.dtype(),
-            stride=plan.stride,
             padding=plan.padding,
-            activation=plan.activation,
-            gate=squeeze_excite.gate if squeeze_excite else "sigmoid",
-            residual=plan.residual,
             after=plan.after,
+            **plan.settings(),
         )
+        return block if plan.steps is None else SteppedBlock(block, plan.steps, self._wide())
 
     def _fold_own(self) -> Block | FusedBlock:
         *convs, squeeze_excite, project, conv, _ = self._groups()
@@ -409,10 +416,8 @@ def block_stages(block: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
             check_own(name, stock_class(inner))
     if not _is_own(stock):
         plan = described_block(block)
-        if plan.steps is not None or callable(plan.padding):
-            raise NotFusable(
-                "it is not folded as a block: it calls other layers, or is padded by the size at each call"
-            )
+        if callable(plan.padding) and not isinstance(plan, BlockPlan):
+            raise NotFusable("it is padded by the size at each call")
         stages = [stage for stage in plan.stages() if stage[1] is not None]
     else:
         stages = block._conv_norms()
@@ -816,7 +821,7 @@ class _Blocks:
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         blocks = [block for module in modules for block in blocks_of(module)]
         values = [block.value() for block in blocks]
-        if len(blocks) < 2 or None in values or any(value.after != "none" for value in values):
+        if len(blocks) < 2 or None in values:
             raise NotFusable("they are not several blocks that are folded")
         if len({block.dtype() for block in blocks}) > 1:
             raise NotFusable("they take several dtypes")

@@ -23,6 +23,7 @@ from effnet_ops.surgery.fused import (
     LAYERS,
     NotFusable,
     Part,
+    Steps,
     check_pointwise,
     convolution_padding,
     convolution_pair,
@@ -291,15 +292,17 @@ class Block(_Block):
         dtype: torch.dtype,
         *,
         stride: Sequence[int],
-        padding: functional.Padding,
+        padding: functional.Padding | Callable[[Tensor], functional.Padding],
         activation: str,
         gate: str,
         residual: bool,
         after: str = "none",
+        dilation: Sequence[int] = (1, 1),
     ) -> None:
         super().__init__()
         wide, cpu = depthwise.weight.dtype, _on_cpu(depthwise.weight)
         self.after, self.depths = after, {}
+        self._padding = padding if callable(padding) else None
         self.channels = (depthwise if expand is None else expand).weight.shape[0 if expand is None else 1]
         filters = packing.pack_depthwise(depthwise.weight) if cpu else depthwise.weight
         self._call = packed.PackedBlockCall(
@@ -308,7 +311,8 @@ class Block(_Block):
             PackedConv(filters, depthwise.bias),
             *self._products(squeeze_excite, project, wide, dtype),
             tuple(stride),
-            padding_sides(padding),
+            () if callable(padding) else padding_sides(padding),
+            tuple(dilation),
             residual,
             activation,
             (squeeze_excite.activation if squeeze_excite else None) or activation,
@@ -319,13 +323,19 @@ class Block(_Block):
         return self._call.depthwise.weight
 
     def _run_packed(self, x: Tensor) -> Tensor:
-        return packed.mbconv(self._call._replace(x=x))
+        call = self._call._replace(x=x)
+        if self._padding is not None:
+            call = call._replace(padding=padding_sides(self._padding(x)))
+        return packed.mbconv(call)
 
     def _run_plain(self, x: Tensor) -> Tensor:
         filters, bias = self._call.depthwise
         filters = packing.unpack_depthwise(filters) if _on_cpu(filters) else filters
         convs = self._conv("expand"), ConvNormParams(filters, bias)
-        return functional.mbconv(x, *convs, self._squeeze_excite(), self._conv("project"), **self._settings())
+        settings = {**self._settings(), "dilation": self._call.dilation}
+        if self._padding is not None:
+            settings["padding"] = self._padding(x)
+        return functional.mbconv(x, *convs, self._squeeze_excite(), self._conv("project"), **settings)
 
 
 class FusedBlock(_Block):
@@ -380,10 +390,26 @@ class FusedBlock(_Block):
         return functional.fused_mbconv(x, expand, self._squeeze_excite(), self._conv("project"), **self._settings())
 
 
-class BlockSequence:
-    """Blocks one after the other: one call, which saves the Python around each of them."""
+class SteppedBlock:
+    """A folded block with what its module calls around it, as that module calls it, in the precision ``wide``."""
 
-    def __init__(self, blocks: Sequence[_Block]) -> None:
+    def __init__(self, block: _Block, steps: Steps, wide: torch.dtype) -> None:
+        self._block, self._steps, self._wide = block, steps, wide
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self._steps.run(lambda h: self._block(h.to(x.dtype)).to(self._wide), x.to(self._wide), None)
+        return y.to(x.dtype)
+
+
+class BlockSequence:
+    """Blocks one after the other: one call, which saves the Python around each of them.
+
+    Raises `NotFusable` where something runs between their kernels.
+    """
+
+    def __init__(self, blocks: Sequence[_Block | SteppedBlock]) -> None:
+        if not all(isinstance(block, _Block) and block.after == "none" for block in blocks):
+            raise NotFusable("something runs between the blocks")
         self._blocks = list(blocks)
         self._prepared = PreparedCalls()
 

@@ -66,18 +66,20 @@ class DepthwisePlan(NamedTuple):
 class Steps(NamedTuple):
     """What a block calls around its core, each a function of one tensor and the drop rate of the call.
 
-    What ``shortcut`` makes of the block's input is added to the result of ``after``; None for no sum.
+    What ``shortcut`` makes of the block's input is added to the result of ``after``; None for no sum. ``last`` takes
+    what comes out.
     """
 
     before: Sequence[Callable[..., Tensor]]
     after: Sequence[Callable[..., Tensor]]
     shortcut: Sequence[Callable[..., Tensor]] | None
+    last: Sequence[Callable[..., Tensor]]
 
     def run(self, core: Callable[[Tensor], Tensor], x: Tensor, rate: float | None) -> Tensor:
         added = None if self.shortcut is None else _through(self.shortcut, x, None)
         # A norm may keep more precision than the block computes in.
         y = _through(self.after, core(_through(self.before, x, None).to(x.dtype)), rate)
-        return y if added is None else y + added
+        return _through(self.last, y if added is None else y + added, None)
 
 
 def _through(steps: Sequence[Callable[..., Tensor]], x: Tensor, rate: float | None) -> Tensor:
@@ -89,16 +91,17 @@ def _through(steps: Sequence[Callable[..., Tensor]], x: Tensor, rate: float | No
 class BlockPlan(NamedTuple):
     """An MBConv block: (convolution, normalisation) of each stage and the settings of `effnet_ops.mbconv`.
 
-    A projection may have no normalisation. ``padding`` may be a function of the block's input. ``after`` is an
+    A stage may have no normalisation. ``padding`` may be a function of the block's input. ``after`` is an
     activation behind the projection. ``residual`` is what the kernels add, ``drop`` drop path (`drop_path_scale`).
     """
 
-    expand: tuple[nn.Conv2d, nn.Module] | None
-    depthwise: tuple[nn.Conv2d, nn.Module]
+    expand: tuple[nn.Conv2d, nn.Module | None] | None
+    depthwise: tuple[nn.Conv2d, nn.Module | None]
     squeeze_excite: SqueezeExcitePlan | None
     project: tuple[nn.Conv2d, nn.Module | None]
     stride: tuple[int, int]
     padding: functional.Padding | Callable[[Tensor], functional.Padding]
+    dilation: tuple[int, int]
     activation: str
     residual: bool
     after: str
@@ -112,14 +115,17 @@ class BlockPlan(NamedTuple):
         """What there is of them, the depthwise one first."""
         return [stage for stage in (self.depthwise, self.project, self.expand) if stage is not None]
 
+    def norms(self) -> list[nn.Module]:
+        return [norm for _, norm in self.stages() if norm is not None]
+
     def mixed(self, x: Tensor) -> bool:
         """Whether the normalisations differ: the functions have one flag for training, and one process group.
 
         On a GPU, those that share their statistics are left to torch.nn.SyncBatchNorm.
         """
-        first, *others = self.stages()
-        mode = mode_of(first[1])
-        if any(norm is not None and mode_of(norm) is not mode for _, norm in others):
+        norms = self.norms()
+        mode = mode_of(norms[0]) if norms else False
+        if any(mode_of(norm) is not mode for norm in norms[1:]):
             return True
         return not isinstance(mode, bool) and x.device.type != "cpu"
 
@@ -131,26 +137,20 @@ class BlockPlan(NamedTuple):
         return self.steps.run(functools.partial(self._run, drop_path=scale), x, rate)
 
     def _run(self, x: Tensor, drop_path: Tensor | None) -> Tensor:
-        gate = "sigmoid" if self.squeeze_excite is None else self.squeeze_excite.gate
-        training, padding = trains(self.stages()[0][1]), self.padding
+        norms, padding, settings = self.norms(), self.padding, self.settings()
+        training = trains(norms[0]) if norms else False
         if callable(padding):
             padding = padding(x)
         if training or drop_path is not None or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            y = self.function(
-                x,
-                *self._params(),
-                stride=self.stride,
-                padding=padding,
-                activation=self.activation,
-                gate=gate,
-                residual=self.residual,
-                drop_path=drop_path,
-                training=training,
-            )
+            settings |= {"padding": padding, "drop_path": drop_path, "training": training}
+            y = self.function(x, *self._params(), **settings)
         else:
-            settings = (self.stride, padding, self.activation, gate, self.residual)
-            y = self.inference(x, self._state(), self._params, *settings)
+            y = self.inference(x, self._state(), self._params, padding, settings)
         return y if self.after == "none" else activate(y, self.after)
+
+    def settings(self) -> dict[str, Any]:
+        """Those that `effnet_ops.mbconv` takes and that no call changes."""
+        return {**_settings(self), "dilation": self.dilation}
 
     def _params(self) -> tuple[Any, ...]:
         """expand, depthwise, squeeze_excite and project as `effnet_ops.mbconv` takes them."""
@@ -165,12 +165,11 @@ class BlockPlan(NamedTuple):
         """All that `_params` reads, the weight of the k x k convolution first."""
         state: list[Any] = []
         for conv, norm in self.stages():
-            if norm is None:
-                state += parameter(conv, "weight"), parameter(conv, "bias")
-                continue
-            buffers = norm._buffers
-            state += parameter(conv, "weight"), parameter(norm, "weight"), parameter(norm, "bias")
-            state += buffers["running_mean"], buffers["running_var"], norm.eps
+            state += parameter(conv, "weight"), parameter(conv, "bias")
+            if norm is not None:
+                buffers = norm._buffers
+                state += parameter(norm, "weight"), parameter(norm, "bias")
+                state += buffers["running_mean"], buffers["running_var"], norm.eps
         if self.squeeze_excite is not None:
             for conv in self.squeeze_excite[:2]:
                 state += parameter(conv, "weight"), parameter(conv, "bias")
@@ -180,7 +179,7 @@ class BlockPlan(NamedTuple):
 class FusedBlockPlan(NamedTuple):
     """A Fused-MBConv block, as `BlockPlan`: ``expand`` is its dense convolution; ``project`` may be missing."""
 
-    expand: tuple[nn.Conv2d, nn.Module]
+    expand: tuple[nn.Conv2d, nn.Module | None]
     squeeze_excite: SqueezeExcitePlan | None
     project: tuple[nn.Conv2d, nn.Module | None] | None
     stride: tuple[int, int]
@@ -193,7 +192,12 @@ class FusedBlockPlan(NamedTuple):
     steps: Steps | None = None
 
     function = staticmethod(functional.fused_mbconv)
-    mixed, run, _run, _state = BlockPlan.mixed, BlockPlan.run, BlockPlan._run, BlockPlan._state
+    norms, mixed, run = BlockPlan.norms, BlockPlan.mixed, BlockPlan.run
+    _run, _state = BlockPlan._run, BlockPlan._state
+
+    def settings(self) -> dict[str, Any]:
+        """Those that `effnet_ops.fused_mbconv` takes and that no call changes."""
+        return _settings(self)
 
     def stages(self) -> list[tuple[nn.Conv2d, nn.Module | None]]:
         """What there is of them, the dense one first."""
@@ -209,6 +213,11 @@ class FusedBlockPlan(NamedTuple):
 
 
 AnyBlockPlan = BlockPlan | FusedBlockPlan
+
+
+def _settings(plan: AnyBlockPlan) -> dict[str, Any]:
+    gate = "sigmoid" if plan.squeeze_excite is None else plan.squeeze_excite.gate
+    return {"stride": plan.stride, "activation": plan.activation, "gate": gate, "residual": plan.residual}
 
 
 def parameter(module: nn.Module, name: str) -> Tensor | None:
@@ -229,9 +238,9 @@ def mode_of(norm: nn.Module) -> Any:
 
 
 def conv_norm_params(conv: nn.Conv2d, norm: nn.Module | None) -> ConvNormParams:
-    if norm is None:
-        return ConvNormParams(parameter(conv, "weight"), parameter(conv, "bias"))
-    return ConvNormParams(parameter(conv, "weight"), None, norm_params(norm))
+    return ConvNormParams(
+        parameter(conv, "weight"), parameter(conv, "bias"), None if norm is None else norm_params(norm)
+    )
 
 
 def norm_params(norm: nn.Module) -> BatchNormParams:
@@ -327,6 +336,7 @@ ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.ReLU6: "relu6",
     nn.SiLU: "silu",
     nn.Hardswish: "hardswish",
+    nn.GELU: "gelu",
 }
 GATES: dict[type[nn.Module], str] = {nn.Sigmoid: "sigmoid", nn.Hardsigmoid: "hard_sigmoid"}
 
@@ -428,6 +438,8 @@ def activation_name(part: Part) -> str:
         raise NotFusable(f"{part.name} is {type(module).__name__}, an activation that is not fused")
     if isinstance(module, nn.Hardtanh) and (module.min_val, module.max_val) != (0, 6):
         raise NotFusable(f"{part.name} is {type(module).__name__} from {module.min_val} to {module.max_val}")
+    if isinstance(module, nn.GELU) and module.approximate != "none":
+        return "gelu_tanh"
     return name
 
 
@@ -584,7 +596,7 @@ def check_untouched(name: str, module: nn.Module, known: object = None) -> None:
 class _CachedPlan(Structure):
     """A plan with everything it was read from."""
 
-    __slots__ = ("_kernels", "_states", "_without_bias", "plan")
+    __slots__ = ("_kernels", "_states", "plan")
 
     def __init__(self, layer: FusedLayer) -> None:
         inside = [module for module in layer.modules() if module is not layer]
@@ -593,18 +605,12 @@ class _CachedPlan(Structure):
         convs = [module for module in (layer, *inside) if isinstance(module, nn.Conv2d)]
         # PyTorch's "same" goes by the size of the weight.
         self._kernels = [(m, parameter(m, "weight").shape) for m in convs if isinstance(m.padding, str)]
-        self.plan = plan = describe_or_none(layer)
-        stages = plan.stages() if isinstance(plan, AnyBlockPlan) else ()
-        # Of parameters, all others are read at each call.
-        self._without_bias = [conv._parameters for conv, norm in stages if norm is not None]
+        self.plan = describe_or_none(layer)
 
     def holds(self, layer: FusedLayer) -> bool:
         """Whether nothing has changed since."""
         if not self.same(layer):
             return False
-        for parameters in self._without_bias:
-            if parameters.get("bias", parameters) is not None:
-                return False
         return not self._kernels or all(parameter(m, "weight").shape == shape for m, shape in self._kernels)
 
     def may_be_kept(self) -> bool:

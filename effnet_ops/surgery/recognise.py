@@ -2,9 +2,9 @@
 
 A module of any library, or of the user, is an MBConv block where its forward is, on its input x,
 
-    [steps,] [1x1 convolution, norm, activation,] [zero padding,] depthwise convolution, norm, activation,
+    [steps,] [1x1 convolution, [norm,] activation,] [zero padding,] depthwise convolution, [norm,] activation,
     [pool, 1x1 convolution, activation, 1x1 convolution, gate, product,] 1x1 convolution, [norm, activation,]
-    [steps,] [+ x, or + steps of x]
+    [steps,] [+ x, or + steps of x, [steps]]
 
 or without the depthwise convolution and with a dense one in place of the first, as Fused-MBConv (`FUSED_BLOCKS`);
 
@@ -170,13 +170,15 @@ class Block(NamedTuple):
     """
 
     before: tuple[Op, ...]
-    expand: tuple[Op, Op, tuple[Op, ...]] | None
+    expand: tuple[Op, Op | None, tuple[Op, ...]] | None
     pads: tuple[Op, ...]
-    depthwise: tuple[Op, Op, tuple[Op, ...]]
+    depthwise: tuple[Op, Op | None, tuple[Op, ...]]
     excite: Op | None
     project: tuple[Op, Op | None, tuple[Op, ...]] | None
     after: tuple[Op, ...]
     shortcut: tuple[Op, ...] | None
+    last: tuple[Op, ...] = ()
+    """Behind the sum."""
     fused: bool = False
 
 
@@ -576,7 +578,10 @@ def _read_anew(trace: _Trace, node: fx.Node) -> _Read:
     if node.op == "call_module":
         if len(node.args) != 1 or node.kwargs:
             return None, None, []
-        return Op(_kind(submodule(trace.root, target)), target), first, []
+        part = submodule(trace.root, target)
+        if isinstance(part, _DROPOUTS) and part.p == 0:
+            return Op("function", target, "none"), first, []
+        return Op(_kind(part), target), first, []
     if target is F.conv2d:
         return _functional_convolution(trace, node)
     if target is F.pad:
@@ -587,6 +592,8 @@ def _read_anew(trace: _Trace, node: fx.Node) -> _Read:
         return Op("function", value=gate), first, []
     if target in _FUNCTIONS and len(node.args) == 1 and set(node.kwargs) <= {"inplace"}:
         return Op("function", value=_FUNCTIONS[target]), first, []
+    if target is F.gelu and len(node.args) == 1 and set(node.kwargs) <= {"approximate"}:
+        return Op("function", value="gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu"), first, []
     if target is F.hardtanh and node.args[1:] in ((), (0, 6)) and _limits(node) == (0, 6):
         return Op("function", value="relu6"), first, []
     return _written_out(trace, node)
@@ -716,17 +723,19 @@ def _match(module: nn.Module, training: bool, rate: str | None = None) -> Block 
     """What the forward of a module is; raises `NotFusable` for what is neither a block nor squeeze-and-excitation."""
     trace = _Trace(module, training, rate)
     used: set[fx.Node] = {trace.x.node}
-    shortcut = None
-    if trace.y.target in _SUMS and len(trace.y.args) == 2 and not trace.y.kwargs:
+    shortcut, last = None, []
+    end = _sum_in_front(trace, trace.y)
+    if end is None:
+        chain = _chain(trace, trace.y, used)
+    else:
+        last = _chain(trace, trace.y, used, end)
         paths: list[set[fx.Node]] = [set(), set()]
-        chains = [_chain(trace, node, own) for node, own in zip(trace.y.args, paths, strict=True)]
+        chains = [_chain(trace, node, own) for node, own in zip(end.args, paths, strict=True)]
         if paths[0] & paths[1]:
             raise NotFusable("both parts of its sum use the same values")
-        used |= {trace.y, *paths[0], *paths[1]}
+        used |= {end, *paths[0], *paths[1]}
         chains.sort(key=lambda chain: sum(op.kind == "conv" for op in chain))
         shortcut, chain = chains
-    else:
-        chain = _chain(trace, trace.y, used)
     for node in trace.graph.nodes:
         if trace.x.node in node.args[:1] and _changes_its_input(node):
             raise NotFusable("it changes the tensor that it is given")
@@ -734,7 +743,19 @@ def _match(module: nn.Module, training: bool, rate: str | None = None) -> Block 
             raise NotFusable(_unknown(trace, node))
     if shortcut is None and len(chain) == 1 and chain[0].kind == "excite":
         return chain[0]
-    return _block(module, chain, None if shortcut is None else tuple(shortcut))
+    return _block(module, chain, None if shortcut is None else tuple(shortcut), tuple(last))
+
+
+def _sum_in_front(trace: _Trace, node: Any) -> fx.Node | None:
+    """The sum of two values that ``node`` is, or is made of by steps and no convolution."""
+    while isinstance(node, fx.Node):
+        if node.target in _SUMS and len(node.args) == 2 and not node.kwargs:
+            return node
+        op, source, _ = _read(trace, node)
+        if op is None or op.kind in ("conv", "excite"):
+            return None
+        node = source
+    return None
 
 
 def _changes_its_input(node: fx.Node) -> bool:
@@ -760,10 +781,11 @@ def takes_rate(step: Step) -> bool:
     return any(isinstance(value, Rate) for value in (*step.args, *(value for _, value in step.kwargs)))
 
 
-def _chain(trace: _Trace, node: Any, used: set[fx.Node]) -> list[Op]:
-    """What is computed from the input to ``node``, one after the other."""
+def _chain(trace: _Trace, node: Any, used: set[fx.Node], start: fx.Node | None = None) -> list[Op]:
+    """What is computed from ``start``, which is the input if nothing is said, to ``node``, one after the other."""
     ops: list[Op] = []
-    while node is not trace.x.node:
+    start = trace.x.node if start is None else start
+    while node is not start:
         op, source, inner = _read(trace, node)
         if op is None:
             raise NotFusable(_unknown(trace, node))
@@ -821,8 +843,8 @@ def is_depthwise(conv: Any) -> bool:
     return isinstance(conv, nn.Conv2d) and 1 < conv.groups == conv.in_channels == conv.out_channels
 
 
-def _block(module: nn.Module, chain: list[Op], shortcut: tuple[Op, ...] | None) -> Block:
-    """The parts of a block in a chain of operations."""
+def _block(module: nn.Module, chain: list[Op], shortcut: tuple[Op, ...] | None, end: tuple[Op, ...]) -> Block:
+    """The parts of a block in a chain of operations, with what is added to it and what is behind that sum."""
     at = [i for i, op in enumerate(chain) if op.kind == "conv" and is_depthwise(submodule(module, op.path))]
     dense = [i for i, op in enumerate(chain) if op.kind == "conv"][:1]
     fused = not at and may_be_fused(module) and submodule(module, chain[dense[0]].path).groups == 1 if dense else False
@@ -836,7 +858,7 @@ def _block(module: nn.Module, chain: list[Op], shortcut: tuple[Op, ...] | None) 
         while start and chain[start - 1].kind == "pad":
             start -= 1
         pads, before = chain[start:middle], chain[:start]
-        expand = _stage_behind(before)
+        expand = _stage_behind(module, before)
         if expand is not None:
             before = before[: before.index(expand[0])]
             break
@@ -847,9 +869,7 @@ def _block(module: nn.Module, chain: list[Op], shortcut: tuple[Op, ...] | None) 
             before.pop()
         pads = chain[len(before) : middle]
     conv, rest = chain[middle], chain[middle + 1 :]
-    if not rest or rest[0].kind != "norm":
-        raise NotFusable(f"{conv.path} has no normalisation")
-    norm, rest = rest[0], rest[1:]
+    norm = rest.pop(0) if rest and rest[0].kind == "norm" else None
     activations, rest = _activations(module, rest)
     excite = rest.pop(0) if rest and rest[0].kind == "excite" else None
     project = None
@@ -861,9 +881,9 @@ def _block(module: nn.Module, chain: list[Op], shortcut: tuple[Op, ...] | None) 
     elif not fused:
         raise NotFusable(_not_a_projection(module, rest))
     depthwise = (conv, norm, activations)
-    if sum(any(_draws(module, op) for op in ops) for ops in (before, rest, shortcut or ())) > 1:
+    if sum(any(_draws(module, op) for op in ops) for ops in (before, rest, shortcut or (), end)) > 1:
         raise NotFusable("it draws random numbers in front of the block and behind it")
-    return Block(tuple(before), expand, tuple(pads), depthwise, excite, project, tuple(rest), shortcut, fused)
+    return Block(tuple(before), expand, tuple(pads), depthwise, excite, project, tuple(rest), shortcut, end, fused)
 
 
 def may_be_fused(module: nn.Module) -> bool:
@@ -878,7 +898,9 @@ def may_be_fused(module: nn.Module) -> bool:
 def _draws(module: nn.Module, op: Op) -> bool:
     """Whether a step draws random numbers."""
     part = submodule(module, op.path) if op.path else None
-    return op.kind == "drop" or any(isinstance(inner, _DROPOUTS) for inner in (part.modules() if part else ()))
+    return op.kind == "drop" or any(
+        isinstance(inner, _DROPOUTS) and inner.p for inner in (part.modules() if part else ())
+    )
 
 
 def _activations(module: nn.Module, ops: list[Op]) -> tuple[tuple[Op, ...], list[Op]]:
@@ -891,14 +913,22 @@ def _is_activation(module: nn.Module, op: Op) -> bool:
     return op.kind == "function" or (op.kind == "module" and known(ACTIVATIONS, submodule(module, op.path)) is not None)
 
 
-def _stage_behind(ops: list[Op]) -> tuple[Op, Op, tuple[Op, ...]] | None:
+def _stage_behind(module: nn.Module, ops: list[Op]) -> tuple[Op, Op | None, tuple[Op, ...]] | None:
     """The convolution, normalisation and activation that operations end with."""
     end = len(ops)
     while end and ops[end - 1].kind in ("function", "module"):
         end -= 1
-    if end < 2 or ops[end - 1].kind != "norm" or ops[end - 2].kind != "conv":
+    activations = tuple(ops[end:])
+    norm = ops[end - 1] if end and ops[end - 1].kind == "norm" else None
+    conv = ops[end - (1 if norm is None else 2)] if end > (norm is not None) else None
+    if conv is None or conv.kind != "conv":
         return None
-    return ops[end - 2], ops[end - 1], tuple(ops[end:])
+    if norm is None:
+        # Other convolutions are steps in front of the block.
+        part = submodule(module, conv.path)
+        if part.groups != 1 or not _is_small(part) or not all(_is_activation(module, op) for op in activations):
+            return None
+    return conv, norm, activations
 
 
 def _without_depthwise(module: nn.Module, chain: list[Op]) -> str:

@@ -202,7 +202,7 @@ def test_prologues_and_epilogues(check: Any, layout: torch.memory_format, case: 
         ({6: torch.zeros(1, 8, 4, 5)}, "grad does not have the size"),
         ({7: 3}, "strides are 1 or 2"),
         ({8: [0, 0, 0]}, "padding takes 4 numbers"),
-        ({9: "gelu"}, "unknown activation 'gelu'"),
+        ({9: "mish"}, "unknown activation 'mish'"),
         ({0: torch.zeros(1, 8, 4, 4, dtype=torch.float64)}, "take float32, bfloat16 or float16"),
     ],
 )

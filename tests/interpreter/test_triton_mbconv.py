@@ -28,7 +28,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
 QUICK = (
     "b0_style", "no_expansion_residual", "lite", "odd_channels", "mobilenet_v3", "drop_path_without_residual",
     "affine_free", "folded", "one_pixel", "residual", "trained", "folded_no_expansion",
-    "empty_batch",
+    "empty_batch", "dilated",
 )  # fmt: skip
 CASES = [case for case in MBCONV if case.name in QUICK]
 MIXED = [(case, DTYPES[i % 4], bool(i // 4 % 2), LAYOUTS[i // 2 % 4]) for i, case in enumerate(CASES)]

@@ -57,6 +57,7 @@ def _block(call: MBConvCall) -> kernels.Block:
         None if call.drop_path is None else call.drop_path.contiguous(),
         call.stride,
         call.sides(),
+        call.dilation,
         call.residual,
         call.activation,
     )

@@ -41,6 +41,8 @@ ACTIVATIONS.update(
         activations.HardSwish: "hardswish",
         activations_me.SwishMe: "silu",
         activations_me.HardSwishMe: "hardswish",
+        activations.GELU: "gelu",
+        activations.GELUTanh: "gelu_tanh",
     }
 )
 GATES.update(
