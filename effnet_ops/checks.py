@@ -21,10 +21,10 @@ LARGEST = 2**31 - 1
 """Of strides, paddings and dilations: no image has so many pixels, and sums of them still fit into 64 bits."""
 
 
-def unknown_name(kind: str, name: object, known: Iterable[str]) -> ValueError:
-    """An error for a name that is not in ``known``, with the closest one that is."""
+def unknown_name(kind: str, name: object, known: Iterable[str], meant: str | None = None) -> ValueError:
+    """An error for a name that is not in ``known``, with the closest one that is (``meant`` if it is one)."""
     known = list(known)
-    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
+    close = [meant] if meant in known else difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     listed = f" (known: {', '.join(known)})" if len(known) <= 12 else ""
     return ValueError(f"unknown {kind} {name!r}{hint}{listed}")

@@ -571,6 +571,8 @@ _VECTORS = ("weight", "bias", "running_mean", "running_var")
 
 
 def _check_conv_norm(name: str, conv: ConvNormParams, shape: tuple[int | None, ...], x: Tensor) -> None:
+    if not isinstance(conv, ConvNormParams):
+        raise TypeError(f"{name} must be ConvNormParams, got {type(conv).__name__}")
     weight, bias, norm = conv
     checks.check_parameter(f"{name}.weight", weight, shape, x)
     channels = weight.shape[0]
@@ -617,9 +619,7 @@ def _check_mbconv(
     _check_conv_norm("depthwise", depthwise, (channels, 1, None, None), x)
     size = checks.check_window(x, depthwise.weight.shape[2:], stride, sides, dilation)
     if squeeze_excite is not None:
-        _check_squeeze_excite(*squeeze_excite[:4], x, channels)
-        if squeeze_excite.activation is not None:
-            checks.check_activation(squeeze_excite.activation)
+        _check_gate_params(squeeze_excite, x, channels)
     _check_conv_norm("project", project, (None, channels, 1, 1), x)
     _check_residual(residual, project.weight.shape[0], size, x)
     return size
@@ -644,14 +644,20 @@ def _check_fused_mbconv(
     channels = out_channels = expand.weight.shape[0]
     size = checks.check_window(x, expand.weight.shape[2:], stride, sides, (1, 1))
     if squeeze_excite is not None:
-        _check_squeeze_excite(*squeeze_excite[:4], x, channels)
-        if squeeze_excite.activation is not None:
-            checks.check_activation(squeeze_excite.activation)
+        _check_gate_params(squeeze_excite, x, channels)
     if project is not None:
         _check_conv_norm("project", project, (None, channels, 1, 1), x)
         out_channels = project.weight.shape[0]
     _check_residual(residual, out_channels, size, x)
     return size
+
+
+def _check_gate_params(layer: SqueezeExciteParams, x: Tensor, channels: int) -> None:
+    if not isinstance(layer, SqueezeExciteParams):
+        raise TypeError(f"squeeze_excite must be SqueezeExciteParams or None, got {type(layer).__name__}")
+    _check_squeeze_excite(*layer[:4], x, channels)
+    if layer.activation is not None:
+        checks.check_activation(layer.activation)
 
 
 def _check_residual(residual: bool, channels: int, size: tuple[int, int], x: Tensor) -> None:

@@ -271,8 +271,8 @@ def _input_gradient_rule(shape: Mapping[str, int], arch: Architecture) -> Config
     reduced = cdiv(shape["taps"], phases) * shape["channels_out"]
     pixels = cdiv(shape["pixels"], phases)
     config = _product_rule(shape, arch, reduced, shape["channels_in"], shape["images"] * phases, pixels)
-    # Left to itself, the compiler spills a few in order to fit a third program.
-    return {**config, "registers": 128} if config["num_warps"] == 8 else config
+    # Left to itself, the compiler spills a few in order to fit one more program.
+    return {**config, "registers": 128}
 
 
 @tuning.heuristic("convolution_weight_gradient")

@@ -52,6 +52,19 @@ def block(x: Any = X, **changes: Any) -> Tensor:
     return effnet_ops.mbconv(x, **(arguments | changes))
 
 
+def fused(x: Any = X, **changes: Any) -> Tensor:
+    arguments: dict[str, Any] = dict(
+        expand=ConvNormParams(torch.zeros(16, 8, 3, 3), None, norm(16)),
+        squeeze_excite=None,
+        project=ConvNormParams(torch.zeros(8, 16, 1, 1), None, norm(8)),
+        stride=1,
+        padding=1,
+        residual=True,
+        training=True,
+    )
+    return effnet_ops.fused_mbconv(x, **(arguments | changes))
+
+
 def narrow_se() -> SqueezeExciteParams:
     return SqueezeExciteParams(torch.zeros(2, 8, 1, 1), None, torch.zeros(8, 2, 1, 1), None)
 
@@ -159,6 +172,16 @@ CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: block(drop_path=torch.ones(3)), ValueError, "drop_path must have shape (2,), got (3,)"),
     (lambda: block(drop_path=torch.ones(2, device="meta")), ValueError, "drop_path is on meta, but x is on cpu"),
     (lambda: block(X.to("meta")), ValueError, "is on cpu, but x is on meta"),
+    (lambda: block(depthwise=None), TypeError, "depthwise must be ConvNormParams, got NoneType"),
+    (lambda: block(project=torch.zeros(8, 16, 1, 1)), TypeError, "project must be ConvNormParams, got Tensor"),
+    (lambda: block(squeeze_excite=(None,) * 4), TypeError, "squeeze_excite must be SqueezeExciteParams or None, got"),
+    (lambda: fused(expand=None), TypeError, "expand must be ConvNormParams, got NoneType"),
+    (lambda: fused(X[:, :7]), ValueError, "expand.weight must have shape (any, 7, any, any), got (16, 8, 3, 3)"),
+    (lambda: fused(project=ConvNormParams(torch.zeros(8, 15, 1, 1))), ValueError, "must have shape (any, 16, 1, 1)"),
+    (lambda: fused(project=None), ValueError, "residual=True needs an output of x's shape (2, 8, 6, 5), but it is"),
+    (lambda: fused(squeeze_excite=narrow_se()), ValueError, "reduce_weight must have shape (any, 16, 1, 1)"),
+    (lambda: fused(stride=2), ValueError, "residual=True needs an output of x's shape (2, 8, 6, 5)"),
+    (lambda: fused(drop_path=torch.ones(3)), ValueError, "drop_path must have shape (2,), got (3,)"),
 ]
 
 

@@ -303,6 +303,8 @@ def test_summary_shows_the_published_figures() -> None:
     for figure in ("5,288,548", "385.81", "851 px", "320x7x7"):
         assert figure in result.output
     assert "squeeze-and-excitation" not in run("summary", "efficientnet_lite0").output
+    v2 = run("summary", "tf_efficientnetv2_b0").output
+    assert all(figure in v2 for figure in ("7,139,704", "718.09", "763 px", "192x7x7"))
     assert run("summary", "efficientnet_b0", "--resolution", 0).exit_code == 2
 
 

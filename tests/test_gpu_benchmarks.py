@@ -310,6 +310,18 @@ def test_what_the_targets_ask_is_measured_first() -> None:
     assert {(job.provider, job.dtype) for job in plain[: 2 * shapes]} == {("cudnn channels_last", "bf16")}
 
 
+def test_v2_has_rows_of_its_blocks_and_of_the_network() -> None:
+    """The five kinds of V2-B0's Fused-MBConv blocks; a dry run prepares the first two of them."""
+    for script in (baselines, ours):
+        fused = dict.fromkeys((job.operation, job.shape) for job in script.blocks(REAL) if "fused" in job.operation)
+        assert [shape for _, shape in fused] == [
+            f"256x{size}" for size in ("32x112x112", "16x112x112", "32x56x56", "32x56x56", "48x28x28")
+        ]
+        assert "tf_efficientnetv2_b0" in {job.operation for job in script.networks(REAL)}
+    keys = [job.key for script in (baselines, ours) for job in script.blocks(REAL)]
+    assert len(keys) == len(set(keys))
+
+
 def test_block_is_checked_against_the_stock_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """What replaces it may be wrong in every precision."""
     (job, *_) = ours.blocks(DRY)

@@ -162,6 +162,7 @@ def test_names() -> None:
         ("eficientnet-b0", {}, "did you mean 'efficientnet_b0'"),
         ("resnet50", {}, "unknown model 'resnet50'"),
         ("efficientnet_v2_s", {}, "did you mean 'efficientnetv2_s'"),
+        ("efficientnetv2_b0", {}, "did you mean 'tf_efficientnetv2_b0'\\?$"),
         ("torchvision:efficientnet_b9", {}, "unknown torchvision model"),
         ("keras:efficientnet_b0", {}, "unknown library 'keras'"),
         (TINY, dict(num_classes=-1), "num_classes .* got -1"),

@@ -273,6 +273,14 @@ def test_fused_block() -> None:
     assert not (wrong := narrow_convolutions(launches, "sm_90")), "\n".join(wrong)
 
 
+def test_input_gradient_of_a_fused_block_in_float32() -> None:
+    """A tile of 32 x 32 in four warps: without a limit of registers ptxas spilled four of them on sm_100."""
+    launches = fused_step(FUSED[1][0], 128, FUSED[1][1], torch.float32, "sm_100")
+    launches = [x for x in launches if x.kernel.__name__ == "convolution_bwd_kernel_input"]
+    assert launches
+    check(launches, "sm_100")
+
+
 FUSED_NETWORKS = [("efficientnetv2_s", 300, 128), ("tf_efficientnetv2_b0", 192, 256), ("efficientnetv2_xl", 384, 1)]
 
 

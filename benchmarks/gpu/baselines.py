@@ -23,7 +23,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from rows import PART_SECONDS, Job, Session, Work, once, output_path, relative_error
-from shapes import RESOLUTIONS, Depthwise, layers
+from shapes import RESOLUTIONS, Depthwise, layers, whole_blocks
 from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -152,23 +152,14 @@ def elementwise(scale: Scale) -> Iterator[Job]:
 
 
 def blocks(scale: Scale) -> Iterator[Job]:
-    """Whole MBConv blocks of B0."""
-    for path, channels, side in layers("efficientnet_b0", scale.resolution["efficientnet_b0"]).blocks[
-        : scale.most_layers
-    ]:
+    """Whole MBConv blocks of B0 and Fused-MBConv blocks of V2-B0."""
+    for label, network, path, channels, side in whole_blocks(scale.resolution, scale.most_layers):
 
-        def make(path: str = path) -> nn.Module:
-            return timm.create_model("efficientnet_b0").get_submodule(path)
+        def make(network: str = network, path: str = path) -> nn.Module:
+            return timm.create_model(network).get_submodule(path)
 
-        yield from _module_jobs(
-            scale,
-            "blocks",
-            f"block {path}",
-            f"{scale.batch}x{channels}x{side}x{side}",
-            make,
-            (channels, side),
-            ("bf16",),
-        )
+        shape = f"{scale.batch}x{channels}x{side}x{side}"
+        yield from _module_jobs(scale, "blocks", label, shape, make, (channels, side), ("bf16",))
 
 
 def _module_jobs(

@@ -31,7 +31,7 @@ from baselines import (
     step_of,
 )
 from rows import Job, Work, relative_error
-from shapes import RESOLUTIONS, Block, Depthwise, Product, layers
+from shapes import RESOLUTIONS, Block, Depthwise, Product, layers, whole_blocks
 from torch import Tensor, nn
 
 import effnet_ops
@@ -422,15 +422,15 @@ def _operation(
 
 
 def blocks(scale: Scale) -> Iterator[Job]:
-    """Whole MBConv blocks of B0 after replace_layers."""
-    for path, channels, side in layers("efficientnet_b0", scale.resolution["efficientnet_b0"]).blocks[
-        : scale.most_layers
-    ]:
+    """Whole MBConv blocks of B0 and Fused-MBConv blocks of V2-B0 after replace_layers."""
+    for label, network, path, channels, side in whole_blocks(scale.resolution, scale.most_layers):
         for mode in ("forward", "step"):
 
-            def prepare(path: str = path, channels: int = channels, side: int = side, mode: str = mode) -> Work:
+            def prepare(
+                network: str = network, path: str = path, channels: int = channels, side: int = side, mode: str = mode
+            ) -> Work:
                 torch.manual_seed(0)
-                model = timm.create_model("efficientnet_b0").to(scale.device, memory_format=torch.channels_last)
+                model = timm.create_model(network).to(scale.device, memory_format=torch.channels_last)
                 stock = copy.deepcopy(model.train(mode == "step").get_submodule(path))
                 effnet_ops.replace_layers(model)
                 x = _random(scale, scale.batch, channels, side, side).contiguous(memory_format=torch.channels_last)
@@ -440,12 +440,12 @@ def blocks(scale: Scale) -> Iterator[Job]:
                 return dataclasses.replace(work, error=(lambda: _error(block, stock, x)) if work.error else None)
 
             shape = f"{scale.batch}x{channels}x{side}x{side}"
-            yield Job("blocks", f"block {path}", f"{OURS} channels_last", shape, "bf16", mode, prepare)
+            yield Job("blocks", label, f"{OURS} channels_last", shape, "bf16", mode, prepare)
 
 
 def networks(scale: Scale) -> Iterator[Job]:
     """Networks after replace_layers, and in inference also after optimize_for_inference, with and without a graph."""
-    for name in [n for n in RESOLUTIONS if n.startswith("efficientnet")]:
+    for name in [n for n in RESOLUTIONS if n != "resnet50"]:
         for mode, batch in passes(scale):
             for provider in ("replace_layers", *(["optimize_for_inference"] if mode == "forward" else [])):
                 for graph in (False, True) if scale.device == "cuda" else (False,):

@@ -218,7 +218,8 @@ def model_spec(name: str) -> ScaledSpec:
     models = _library(library).models
     if not isinstance(model, str) or model not in models:
         kind = "model" if library == "effnet_ops" else f"{library} model"
-        raise unknown_name(kind, model, models)
+        # Of V2-B0 there is TensorFlow's alone, and nearer by its letters is efficientnet_b0.
+        raise unknown_name(kind, model, models, meant=f"tf_{model}")
     member, convention = models[model]
     return replace(MEMBERS[member], convention=convention, name=name)
 
