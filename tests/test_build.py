@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,22 @@ def test_package_has_its_data(tmp_path: Path) -> None:
         if path.is_file() and path.suffix not in (".pyc", ".so")
     ]
     assert wanted and [name for name in wanted if not (tmp_path / name).exists()] == []
+
+
+def test_source_distribution_is_whole_and_made_without_a_warning(tmp_path: Path) -> None:
+    command = ["egg_info", "--egg-base", tmp_path, "sdist", "--dist-dir", tmp_path]
+    result = subprocess.run(
+        [sys.executable, "setup.py", *command], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "warning" not in (result.stdout + result.stderr).lower()
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        names = {name.partition("/")[2] for name in file.getnames()}
+    folders = ("effnet_ops", "csrc", "kernels", "tests", "docs", "benchmarks", "findings")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
+    wanted = {str(path.relative_to(ROOT)) for path in files if path.suffix not in (".pyc", ".so")}
+    assert {name for name in wanted if not Path(name).name.startswith(".")} <= names
+    assert not [name for name in names if name.endswith((".pyc", ".so"))]
 
 
 @pytest.fixture
