@@ -28,3 +28,19 @@ def test_public_names_have_docstrings(name: str) -> None:
     # A dataclass without one has its signature.
     without = [each for each, value in public(module) if (value.__doc__ or f"{each}(").startswith(f"{each}(")]
     assert module.__doc__ and not without
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_public_methods_have_docstrings(name: str) -> None:
+    """Their own or those of a base class; what torch.nn.Module calls by itself needs none."""
+    module = importlib.import_module(f"effnet_ops.{name}".rstrip("."))
+    methods = [
+        f"{offered}.{method}"
+        for offered, value in public(module)
+        if inspect.isclass(value)
+        for method, member in vars(value).items()
+        if not method.startswith("_") and method not in ("forward", "extra_repr", "train")
+        if (inspect.isfunction(member) or isinstance(member, (property, classmethod, staticmethod)))
+        and not inspect.getdoc(getattr(value, method))
+    ]
+    assert not methods
