@@ -18,7 +18,11 @@ def _paths_of_photographs() -> tuple[Path, ...]:
 
     names = ("chelsea.png", "coffee.png", "camera.png", "rocket.jpg", "astronaut.png", "motorcycle_left.png")
     images = Path(sklearn.__file__).parent / "datasets" / "images"
-    return *(Path(skimage.__file__).parent / "data" / name for name in names), images / "china.jpg", images / "flower.jpg"
+    return (
+        *(Path(skimage.__file__).parent / "data" / name for name in names),
+        images / "china.jpg",
+        images / "flower.jpg",
+    )
 
 
 def photographs(size: int = 224) -> Tensor:
