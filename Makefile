@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+# Another PyTorch than requirements-dev.txt pins; in an environment of its own: make test TORCH=2.14.1 VENV=build/torch-2.14.1
+TORCH ?=
 BENCH_ARGS ?=
 
 SHELL := /bin/bash
@@ -13,6 +15,7 @@ SHELL := /bin/bash
 BIN := $(VENV)/bin
 ENVIRONMENT := $(VENV)/.environment
 BUILD := $(VENV)/.build
+REQUIREMENTS := $(if $(TORCH),<(sed 's/^torch==.*/torch==$(TORCH)/' requirements-dev.txt),requirements-dev.txt)
 # Two workers with two threads each on two cores: threads that spin while they wait would make the tests several times slower.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n 2 --durations=30
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
@@ -120,7 +123,7 @@ $(ENVIRONMENT): requirements-dev.txt
 	@echo "==> creating the environment in $(VENV) (PyTorch is large: a few minutes)"
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV) || \
 		{ rm -rf $(VENV); echo "$(PYTHON) cannot create a virtual environment (Debian: apt install python3-venv)" >&2; exit 1; }
-	@$(call install,environment,-r requirements-dev.txt)
+	@$(call install,environment,-r $(REQUIREMENTS))
 	@touch $@
 
 $(BUILD): $(ENVIRONMENT) setup.py setup_cuda.py pyproject.toml $(CXX_SOURCES)

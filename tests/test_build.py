@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,40 @@ def test_package_has_its_data(tmp_path: Path) -> None:
         if path.is_file() and path.suffix not in (".pyc", ".so")
     ]
     assert wanted and [name for name in wanted if not (tmp_path / name).exists()] == []
+
+
+def source_distribution(folder: Path) -> tuple[Path, str]:
+    """The archive, and what making it said."""
+    command = [sys.executable, "setup.py", "egg_info", "--egg-base", folder, "sdist", "--dist-dir", folder]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    (archive,) = folder.glob("*.tar.gz")
+    return archive, result.stdout + result.stderr
+
+
+def test_source_distribution_is_whole_and_made_without_a_warning(tmp_path: Path) -> None:
+    archive, said = source_distribution(tmp_path)
+    assert "warning" not in said.lower()
+    with tarfile.open(archive) as file:
+        names = {name.partition("/")[2] for name in file.getnames()}
+    folders = ("effnet_ops", "csrc", "kernels", "tests", "docs", "benchmarks", "findings")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
+    wanted = {str(path.relative_to(ROOT)) for path in files if path.suffix not in (".pyc", ".so")}
+    assert {name for name in wanted if not Path(name).name.startswith(".")} <= names
+    assert not [name for name in names if name.endswith((".pyc", ".so"))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isolation", [False, True])
+def test_source_distribution_installs_without_a_warning(isolation: bool, tmp_path: Path) -> None:
+    """With isolation, pip fetches the newest setuptools, and a PyTorch of some gigabytes, for the build alone."""
+    archive, _ = source_distribution(tmp_path)
+    command = [sys.executable, "-m", "pip", "install", "-v", "--no-deps", "--target", tmp_path / "installed", archive]
+    command += [] if isolation else ["--no-build-isolation"]
+    environment = {**os.environ, "EFFNET_OPS_BUILD": "none"}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    assert not re.search(r"[a-z]Warning\b|deprecated", result.stdout + result.stderr)
+    assert (tmp_path / "installed" / "effnet_ops" / "py.typed").is_file()
 
 
 @pytest.fixture

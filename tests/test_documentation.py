@@ -54,3 +54,19 @@ def test_shares_of_the_peak_are_those_of_the_rows() -> None:
         assert len(each) == len(names)
         assert f"{statistics.median(row['p50'] for row in each):.2f}" == ms, (network, layer)
         assert f"{statistics.median(row['percent_of_fma_peak'] for row in each):.0f}" == share, (network, layer)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_public_methods_have_docstrings(name: str) -> None:
+    """Their own or those of a base class; what torch.nn.Module calls by itself needs none."""
+    module = importlib.import_module(f"effnet_ops.{name}".rstrip("."))
+    methods = [
+        f"{offered}.{method}"
+        for offered, value in public(module)
+        if inspect.isclass(value)
+        for method, member in vars(value).items()
+        if not method.startswith("_") and method not in ("forward", "extra_repr", "train")
+        if (inspect.isfunction(member) or isinstance(member, (property, classmethod, staticmethod)))
+        and not inspect.getdoc(getattr(value, method))
+    ]
+    assert not methods

@@ -16,14 +16,17 @@ import torch
 from torch import Tensor, nn
 
 import effnet_ops
-from effnet_ops import deployment, layers
+from effnet_ops import deployment, layers, models, scaling
 
 x = torch.randn(1, 8, 16, 16)
 weight = torch.randn(8, 1, 3, 3)
 y: Tensor = effnet_ops.depthwise_conv2d(x, weight, stride=2, padding="same", activation="silu")
 y = effnet_ops.pointwise_conv2d(x, torch.randn(4, 8, 1, 1), None)
 conv = effnet_ops.ConvNormParams(weight, None, None)
-block: nn.Module = layers.MBConv(8, 8, 3, 1, activation="silu")
+block: nn.Module = layers.MBConv(8, 8, 3, 1, activation="silu", device="cpu", dtype=torch.float32)
+fields: int = scaling.receptive_field("efficientnet_b0").size
+spec: models.ScaledSpec = scaling.CompoundScaling().spec(1.0)
+flops: int = scaling.count(spec).flops
 model: nn.Module = effnet_ops.create_model("efficientnet_b0")
 report: effnet_ops.ReplacementReport = effnet_ops.replace_layers(model)
 fast: nn.Module = effnet_ops.optimize_for_inference(model, dtype=torch.bfloat16)

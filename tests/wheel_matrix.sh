@@ -5,8 +5,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 TORCH_VERSIONS=${TORCH_VERSIONS:-2.10.0 2.11.0 2.13.0 2.14.1}
-# The words, and what PyTorch expects of an operator.
-TESTS=${TESTS:-test_operators test_depthwise test_pointwise test_squeeze_excite test_mbconv test_packed}
+# The words, what PyTorch expects of an operator, and what else is C++; of test_cpp.py the slow ones, too.
+TESTS=${TESTS:-test_operators test_depthwise test_pointwise test_squeeze_excite test_mbconv test_fused_mbconv \
+    test_batch_norm test_conv_norm test_packed test_recorded_calls}
 
 wheels=(dist/effnet_ops-*.whl)
 [ ${#wheels[@]} = 1 ] && [ -f "${wheels[0]}" ] || { echo "dist/ must hold one wheel: run make wheel" >&2; exit 1; }
@@ -20,14 +21,15 @@ for version in $TORCH_VERSIONS; do
     environment=$folder/torch-$version
     echo "==> torch $version"
     "$PYTHON" -m venv "$environment"
-    "$environment/bin/python" -m pip install --quiet --disable-pip-version-check --no-cache-dir \
-        "torch==$version" "${wheels[0]}" numpy pytest hypothesis
-    "$environment/bin/python" -m pip check
+    "$environment/bin/python" -m pip install --quiet --disable-pip-version-check --no-cache-dir --no-compile \
+        "torch==$version" "${wheels[0]}" numpy pytest hypothesis efficientnet_pytorch
+    # One chain: bash does not stop at the first command that fails in a list whose result is asked for.
+    # shellcheck disable=SC2046,SC2086
     (
-        cd "$folder/checkout"
-        "$environment/bin/python" -c "import effnet_ops, torch; print(torch.__version__, effnet_ops.available_backends())"
-        # shellcheck disable=SC2046,SC2086
-        OMP_WAIT_POLICY=passive "$environment/bin/pytest" -q -m "not slow" $(printf 'tests/%s.py ' $TESTS)
+        cd "$folder/checkout" && export OMP_WAIT_POLICY=passive PATH="$environment/bin:$PATH" &&
+            python -m pip check &&
+            python -c "import effnet_ops, torch; print(torch.__version__, effnet_ops.available_backends())" &&
+            pytest -q -m "not slow" $(printf 'tests/%s.py ' $TESTS) && pytest -q tests/test_cpp.py
     ) || failed+=("$version")
     [ "${KEEP:-0}" = 1 ] || rm -rf "$environment"
 done

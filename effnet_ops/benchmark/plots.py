@@ -92,7 +92,7 @@ def _bars(model: str, rows: Sequence[Row]) -> Figure:
 
 def _lines(
     title: str, rows: Sequence[Row], x: Callable[[Row], int], y: Callable[[Row], float], labels: tuple[str, str]
-):
+) -> Figure | None:
     """A line a provider; None where there are fewer than two values of x."""
     if len({x(row) for row in rows}) < 2:
         return None

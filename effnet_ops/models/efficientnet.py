@@ -23,12 +23,15 @@ class FeatureInfo(tuple):
     """One entry a feature map: ``num_chs``, ``reduction`` (pixels of the image a step) and the ``module`` it leaves."""
 
     def channels(self) -> list[int]:
+        """The number of channels of each feature map."""
         return [entry["num_chs"] for entry in self]
 
     def reduction(self) -> list[int]:
+        """How many pixels of the image a step of each feature map is."""
         return [entry["reduction"] for entry in self]
 
     def module_name(self) -> list[str]:
+        """The name of the module that each feature map leaves."""
         return [entry["module"] for entry in self]
 
 
@@ -129,6 +132,7 @@ class EfficientNet(_Trunk):
         initialize(self)
 
     def get_classifier(self) -> nn.Module:
+        """The last layer."""
         return self.classifier
 
     def reset_classifier(self, num_classes: int) -> None:

@@ -99,18 +99,22 @@ class BlockSpec:
 
     @property
     def expanded_channels(self) -> int:
+        """Channels of the depthwise convolution."""
         return expanded_channels(self.in_channels, self.expand_ratio)
 
     @property
     def se_channels(self) -> int:
+        """Channels between the two products of squeeze-and-excitation, 0 without it."""
         return squeezed_channels(self.in_channels, self.se_ratio)
 
     @property
     def expands(self) -> bool:
+        """Whether a 1x1 convolution comes before the depthwise one."""
         return self.expanded_channels != self.in_channels
 
     @property
     def residual(self) -> bool:
+        """Whether the block's input is added to its output."""
         return self.stride == 1 and self.in_channels == self.out_channels
 
 
@@ -150,10 +154,12 @@ class ScaledSpec:
 
     @property
     def stem_channels(self) -> int:
+        """Channels of the first convolution."""
         return self._end_channels(self.architecture.stem_channels)
 
     @property
     def head_channels(self) -> int:
+        """Channels of the last convolution."""
         return self._end_channels(self.architecture.head_channels)
 
     def _end_channels(self, channels: int) -> int:

@@ -41,6 +41,7 @@ class Outcome:
 
     @property
     def score(self) -> float:
+        """The mean over the seeds."""
         return statistics.fmean(self.scores)
 
     @property
@@ -75,6 +76,7 @@ class Comparison:
 
     @property
     def base(self) -> Outcome:
+        """What the others are compared with."""
         return self.outcomes[0]
 
 

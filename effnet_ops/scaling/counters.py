@@ -178,6 +178,7 @@ class ConvolutionCost(NamedTuple):
 
     @property
     def saving(self) -> float:
+        """How many times as many multiply-adds the standard convolution takes."""
         return self.standard_macs / self.separable_macs
 
 

@@ -46,18 +46,22 @@ class ScoredPoint:
 
     @property
     def deviation(self) -> float:
+        """The standard deviation over the seeds, 0 of a single one."""
         return statistics.stdev(self.scores) if len(self.scores) > 1 else 0.0
 
     @property
     def macs(self) -> int:
+        """Multiply-adds of one image."""
         return self.point.macs
 
     @property
     def parameters(self) -> int:
+        """The number of parameters."""
         return self.point.parameters
 
     @property
     def cost(self) -> float:
+        """What the constraint limits, in its unit."""
         return self.point.cost
 
 
@@ -70,6 +74,7 @@ class SearchResult:
 
     @property
     def best(self) -> ScoredPoint:
+        """The point with the best score."""
         return self.points[0]
 
 

@@ -83,6 +83,7 @@ class Prediction:
 
     @property
     def error(self) -> float:
+        """The predicted over the measured time, minus one."""
         return self.predicted / self.measured.p50 - 1.0
 
 
@@ -157,6 +158,7 @@ class LatencyTable:
         self.close()
 
     def close(self) -> None:
+        """Close the results file."""
         if self._file is not None:
             self._file.close()
 

@@ -37,6 +37,7 @@ class Layer(NamedTuple):
 
     @property
     def parameters(self) -> int:
+        """The number of parameters."""
         weights = self.out_channels * self.in_channels // self.groups * self.kernel_size**2
         return weights + self.out_channels * (self.bias + 2 * self.norm)
 

@@ -29,6 +29,7 @@ class AccuracyFit(NamedTuple):
     residual: float
 
     def accuracy(self, axes: Axes) -> float:
+        """The fitted accuracy of a network of these axes."""
         return self.ceiling - sum(w * x**-self.power for w, x in zip(self.weights, axes, strict=True))
 
 

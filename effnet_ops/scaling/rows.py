@@ -56,6 +56,7 @@ class RowFile:
         self.close()
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
     def append(self, row: Row) -> None:
