@@ -6,12 +6,14 @@ up. Both are in float64, so that processes with different numbers of images get 
 stay those of the process: DistributedDataParallel averages them, as it does those of all others.
 
 The kernels of the CPU call `reduce_at` between two of their steps; `reference.sync_batch_norm` is the same in PyTorch.
+There `share_statistics` and `share_sums` are the collectives, as operators.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +31,11 @@ def group_of(norm: nn.Module) -> Any:
         return None
     group = norm.process_group or dist.group.WORLD
     return group if group.size() > 1 else None
+
+
+def batch_norm_alone(norm: Any, x: Tensor) -> Tensor:
+    """What torch.nn.SyncBatchNorm computes in training where it shares nothing, also on a CPU, where it refuses."""
+    return nn.BatchNorm2d.forward(norm, x)
 
 
 def merge_statistics(group: Any, values: Tensor) -> None:
@@ -63,11 +70,47 @@ def _reduce(group: Any, collective: Callable[[], object]) -> None:
         ) from error
 
 
+_library = torch.library.Library("effnet_ops", "FRAGMENT")
+
+
+def _operator(name: str, reduction: Callable[[Any, Tensor], None]) -> Any:
+    """A reduction, in place, as an operator that takes the group by its name: torch.compile leaves it as it is."""
+
+    def run(values: Tensor, process_group: str) -> None:
+        reduction(internals.process_group(process_group), values)
+
+    _library.define(f"{name}(Tensor(a!) values, str process_group) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"effnet_ops::{name}", lambda values, process_group: None, lib=_library)
+    return getattr(torch.ops.effnet_ops, name).default
+
+
+share_statistics, share_sums = _operator("share_statistics", merge_statistics), _operator("share_sums", add_sums)
+
+
 def reduce_at(name: str, statistics: bool, address: int, count: int) -> None:
     """`merge_statistics` or `add_sums` with a group by its name, of ``count`` numbers at an address."""
     values = torch.frombuffer((ctypes.c_double * count).from_address(address), dtype=torch.float64)
     with torch.inference_mode(False), torch.no_grad():
         (merge_statistics if statistics else add_sums)(internals.process_group(name), values)
+
+
+def gather(args: Sequence[Any]) -> tuple[list[Any], Callable[[Tensor], Tensor]] | None:
+    """The arguments of an operator with whole tensors in the places of DTensors, for each process to compute the whole.
+
+    Returns:
+        The arguments, and what makes a DTensor of a result; None where not all tensors are DTensors.
+    """
+    if "torch.distributed.tensor" not in sys.modules:
+        return None
+    from torch.distributed.tensor import DTensor, Replicate
+
+    tensors = [value for value in args if isinstance(value, Tensor)]
+    if not tensors or not all(isinstance(value, DTensor) for value in tensors):
+        return None
+    mesh = tensors[0].device_mesh
+    whole = [value.full_tensor() if isinstance(value, Tensor) else value for value in args]
+    return whole, lambda y: DTensor.from_local(y, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
 if _native.module is not None:

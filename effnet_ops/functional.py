@@ -342,7 +342,7 @@ def sync_batch_norm(x: Tensor, norm: BatchNormParams, group: Any) -> Tensor:
     """Batch normalisation in training with the statistics of all processes of ``group``, as torch.nn.SyncBatchNorm."""
     y, mean, variance, count = reference.sync_batch_norm(x, norm.weight, norm.bias, norm.eps, group)
     if not context.recomputing():
-        _update_norm(norm, mean, variance, count.item())
+        _update_norm(norm, mean, variance, count)
     return y
 
 
@@ -704,17 +704,24 @@ def _update_running_statistics(
     for conv, used, count in zip(convs, statistics, counts, strict=True):
         if conv is not None and conv.norm is not None and used is not None:
             mean, variance, *shared = used
-            _update_norm(conv.norm, mean, variance, shared[0].item() if shared else count)
+            _update_norm(conv.norm, mean, variance, shared[0] if shared else count)
 
 
 @torch.no_grad()
-def _update_norm(norm: BatchNormParams, mean: Tensor, variance: Tensor, count: float) -> None:
+def _update_norm(norm: BatchNormParams, mean: Tensor, variance: Tensor, count: int | Tensor) -> None:
     """running = (1 - momentum) * running + momentum * batch, with the unbiased variance, as torch.nn.BatchNorm2d."""
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
-    if norm.running_mean is None or count == 0:
+    shared = isinstance(count, Tensor)
+    if norm.running_mean is None or (not shared and count == 0):
         return
     momentum = 1.0 / norm.num_batches_tracked.item() if norm.momentum is None else norm.momentum
-    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
-    unbiased = variance * (count / max(count - 1, 1))
-    norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), momentum)
+    others = (count - 1).clamp(min=1) if shared else max(count - 1, 1)
+    mean = mean.to(norm.running_mean.dtype)
+    unbiased = (variance * (count / others)).to(norm.running_var.dtype)
+    if shared:
+        # All processes may be without images. To ask would split a compiled graph.
+        mean = torch.where(count > 0, mean, norm.running_mean)
+        unbiased = torch.where(count > 0, unbiased, norm.running_var)
+    norm.running_mean.lerp_(mean, momentum)
+    norm.running_var.lerp_(unbiased, momentum)

@@ -651,9 +651,13 @@ def _norm_params(norm: nn.Module, training: bool) -> BatchNormParams:
 
 
 def _normalise(norm: nn.Module, x: Tensor) -> Tensor:
-    """``norm(x)``, also where it shares its statistics on a CPU, which torch.nn.SyncBatchNorm refuses."""
-    group = distributed.group_of(norm) if _is_plain(norm, nn.SyncBatchNorm) and x.device.type == "cpu" else None
-    return norm(x) if group is None else functional.sync_batch_norm(x, _norm_params(norm, True), group)
+    """``norm(x)``, also in training on a CPU, where torch.nn.SyncBatchNorm refuses, even in a group of one process."""
+    if not (norm.training and x.device.type == "cpu" and _is_plain(norm, nn.SyncBatchNorm)):
+        return norm(x)
+    group = distributed.group_of(norm)
+    if group is None:
+        return distributed.batch_norm_alone(norm, x)
+    return functional.sync_batch_norm(x, _norm_params(norm, True), group)
 
 
 def _norm_act(norm: nn.Module, x: Tensor, activation: str) -> Tensor:

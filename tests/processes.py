@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import datetime
+import functools
+import itertools
 import os
 import tempfile
 import time
@@ -22,7 +25,7 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, distribute_module, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import effnet_ops
@@ -31,10 +34,15 @@ from effnet_ops.surgery.fused import FusedLayer
 
 
 def run_processes(count: int, function: Callable[..., None], *args: Any, timeout: float = 60) -> None:
-    """``function(rank, group, *args)`` in ``count`` new processes of one group; its error, if one of them has one."""
+    """``function(rank, *args)`` in ``count`` new processes of one group; its error, if one of them has one.
+
+    They are forks of one server, which imports what takes seconds once for all tests.
+    """
+    multiprocessing.set_forkserver_preload(["torch.distributed.fsdp", "timm", "effnet_ops"])
     with tempfile.TemporaryDirectory() as folder:
         address = f"file://{Path(folder) / 'store'}"
-        multiprocessing.spawn(_run_process, (count, function, args, address, timeout), nprocs=count)
+        arguments = (count, function, args, address, timeout)
+        multiprocessing.start_processes(_run_process, arguments, nprocs=count, start_method="forkserver")
 
 
 def _run_process(
@@ -212,6 +220,10 @@ def check_own_statistics(rank: int, group: Any, sizes: list[int], training: bool
         assert difference(value, other, 0.1) < 1e-11, name
 
 
+SHARING = ("few channels", "dense")
+"""Blocks whose kernels differ."""
+
+
 def end_early(rank: int, folder: str) -> None:
     """The last process dies between two steps, as one that runs out of memory; the others note how they end."""
     torch.manual_seed(0)
@@ -225,28 +237,107 @@ def end_early(rank: int, folder: str) -> None:
 
 
 def freeze_alone(rank: int, folder: str) -> None:
-    """The last process freezes its normalisations; the others wait for it until the time of the group is over."""
-    block = converted(BLOCKS["few channels"](), None)
-    replace_layers(block)
-    x = torch.randn(2, 16, 8, 8)
-    if rank == dist.get_world_size() - 1:
+    """The last process freezes its normalisations and hangs; the others wait until the time of the group is over."""
+    groups = [dist.new_group(timeout=datetime.timedelta(seconds=3)) for _ in SHARING]
+    for name, group in zip(SHARING, groups, strict=True):
+        block = converted(BLOCKS[name](), group)
+        replace_layers(block)
+        x = torch.randn(2, next(m for m in block.modules() if isinstance(m, nn.Conv2d)).in_channels, 8, 8)
+        if rank < dist.get_world_size() - 1:
+            note_error(rank, folder, lambda block=block, x=x: block(x), name)
+            continue
         block.eval()
         block(x)
-        time.sleep(5)
-        return
-    note_error(rank, folder, lambda: block(x))
+        while not (Path(folder) / f"0 {name}").exists():
+            time.sleep(0.1)
 
 
-def note_error(rank: int, folder: str, call: Callable[[], object]) -> None:
+def note_error(rank: int, folder: str, call: Callable[[], object], name: str = "few channels") -> None:
     """Write the error of a call to a file, and how many seconds it took; then the kernels must still run."""
-    start = time.monotonic()
+    start, note = time.monotonic(), "0.0 no error"
     try:
         call()
     except RuntimeError as error:
-        (Path(folder) / str(rank)).write_text(f"{time.monotonic() - start:.1f} {error}")
-    alone = BLOCKS["few channels"]()
+        note = f"{time.monotonic() - start:.1f} {error}"
+    (Path(folder) / f"{rank} {name}").write_text(note)
+    alone = BLOCKS[name]()
     replace_layers(alone)
-    alone(torch.randn(2, 16, 8, 8)).sum().backward()
+    x = torch.randn(2, next(m for m in alone.modules() if isinstance(m, nn.Conv2d)).in_channels, 8, 8)
+    alone(x).sum().backward()
+
+
+class _Sent:
+    """A context that notes how many bytes each collective of this process sends."""
+
+    def __enter__(self) -> dict[str, list[int]]:
+        self.bytes: dict[str, list[int]] = {"all_gather": [], "all_reduce": []}
+        self._patch = pytest.MonkeyPatch()
+        for name, position in (("all_gather", 1), ("all_reduce", 0)):
+            self._patch.setattr(dist, name, functools.partial(self._note, name, position, getattr(dist, name)))
+        return self.bytes
+
+    def _note(self, name: str, position: int, collective: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.bytes[name].append(args[position].nbytes)
+        return collective(*args, **kwargs)
+
+    def __exit__(self, *_: object) -> None:
+        self._patch.undo()
+
+
+def check_collectives(rank: int, group: Any) -> None:
+    """What a step of EfficientNet-B0 sends, as docs/distributed.md has it."""
+    torch.manual_seed(6)
+    model = converted(timm.create_model("efficientnet_b0", num_classes=4), group)
+    replace_layers(model)
+    with _Sent() as sent:
+        model(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert {name: (len(sizes), sum(sizes)) for name, sizes in sent.items()} == {
+        "all_gather": (49, 336_520),
+        "all_reduce": (49, 336_128),
+    }
+
+
+def check_alone(rank: int) -> None:
+    """A group of one process: shared statistics are those of the batch, in any layout, and nothing is sent."""
+    torch.manual_seed(7)
+    networks = (Classifier, functools.partial(effnet_ops.create_model, "efficientnet_lite0", num_classes=4))
+    for make, layout in itertools.product(networks, (torch.contiguous_format, torch.channels_last)):
+        stock = make().double().train()
+        shared = converted(copy.deepcopy(stock), None)
+        x = torch.randn(2, 3, 64, 64, dtype=torch.float64).contiguous(memory_format=layout)
+        replace_layers(shared)
+        with _Sent() as sent:
+            y = shared(x)
+            y.square().sum().backward()
+        assert not any(sent.values())
+        expected = stock(x)
+        expected.square().sum().backward()
+        assert difference(y, expected) < 1e-11
+        for (name, value), other in zip(shared.named_parameters(), stock.parameters(), strict=True):
+            assert difference(value.grad, other.grad, 0.1) < 1e-11, name
+        for (name, value), other in zip(shared.named_buffers(), stock.buffers(), strict=True):
+            assert difference(value, other, 0.1) < 1e-11, name
+
+
+def check_compiled(rank: int, group: Any) -> None:
+    """torch.compile of blocks and of what is around them, all of which share their statistics, in one graph."""
+    torch.manual_seed(8)
+    for backend, named in ((None, None), ("reference", group)):
+        eager = Classifier().double().train()
+        model = copy.deepcopy(eager)
+        for each in (eager, model):
+            replace_layers(converted(each, named))
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+        with effnet_ops.use_backend(backend) if backend else contextlib.nullcontext():
+            y, expected = compiled(x), eager(x)
+            for result in (y, expected):
+                result.square().sum().backward()
+        assert difference(y, expected) < 1e-11
+        for (name, value), other in zip(model.named_parameters(), eager.parameters(), strict=True):
+            assert difference(value.grad, other.grad, 0.1) < 1e-11, name
+        for (name, value), other in zip(model.named_buffers(), eager.buffers(), strict=True):
+            assert difference(value, other, 0.1) < 1e-11, name
 
 
 def check_sharding(rank: int, group: Any, sizes: list[int], folder: str) -> None:
@@ -311,14 +402,29 @@ def check_mixed_precision(rank: int, group: Any) -> None:
 
 
 def check_distributed_tensors(rank: int, group: Any) -> None:
-    """Parameters that are distributed tensors when a block is called: PyTorch's error, and never a wrong result."""
-    block = BLOCKS["few channels"]().eval()
-    replace_layers(block)
-    x = torch.randn(2, 16, 8, 8)
-    with torch.no_grad():
-        block(x)
+    """Parameters that are distributed tensors when a block is called: the images are gathered, also those in parts."""
     mesh = init_device_mesh("cpu", (group.size(),))
-    distribute_module(block, mesh)
-    for gradients in (True, False):
-        with torch.set_grad_enabled(gradients), pytest.raises(NotImplementedError, match="sharding strategy"):
-            block(distribute_tensor(x, mesh, [Replicate()]))
+    torch.manual_seed(9)
+    for name, training in itertools.product(SHARING, (False, True)):
+        stock = BLOCKS[name]().double().train(training)
+        block = copy.deepcopy(stock)
+        replace_layers(block)
+        channels = next(m for m in block.modules() if isinstance(m, nn.Conv2d)).in_channels
+        x = torch.randn(4, channels, 8, 8, dtype=torch.float64)
+        if not training:
+            with torch.no_grad():
+                block(x)
+        distribute_module(block, mesh)
+        for placement in (Replicate(), Shard(0)):
+            if not training:
+                with torch.no_grad():
+                    y = block(distribute_tensor(x, mesh, [placement]))
+                assert difference(y.full_tensor(), stock(x)) < 1e-11
+            y, expected = block(distribute_tensor(x, mesh, [placement])), stock(x)
+            assert difference(y.full_tensor(), expected) < 1e-11
+            for result in (y, expected):
+                result.square().sum().backward()
+            for (key, one), other in zip(block.named_parameters(), stock.parameters(), strict=True):
+                assert difference(one.grad.full_tensor(), other.grad) < 1e-11, key
+            for (key, one), other in zip(block.named_buffers(), stock.buffers(), strict=True):
+                assert difference(one.full_tensor(), other, 0.1) < 1e-11, key

@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import processes
@@ -30,6 +30,7 @@ def _normalisations(rank: int) -> None:
         processes.check_block(name, rank, every, [5, 0, 3], torch.float64, 1e-11, "auto")
     processes.check_training(rank, every, [4, 3, 1], torch.float64, 1, 1e-11)
     if rank < 2:
+        processes.check_training(rank, pair, [5, 3], torch.float32, 1, 1e-4)
         processes.check_training(rank, pair, [5, 3], torch.float64, 20, 1e-11)
         processes.check_training(rank, pair, [5, 3], torch.float32, 20, 1e-3)
 
@@ -38,14 +39,19 @@ def test_shared_statistics_are_those_of_the_whole_batch() -> None:
     run_processes(3, _normalisations)
 
 
-@pytest.mark.parametrize("function", [processes.end_early, processes.freeze_alone])
-def test_a_process_that_does_not_take_part_ends_the_others(function: Callable[..., None], tmp_path: Path) -> None:
-    run_processes(2, function, str(tmp_path), timeout=3)
-    seconds, _, message = (tmp_path / "0").read_text().partition(" ")
-    # The group's timeout is 3 s; what is on top, a busy machine takes.
-    assert float(seconds) < 30
-    assert message.startswith("effnet_ops: process 0 of 2 could not share the statistics")
-    assert "frozen normalisations" in message
+@pytest.mark.parametrize(
+    ("function", "blocks"), [(processes.end_early, ("few channels",)), (processes.freeze_alone, processes.SHARING)]
+)
+def test_a_process_that_does_not_take_part_ends_the_others(
+    function: Callable[..., None], blocks: Sequence[str], tmp_path: Path
+) -> None:
+    run_processes(2, function, str(tmp_path), timeout=3 if function is processes.end_early else 60)
+    for name in blocks:
+        seconds, _, message = (tmp_path / f"0 {name}").read_text().partition(" ")
+        # The group's timeout is 3 s; what is on top, a busy machine takes.
+        assert float(seconds) < 30
+        assert message.startswith("effnet_ops: process 0 of 2 could not share the statistics")
+        assert "frozen normalisations" in message
 
 
 def _data_parallel_and_sharded(rank: int, folder: str) -> None:
@@ -53,11 +59,31 @@ def _data_parallel_and_sharded(rank: int, folder: str) -> None:
         processes.check_own_statistics(rank, dist.group.WORLD, [5, 3], training)
     processes.check_sharding(rank, dist.group.WORLD, [5, 3], folder)
     processes.check_mixed_precision(rank, dist.group.WORLD)
-    processes.check_distributed_tensors(rank, dist.group.WORLD)
+    processes.check_collectives(rank, dist.group.WORLD)
 
 
 def test_data_parallel_and_sharded_models(tmp_path: Path) -> None:
     run_processes(2, _data_parallel_and_sharded, str(tmp_path))
+
+
+def _distributed_tensors(rank: int) -> None:
+    processes.check_distributed_tensors(rank, dist.group.WORLD)
+
+
+def test_blocks_gather_distributed_tensors() -> None:
+    run_processes(2, _distributed_tensors)
+
+
+def _compiled(rank: int) -> None:
+    processes.check_compiled(rank, dist.group.WORLD)
+
+
+def test_compiled_model_shares_its_statistics() -> None:
+    run_processes(2, _compiled)
+
+
+def test_a_group_of_one_process_shares_nothing() -> None:
+    run_processes(1, processes.check_alone)
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from effnet_ops.scaling.machine import cpu_model
 PACKAGES = (
     *("torch", "torchvision", "timm", "efficientnet_pytorch", "onnx", "onnxruntime", "openvino"),
     *("zentorch", "ncnn", "pnnx", "MNN", "ai-edge-litert", "litert-torch", "executorch"),
+    *("lightning", "accelerate"),
 )
 _ORIGIN = ("commit", "uncommitted_changes", "cpu", "cores", "isa", "versions")
 
@@ -34,7 +35,7 @@ class Row:
         operation: the model, or the kind of layer.
         layer: of a layer, the model and its name there.
         shape: of the input, as NxCxHxW, and of a layer's output.
-        mode: forward, backward, forward+backward or step.
+        mode: forward, backward, forward+backward or step, and by whom that is taken.
         p20, p50, p80: milliseconds of one call.
         round_medians: milliseconds, one for each round; rounds of rows with the same ``run`` happened together.
         error: ||out - ref|| / ||ref|| against fp64.

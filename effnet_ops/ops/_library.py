@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils.flop_counter import register_flop_formula
 
-from effnet_ops import backends, context, internals
+from effnet_ops import backends, context, distributed, internals
 from effnet_ops.ops.calls import Flags, Signature
 
 NAMESPACE = "effnet_ops"
@@ -85,10 +85,19 @@ class Operator(Generic[C]):
 
     def run(self, *args: Any) -> Any:
         """The operator, past its autograd kernel where gradients are off: that is Python, and half of the overhead."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or internals.forward_level() >= 0:
-            return self.overload(*args)
-        with internals.below_autograd():
-            return self.overload(*args)
+        try:
+            if torch.is_grad_enabled() or torch.compiler.is_compiling() or internals.forward_level() >= 0:
+                return self.overload(*args)
+            with internals.below_autograd():
+                return self.overload(*args)
+        except NotImplementedError:
+            # Rules for sharding are keyed by shapes, without an operator's settings: DTensors are gathered here.
+            gathered = distributed.gather(args)
+            if gathered is None:
+                raise
+        whole, distribute = gathered
+        results = self.run(*whole)
+        return distribute(results) if isinstance(results, Tensor) else tuple(map(distribute, results))
 
 
 OPERATORS: dict[str, Operator[Any]] = {}

@@ -36,11 +36,11 @@ def batch_norm(
 
 
 class _SyncBatchNorm(torch.autograd.Function):
-    """(x, weight, bias, eps, group) to (y, mean, biased variance, count) of all processes' batches."""
+    """(x, weight, bias, eps, name of the group) to (y, mean, biased variance, count) of all processes' batches."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: Any
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: str
     ) -> tuple[Tensor, ...]:
         dtype, channels = compute_dtype(x.dtype), x.shape[1]
         own = x.numel() // max(channels, 1)
@@ -48,7 +48,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         if own:
             variance, mean = torch.var_mean(x.to(dtype), (0, 2, 3), correction=0)
             values[0], values[1 : 1 + channels], values[1 + channels :] = own, mean, variance.double() * own
-        distributed.merge_statistics(group, values)
+        distributed.share_statistics(values, group)
         count = values[0].clone()
         mean = values[1 : 1 + channels].to(dtype)
         variance = (values[1 + channels :] / count.clamp(min=1)).to(dtype)
@@ -72,7 +72,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             sums = torch.cat((shift, scale)).double()
-            distributed.add_sums(ctx.group, sums)
+            distributed.share_sums(sums, ctx.group)
             means = (sums / count.clamp(min=1)).to(mean.dtype)[:, None, None].split(len(shift))
             factor = rstd if weight is None else rstd * weight.to(rstd.dtype)
             grad_x = ((grad - means[0] - normalised * means[1]) * factor[:, None, None]).to(x.dtype)
@@ -89,7 +89,7 @@ def sync_batch_norm(
     Returns:
         y in the dtype of x, the mean and the biased variance (C,), and how many values of a channel there are.
     """
-    return _SyncBatchNorm.apply(x, weight, bias, eps, group)
+    return _SyncBatchNorm.apply(x, weight, bias, eps, group.group_name)
 
 
 def normalise(h: Tensor, conv: ConvNormParams, training: bool) -> tuple[Tensor, Statistics | None]:

@@ -277,13 +277,19 @@ class AroundNorm(AroundLayer):
 
 
 class AroundSyncNorm(AroundNorm):
-    """Base of the normalisations that share their statistics: on a CPU in training, where the stock ones refuse."""
+    """Base of the normalisations that share their statistics: in training on a CPU, where the stock ones refuse."""
 
     def run(self, x: Tensor) -> Tensor | None:
-        group = distributed.group_of(self) if isinstance(x, Tensor) and x.device.type == "cpu" else None
-        if group is None:
+        if not (self.training and isinstance(x, Tensor) and x.device.type == "cpu"):
             return super().run(x)
-        y = functional.sync_batch_norm(x, norm_params(self), group)
+        group = distributed.group_of(self)
+        if group is None:
+            y = super().run(x)
+            if y is not None:
+                return y
+            y = distributed.batch_norm_alone(self, x)
+        else:
+            y = functional.sync_batch_norm(x, norm_params(self), group)
         for part in NORMS[stock_class(self)](self):
             y = part.module(y)
         return y
