@@ -6,7 +6,6 @@ up. Both are in float64, so that processes with different numbers of images get 
 stay those of the process: DistributedDataParallel averages them, as it does those of all others.
 
 The kernels of the CPU call `reduce_at` between two of their steps; `reference.sync_batch_norm` is the same in PyTorch.
-There `share_statistics` and `share_sums` are the collectives, as operators.
 """
 
 from __future__ import annotations
@@ -68,24 +67,6 @@ def _reduce(group: Any, collective: Callable[[], object]) -> None:
             "frozen; one has ended, waits for something else, or has frozen normalisations. "
             f"torch.distributed says: {error}"
         ) from error
-
-
-_library = torch.library.Library("effnet_ops", "FRAGMENT")
-
-
-def _operator(name: str, reduction: Callable[[Any, Tensor], None]) -> Any:
-    """A reduction, in place, as an operator that takes the group by its name: torch.compile leaves it as it is."""
-
-    def run(values: Tensor, process_group: str) -> None:
-        reduction(internals.process_group(process_group), values)
-
-    _library.define(f"{name}(Tensor(a!) values, str process_group) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"effnet_ops::{name}", lambda values, process_group: None, lib=_library)
-    return getattr(torch.ops.effnet_ops, name).default
-
-
-share_statistics, share_sums = _operator("share_statistics", merge_statistics), _operator("share_sums", add_sums)
 
 
 def reduce_at(name: str, statistics: bool, address: int, count: int) -> None:

@@ -306,10 +306,13 @@ def check_alone(rank: int) -> None:
         shared = converted(copy.deepcopy(stock), None)
         x = torch.randn(2, 3, 64, 64, dtype=torch.float64).contiguous(memory_format=layout)
         replace_layers(shared)
+        torch.manual_seed(9)
         with _Sent() as sent:
             y = shared(x)
             y.square().sum().backward()
         assert not any(sent.values())
+        # The classifier of some drops elements.
+        torch.manual_seed(9)
         expected = stock(x)
         expected.square().sum().backward()
         assert difference(y, expected) < 1e-11

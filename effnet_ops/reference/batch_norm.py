@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from effnet_ops import distributed
+from effnet_ops import distributed, internals
 from effnet_ops.params import ConvNormParams
 from effnet_ops.reference.activation import compute_dtype
 
@@ -35,50 +35,102 @@ def batch_norm(
     return y if bias is None else y + bias[:, None, None]
 
 
-class _SyncBatchNorm(torch.autograd.Function):
-    """(x, weight, bias, eps, name of the group) to (y, mean, biased variance, count) of all processes' batches."""
+# Operators, which torch.compile leaves as they are: of an autograd.Function that it traces, torch 2.11 made the
+# gradients zero.
+_library = torch.library.Library("effnet_ops", "FRAGMENT")
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+_library.define(
+    "sync_batch_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, str process_group) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+_library.define(
+    "sync_batch_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, Tensor count, "
+    "str process_group, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
 
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: str
-    ) -> tuple[Tensor, ...]:
-        dtype, channels = compute_dtype(x.dtype), x.shape[1]
-        own = x.numel() // max(channels, 1)
-        values = torch.zeros(1 + 2 * channels, dtype=torch.float64, device=x.device)
-        if own:
-            variance, mean = torch.var_mean(x.to(dtype), (0, 2, 3), correction=0)
-            values[0], values[1 : 1 + channels], values[1 + channels :] = own, mean, variance.double() * own
-        distributed.share_statistics(values, group)
-        count = values[0].clone()
-        mean = values[1 : 1 + channels].to(dtype)
-        variance = (values[1 + channels :] / count.clamp(min=1)).to(dtype)
-        rstd = (variance.double() + eps).rsqrt().to(dtype)
-        ctx.group = group
-        ctx.save_for_backward(x, weight, mean, rstd, count)
-        ctx.mark_non_differentiable(mean, variance, count)
-        ctx.set_materialize_grads(False)
-        scale = rstd if weight is None else rstd * weight.to(dtype)
-        y = (x.to(dtype) - mean[:, None, None]) * scale[:, None, None]
-        y = y if bias is None else y + bias.to(dtype)[:, None, None]
-        return y.to(x.dtype), mean, variance, count
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-        x, weight, mean, rstd, count = ctx.saved_tensors
-        grad = (torch.zeros_like(x) if grad is None else grad).to(mean.dtype)
-        normalised = (x.to(mean.dtype) - mean[:, None, None]) * rstd[:, None, None]
-        shift, scale = grad.sum((0, 2, 3)), (grad * normalised).sum((0, 2, 3))
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            sums = torch.cat((shift, scale)).double()
-            distributed.share_sums(sums, ctx.group)
-            means = (sums / count.clamp(min=1)).to(mean.dtype)[:, None, None].split(len(shift))
-            factor = rstd if weight is None else rstd * weight.to(rstd.dtype)
-            grad_x = ((grad - means[0] - normalised * means[1]) * factor[:, None, None]).to(x.dtype)
-        wanted = ctx.needs_input_grad[1:3]
-        grads = (value.to(weight.dtype) if want else None for value, want in zip((scale, shift), wanted, strict=True))
-        return grad_x, *grads, None, None
+def _sync(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: str) -> tuple[Tensor, ...]:
+    """y, mean, biased variance and 1 / deviation (C,), and how many values a channel has, of all processes' batches."""
+    dtype, channels = compute_dtype(x.dtype), x.shape[1]
+    own = x.numel() // max(channels, 1)
+    values = torch.zeros(1 + 2 * channels, dtype=torch.float64, device=x.device)
+    if own:
+        variance, mean = torch.var_mean(x.to(dtype), (0, 2, 3), correction=0)
+        values[0], values[1 : 1 + channels], values[1 + channels :] = own, mean, variance.double() * own
+    distributed.merge_statistics(internals.process_group(group), values)
+    count, mean, deviations = values[0].clone(), values[1 : 1 + channels].to(dtype, copy=True), values[1 + channels :]
+    variance = (deviations / count.clamp(min=1)).to(dtype)
+    rstd = (variance.double() + eps).rsqrt().to(dtype)
+    scale = rstd if weight is None else rstd * weight.to(dtype)
+    y = (x.to(dtype) - mean[:, None, None]) * scale[:, None, None]
+    y = y if bias is None else y + bias.to(dtype)[:, None, None]
+    return y.to(x.dtype), mean, variance, rstd, count
+
+
+def _sync_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    count: Tensor,
+    group: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """The gradients of x, weight and bias that ``needs`` asks for, else empty."""
+    grad = grad.to(mean.dtype)
+    normalised = (x.to(mean.dtype) - mean[:, None, None]) * rstd[:, None, None]
+    shift, scale = grad.sum((0, 2, 3)), (grad * normalised).sum((0, 2, 3))
+    grad_x = x.new_empty(0)
+    if needs[0]:
+        sums = torch.cat((shift, scale)).double()
+        distributed.add_sums(internals.process_group(group), sums)
+        means = (sums / count.clamp(min=1)).to(mean.dtype)[:, None, None].split(len(shift))
+        factor = rstd if weight is None else rstd * weight.to(rstd.dtype)
+        grad_x = ((grad - means[0] - normalised * means[1]) * factor[:, None, None]).to(x.dtype)
+    return grad_x, *(value if need else x.new_empty(0) for value, need in zip((scale, shift), needs[1:], strict=True))
+
+
+def _sync_fake(x: Tensor, weight: Tensor | None, *_: Any) -> tuple[Tensor, ...]:
+    vector = x.new_empty(x.shape[1], dtype=compute_dtype(x.dtype))
+    others = (torch.empty_like(vector), torch.empty_like(vector), x.new_empty((), dtype=torch.float64))
+    return torch.empty_like(x), vector, *others
+
+
+def _sync_backward_fake(
+    grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, *others: Any
+) -> tuple[Tensor, ...]:
+    needs = others[-1]
+    return (
+        torch.empty_like(x) if needs[0] else x.new_empty(0),
+        *(torch.empty_like(mean) if need else x.new_empty(0) for need in needs[1:]),
+    )
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, _, ctx.group = inputs
+    _, mean, variance, rstd, count = output
+    ctx.save_for_backward(x, weight, mean, rstd, count)
+    ctx.kinds = [None if value is None else value.dtype for value in (weight, bias)]
+    ctx.mark_non_differentiable(mean, variance, rstd, count)
+
+
+def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:3])
+    found = torch.ops.effnet_ops.sync_batch_norm_backward(grad, *ctx.saved_tensors, ctx.group, needs)
+    kinds = (found[0].dtype, *ctx.kinds)
+    return *(g.to(kind) if need else None for g, kind, need in zip(found, kinds, needs, strict=True)), None, None
+
+
+for _name, _run, _fake in (
+    ("sync_batch_norm", _sync, _sync_fake),
+    ("sync_batch_norm_backward", _sync_backward, _sync_backward_fake),
+):
+    _library.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"effnet_ops::{_name}", _fake, lib=_library)
+torch.library.register_autograd("effnet_ops::sync_batch_norm", _differentiate, setup_context=_keep, lib=_library)
 
 
 def sync_batch_norm(
@@ -89,7 +141,8 @@ def sync_batch_norm(
     Returns:
         y in the dtype of x, the mean and the biased variance (C,), and how many values of a channel there are.
     """
-    return _SyncBatchNorm.apply(x, weight, bias, eps, group.group_name)
+    y, mean, variance, _, count = torch.ops.effnet_ops.sync_batch_norm(x, weight, bias, eps, group.group_name)
+    return y, mean, variance, count
 
 
 def normalise(h: Tensor, conv: ConvNormParams, training: bool) -> tuple[Tensor, Statistics | None]:
