@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import datetime
 import functools
@@ -325,22 +324,20 @@ def check_alone(rank: int) -> None:
 def check_compiled(rank: int, group: Any) -> None:
     """torch.compile of blocks and of what is around them, all of which share their statistics, in one graph."""
     torch.manual_seed(8)
-    for backend, named in ((None, None), ("reference", group)):
-        eager = Classifier().double().train()
-        model = copy.deepcopy(eager)
-        for each in (eager, model):
-            replace_layers(converted(each, named))
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-        x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
-        with effnet_ops.use_backend(backend) if backend else contextlib.nullcontext():
-            y, expected = compiled(x), eager(x)
-            for result in (y, expected):
-                result.square().sum().backward()
-        assert difference(y, expected) < 1e-11
-        for (name, value), other in zip(model.named_parameters(), eager.parameters(), strict=True):
-            assert difference(value.grad, other.grad, 0.1) < 1e-11, name
-        for (name, value), other in zip(model.named_buffers(), eager.buffers(), strict=True):
-            assert difference(value, other, 0.1) < 1e-11, name
+    eager = Classifier().double().train()
+    model = copy.deepcopy(eager)
+    for each in (eager, model):
+        replace_layers(converted(each, group))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    y, expected = compiled(x), eager(x)
+    for result in (y, expected):
+        result.square().sum().backward()
+    assert difference(y, expected) < 1e-11
+    for (name, value), other in zip(model.named_parameters(), eager.parameters(), strict=True):
+        assert difference(value.grad, other.grad, 0.1) < 1e-11, name
+    for (name, value), other in zip(model.named_buffers(), eager.buffers(), strict=True):
+        assert difference(value, other, 0.1) < 1e-11, name
 
 
 def check_sharding(rank: int, group: Any, sizes: list[int], folder: str) -> None:
