@@ -227,7 +227,7 @@ def test_adapters_train_as_on_the_stock_model(adapt: Callable, merge: Callable) 
         with torch.no_grad():
             whole = merge(ours).eval()
             assert difference(whole(images), adapted[0].eval()(images)) < 1e-11
-    assert len(replace_layers(after).replaced) == 4
+    assert len(replace_layers(after).kinds) == 4
     for model in (before, after):
         with FlopCounterMode(display=False) as counter:
             model.train()(images)
