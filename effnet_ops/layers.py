@@ -652,7 +652,7 @@ def _norm_params(norm: nn.Module, training: bool) -> BatchNormParams:
 
 def _normalise(norm: nn.Module, x: Tensor) -> Tensor:
     """``norm(x)``, also in training on a CPU, where torch.nn.SyncBatchNorm refuses, even in a group of one process."""
-    if not (norm.training and x.device.type == "cpu" and _is_plain(norm, nn.SyncBatchNorm)):
+    if not (_is_plain(norm, nn.SyncBatchNorm) and norm.training and x.device.type == "cpu"):
         return norm(x)
     group = distributed.group_of(norm)
     if group is None:

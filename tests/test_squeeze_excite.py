@@ -64,7 +64,12 @@ def test_reference_has_the_exact_slope_of_the_hard_sigmoid() -> None:
 
 def exact_slope(name: str, x: torch.Tensor) -> torch.Tensor:
     sigmoid = 1 / (1 + (-x).exp())
+    below, density = 0.5 * torch.erfc(-x / 2**0.5), (-x * x / 2).exp() / (2 * torch.pi) ** 0.5
+    inner = (8 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)
+    gated = 1 / (1 + (-inner).exp())
     slopes = {
+        "gelu": below + x * density,
+        "gelu_tanh": gated * (1 + x * (1 - gated) * (8 / torch.pi) ** 0.5 * (1 + 3 * 0.044715 * x * x)),
         "none": torch.ones_like(x),
         "relu": (x > 0).double(),
         "relu6": ((x > 0) & (x < 6)).double(),

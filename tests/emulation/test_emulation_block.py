@@ -27,7 +27,8 @@ MIXED = [(case, DTYPES[i % 3], LAYOUTS[i % 4]) for i, case in enumerate(MBCONV)]
 
 def call_of(case: MBConvCase, tensors: dict[str, torch.Tensor | None]) -> MBConvCall:
     groups = mbconv_groups(case, tensors)
-    config = case.config | {"stride": pair("stride", case.stride, 1), "padding": padding_sides(case.padding)}
+    pairs = {name: pair(name, getattr(case, name), 1) for name in ("stride", "dilation")}
+    config = case.config | pairs | {"padding": padding_sides(case.padding)}
     return MBConvCall.of(tensors["x"], **groups, **config, drop_path=tensors["drop_path"])
 
 
@@ -63,7 +64,10 @@ def test_block_in_every_precision(case: MBConvCase, dtype: torch.dtype) -> None:
 
 @pytest.mark.usefixtures("bindings")
 def test_what_the_kernels_do_not_cover_runs_all_the_same() -> None:
-    """A larger window, and more channels than a tile of x has room for."""
+    """A larger window, more channels than a tile of x has room for, a dilation where there was none before."""
+    for dilation in (1, 2):
+        case = MBConvCase("dilated", (1, 8, 9, 9), 8, 16, 2, residual=True, dilation=dilation)
+        check_block(case, torch.float32, "channels_last")
     check_block(MBConvCase("7x7", (1, 8, 9, 9), 8, 16, 2, kernel=(7, 7)), torch.float32, "channels_last")
     wide = MBConvCase("wide", (1, 4000, 2, 2), 8, 16, None)
     check_block(wide, torch.float32, "channels_last")

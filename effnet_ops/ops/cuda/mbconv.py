@@ -39,7 +39,8 @@ def _covers(call: MBConvCall) -> bool:
     """Whether the kernels can run this block, found once for all blocks of its sizes."""
     x, expand, weight = call.x, call.expand, call.depthwise.weight
     size = None if expand is None else expand.weight.shape
-    key = (x.device, x.dtype, x.shape, size, weight.shape, call.stride, call.padding, call.squeeze_excite is None)
+    window = tuple(map(tuple, call.window()))
+    key = (x.device, x.dtype, x.shape, size, window, weight.shape[0], call.padding, call.squeeze_excite is None)
     found = _fits.get(key)
     if found is None:
         if len(_fits) >= _MOST_KEPT:
