@@ -51,7 +51,8 @@ def test_thirty_steps_and_checkpoints_of_either_model(name: str, tmp_path: Path)
 @pytest.mark.parametrize("name", trainers.TRAINERS)
 def test_benchmark_measures_time_and_memory_of_steps(name: str) -> None:
     pytest.importorskip(name)
-    task = trainers.Task("efficientnet_lite0", 2, 32, 6)
+    # Of few and small images, the last normalisations are of a handful of values, and rounding is amplified.
+    task = trainers.Task("efficientnet_b0", 16, 96, 4)
     runs = {
         provider: [trainers.in_own_process(name, provider, task, 1)] for provider in (trainers.STOCK, trainers.OURS)
     }
