@@ -214,7 +214,7 @@ def mbconv(
     # Only the CPU's kernels share statistics, and a process without images runs none.
     alone = group is not None and (x.device.type != "cpu" or x.shape[0] == 0)
     window = backends.Window(depthwise.weight.shape[2:], stride, dilation)
-    if _block_runs_reference(x, convs, depthwise, window, _block_operation(x, groups, training)) or alone:
+    if _block_runs_reference(x, depthwise, window, _block_operation(x, groups, training)) or alone:
         padding = checks.resolve_padding(sides, x.shape[2:], *window)
         y, statistics, *_ = _run_reference(reference.mbconv, x, *groups, padding=padding, training=training, **keywords)
     else:
@@ -380,9 +380,7 @@ def _tensors_in(values: Any) -> Iterator[Tensor]:
             yield from _tensors_in(value)
 
 
-def _block_runs_reference(
-    x: Tensor, convs: Sequence[ConvNormParams], depthwise: ConvNormParams, window: backends.Window, operation: str
-) -> bool:
+def _block_runs_reference(x: Tensor, depthwise: ConvNormParams, window: backends.Window, operation: str) -> bool:
     uncovered = _uncovered_filter(depthwise.weight, depthwise.weight.shape[0])
     return _runs_reference(x, operation, uncovered, window)
 
@@ -510,10 +508,9 @@ class MBConvInference(BlockInference):
     def _runs_reference(
         x: Tensor, groups: Sequence[Any], stride: tuple[int, int], dilation: tuple[int, int] = (1, 1), **settings: Any
     ) -> bool:
-        expand, depthwise, _, project = groups
-        convs = [conv for conv in (expand, depthwise, project) if conv is not None]
+        depthwise = groups[1]
         window = backends.Window(depthwise.weight.shape[2:], stride, dilation)
-        return _block_runs_reference(x, convs, depthwise, window, _block_operation(x, groups, False))
+        return _block_runs_reference(x, depthwise, window, _block_operation(x, groups, False))
 
 
 class FusedMBConvInference(BlockInference):

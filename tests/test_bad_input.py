@@ -38,18 +38,17 @@ def norm(channels: int = 8, **fields: Any) -> BatchNormParams:
     return BatchNormParams(*ones, num_batches_tracked=torch.tensor(0))._replace(**fields)
 
 
+SETTINGS: dict[str, Any] = dict(stride=1, padding=1, residual=True, training=True)
+
+
 def block(x: Any = X, **changes: Any) -> Tensor:
     arguments: dict[str, Any] = dict(
         expand=ConvNormParams(torch.zeros(16, 8, 1, 1), None, norm(16)),
         depthwise=ConvNormParams(torch.zeros(16, 1, 3, 3), None, norm(16)),
         squeeze_excite=None,
         project=ConvNormParams(torch.zeros(8, 16, 1, 1), None, norm(8)),
-        stride=1,
-        padding=1,
-        residual=True,
-        training=True,
     )
-    return effnet_ops.mbconv(x, **(arguments | changes))
+    return effnet_ops.mbconv(x, **(arguments | SETTINGS | changes))
 
 
 def fused(x: Any = X, **changes: Any) -> Tensor:
@@ -57,12 +56,8 @@ def fused(x: Any = X, **changes: Any) -> Tensor:
         expand=ConvNormParams(torch.zeros(16, 8, 3, 3), None, norm(16)),
         squeeze_excite=None,
         project=ConvNormParams(torch.zeros(8, 16, 1, 1), None, norm(8)),
-        stride=1,
-        padding=1,
-        residual=True,
-        training=True,
     )
-    return effnet_ops.fused_mbconv(x, **(arguments | changes))
+    return effnet_ops.fused_mbconv(x, **(arguments | SETTINGS | changes))
 
 
 def narrow_se() -> SqueezeExciteParams:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -100,13 +100,17 @@ def _sync_fake(x: Tensor, weight: Tensor | None, *_: Any) -> tuple[Tensor, ...]:
 
 
 def _sync_backward_fake(
-    grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, *others: Any
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    count: Tensor,
+    group: str,
+    needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    needs = others[-1]
-    return (
-        torch.empty_like(x) if needs[0] else x.new_empty(0),
-        *(torch.empty_like(mean) if need else x.new_empty(0) for need in needs[1:]),
-    )
+    made = (torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean))
+    return tuple(value if need else x.new_empty(0) for value, need in zip(made, needs, strict=True))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -124,12 +128,13 @@ def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]
     return *(g.to(kind) if need else None for g, kind, need in zip(found, kinds, needs, strict=True)), None, None
 
 
-for _name, _run, _fake in (
-    ("sync_batch_norm", _sync, _sync_fake),
-    ("sync_batch_norm_backward", _sync_backward, _sync_backward_fake),
-):
-    _library.impl(_name, _run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"effnet_ops::{_name}", _fake, lib=_library)
+def _register(name: str, run: Callable[..., tuple[Tensor, ...]], fake: Callable[..., tuple[Tensor, ...]]) -> None:
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"effnet_ops::{name}", fake, lib=_library)
+
+
+_register("sync_batch_norm", _sync, _sync_fake)
+_register("sync_batch_norm_backward", _sync_backward, _sync_backward_fake)
 torch.library.register_autograd("effnet_ops::sync_batch_norm", _differentiate, setup_context=_keep, lib=_library)
 
 

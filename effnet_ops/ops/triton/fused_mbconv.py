@@ -9,7 +9,7 @@ from effnet_ops.kernels import fused_mbconv as kernels
 from effnet_ops.kernels.layout import nchw, nhwc
 from effnet_ops.ops.fused_mbconv import FusedMBConvCall, FusedMBConvGradientCall, FusedMBConvTrainingCall
 from effnet_ops.ops.triton.layout import result_like
-from effnet_ops.ops.triton.mbconv import convolution, empty_or
+from effnet_ops.ops.triton.mbconv import convolution, empty_or, gradients, kept
 from effnet_ops.ops.triton.squeeze_excite import parameters
 
 
@@ -60,11 +60,9 @@ def fused_mbconv_backward(gradient: FusedMBConvGradientCall) -> tuple[Tensor, ..
         return gradient.reference()
     forward = kernels.Forward(
         None,
-        nhwc(saved.expanded) if saved.expanded.numel() else None,
-        nhwc(saved.projected) if saved.projected.numel() else None,
+        kept(saved.expanded),
+        kept(saved.projected),
         saved.statistics(),
         saved.pooled if saved.pooled.numel() else None,
     )
-    found = kernels.backward(nhwc(grad), _block(call), forward, needs)
-    dx = None if found.x is None else result_like(found.x, call.x)
-    return tuple(call.x.new_empty(0) if value is None else value for value in found._replace(x=dx))
+    return gradients(kernels.backward(nhwc(grad), _block(call), forward, needs), call.x)

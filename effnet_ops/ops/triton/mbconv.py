@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from effnet_ops import backends
@@ -44,6 +46,17 @@ def convolution(conv: ConvNorm | None, any_strides: bool = False) -> kernels.Con
 def empty_or(value: Tensor | None, x: Tensor) -> Tensor:
     """A vector that training hands to its gradient, empty where there is none."""
     return x.new_empty(0, dtype=compute_dtype(x.dtype)) if value is None else value
+
+
+def kept(saved: Tensor) -> Tensor | None:
+    """What training hands to its gradient of a stage, pixels first; None where there is none."""
+    return nhwc(saved) if saved.numel() else None
+
+
+def gradients(found: Any, x: Tensor) -> tuple[Tensor, ...]:
+    """As the operator of either kind of block gives them: that of x with its strides, empty where nobody asked."""
+    dx = None if found.x is None else result_like(found.x, x)
+    return tuple(x.new_empty(0) if value is None else value for value in found._replace(x=dx))
 
 
 def _block(call: MBConvCall) -> kernels.Block:
@@ -91,12 +104,10 @@ def mbconv_backward(gradient: MBConvGradientCall) -> tuple[Tensor, ...]:
         return gradient.reference()
     forward = kernels.Forward(
         None,
-        nhwc(saved.expanded) if saved.expanded.numel() else None,
+        kept(saved.expanded),
         nhwc(saved.convolved),
         nhwc(saved.projected),
         saved.statistics(),
         saved.pooled if saved.pooled.numel() else None,
     )
-    found = kernels.backward(nhwc(grad), _block(call), forward, needs, _depthwise(call))
-    dx = None if found.x is None else result_like(found.x, call.x)
-    return tuple(call.x.new_empty(0) if value is None else value for value in found._replace(x=dx))
+    return gradients(kernels.backward(nhwc(grad), _block(call), forward, needs, _depthwise(call)), call.x)
